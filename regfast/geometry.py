@@ -1,0 +1,178 @@
+"""The arithmetic of a window, once: arguments, output size, padding, border, taps.
+
+A `Window` holds everything about a pooling or blurring that does not depend on an image's size; the
+functions below it answer, for one axis and one size, the questions that the reference and the kernels share.
+They use nothing but `+ - * //` and comparisons, so that they accept torch's symbolic sizes.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Sequence
+from numbers import Real
+from typing import Any, NamedTuple
+
+from .filters import taps_of
+
+MAX_PADDING_MODES = ("partial", "replicate", "reflect", "zeros")
+BLUR_PADDING_MODES = ("reflect", "replicate", "zeros")
+
+
+class Window(NamedTuple):
+    """A max window followed by a strided blur, per spatial axis (a tuple has one entry an axis).
+
+    `kernel_size`, `padding` and `dilation` belong to the maximum, which is taken at every position; `stride` and
+    `taps` to the blur. Output `o` reads the maxima at `o * stride - lead + j`, `j < len(taps)`; `lead` and `trail` are the
+    positions that the blur is padded by before and after the map. A kernel_size of 1 without padding is a plain blur.
+    """
+
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    ceil_mode: bool
+    taps: tuple[tuple[float, ...], ...]
+    lead: tuple[int, ...]
+    trail: tuple[int, ...]
+    padding_mode: str
+
+    @property
+    def rank(self) -> int:
+        return len(self.kernel_size)
+
+    @property
+    def takes_max(self) -> bool:
+        """Whether the window has a maximum to take; a plain blur has none."""
+        return any(k > 1 for k in self.kernel_size) or any(self.padding)
+
+    def reach(self, axis: int) -> int:
+        """How many elements the max window covers from its first to its last, holes of a dilation included."""
+        return self.dilation[axis] * (self.kernel_size[axis] - 1) + 1
+
+
+def per_axis(name: str, value: Any, rank: int, minimum: int) -> tuple[int, ...]:
+    """`value` as one integer an axis: an integer stands for all of them, as in torch.nn."""
+    entries = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
+    if len(entries) not in (1, rank):
+        raise ValueError(f"{name} must be one integer or {rank}, got {value!r}")
+    integers = []
+    for entry in entries:
+        try:
+            if isinstance(entry, bool):
+                raise TypeError
+            integers.append(operator.index(entry))
+        except TypeError:
+            raise TypeError(f"{name} must be an integer or a tuple of {rank} of them, got {value!r}") from None
+        if integers[-1] < minimum:
+            raise ValueError(f"{name} must be at least {minimum}, got {value!r}")
+    return tuple(integers) if len(integers) == rank else tuple(integers) * rank
+
+
+def max_blur_window(
+    rank: int,
+    kernel_size: Any,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    ceil_mode: bool,
+    ratio: Any,
+    blur_size: Any,
+    filter: Any,
+    padding_mode: str,
+) -> Window:
+    """The `Window` of an anti-aliased max pooling, its arguments checked. See `regfast.MaxPool2dAA` for what they mean."""
+    kernel = per_axis("kernel_size", kernel_size, rank, 1)
+    if isinstance(stride, float):
+        raise TypeError(f"stride must be an integer, got {stride!r}; if it is the blur's ratio, pass it as ratio={stride!r}")
+    step = kernel if stride is None else per_axis("stride", stride, rank, 1)
+    pad = per_axis("padding", padding, rank, 0)
+    hole = per_axis("dilation", dilation, rank, 1)
+    if any(2 * p > k for p, k in zip(pad, kernel)):
+        raise ValueError(f"padding must be at most half of kernel_size, got padding={padding!r} and kernel_size={kernel_size!r}")
+    _check_bool("ceil_mode", ceil_mode)
+    _check_padding_mode(padding_mode, MAX_PADDING_MODES)
+    sizes = _blur_sizes(step, ratio, blur_size)
+    blurred = [b > 1 or s > 1 for b, s in zip(sizes, step)]
+    taps = taps_of(filter, sizes, where=blurred, resize=blur_size is None)
+    lead = tuple((len(w) - 1) // 2 for w in taps)
+    trail = tuple(len(w) - 1 - before for w, before in zip(taps, lead))
+    return Window(kernel, step, pad, hole, ceil_mode, taps, lead, trail, padding_mode)
+
+
+def blur_window(rank: int, kernel_size: Any, stride: Any, padding: Any, filter: Any, padding_mode: str) -> Window:
+    """The `Window` of a plain strided blur, its arguments checked. See `regfast.BlurPool2d` for what they mean."""
+    size = per_axis("kernel_size", kernel_size, rank, 1)
+    step = per_axis("stride", stride, rank, 1)
+    _check_padding_mode(padding_mode, BLUR_PADDING_MODES)
+    taps = taps_of(filter, size, where=[True] * rank, resize=False)
+    if isinstance(padding, str):
+        if padding != "same":
+            raise ValueError(f"padding must be 'same', an integer or {rank} of them, got {padding!r}")
+        lead = tuple((b - 1) // 2 for b in size)
+        trail = tuple(b - 1 - before for b, before in zip(size, lead))
+    else:
+        lead = trail = per_axis("padding", padding, rank, 0)
+    ones = (1,) * rank
+    return Window(ones, step, (0,) * rank, ones, False, taps, lead, trail, padding_mode)
+
+
+def _blur_sizes(stride: tuple[int, ...], ratio: Any, blur_size: Any) -> tuple[int, ...]:
+    """The blur's size on each axis: `int(ratio * s)`, never less than s, and 1 where nothing is decimated."""
+    rank = len(stride)
+    if blur_size is not None:
+        sizes = per_axis("blur_size", blur_size, rank, 1)
+        literal = isinstance(blur_size, Sequence)
+        return sizes if literal else tuple(b if s > 1 else 1 for b, s in zip(sizes, stride))
+    ratios = tuple(ratio) if isinstance(ratio, Sequence) and not isinstance(ratio, str) else (ratio,) * rank
+    if len(ratios) != rank:
+        raise ValueError(f"ratio must be one number or {rank}, got {ratio!r}")
+    if not all(isinstance(r, Real) and not isinstance(r, bool) for r in ratios):
+        raise TypeError(f"ratio must be a number, got {ratio!r}")
+    if not all(math.isfinite(r) and r > 0 for r in ratios):
+        raise ValueError(f"ratio must be positive and finite, got {ratio!r}")
+    return tuple(max(int(r * s), s) if s > 1 else 1 for r, s in zip(ratios, stride))
+
+
+def _check_bool(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
+def _check_padding_mode(padding_mode: Any, allowed: tuple[str, ...]) -> None:
+    if padding_mode not in allowed:
+        raise ValueError(f"padding_mode must be one of {', '.join(map(repr, allowed))}, got {padding_mode!r}")
+
+
+def output_size(window: Window, axis: int, size: int) -> int:
+    """How many outputs an axis of `size` elements gives: for a max window, exactly nn.MaxPool2d's."""
+    k_reach, s, p = window.reach(axis), window.stride[axis], window.padding[axis]
+    positions = size + 2 * p - k_reach + 1
+    room = positions + window.lead[axis] + window.trail[axis] - len(window.taps[axis])
+    if not window.ceil_mode:
+        return room // s + 1
+    count = (room + s - 1) // s + 1
+    # PyTorch's rule of the last window: one that starts beyond the image and its left padding is left out.
+    return count - 1 if (count - 1) * s >= size + p else count
+
+
+def map_limits(window: Window, axis: int, size: int) -> tuple[int, int]:
+    """The first and last position of the max map that the blur may read: beyond them the border mode answers."""
+    k_reach, p = window.reach(axis), window.padding[axis]
+    if window.padding_mode == "partial":
+        return p - k_reach + 1, size - 1 + p
+    last = size + 2 * p - k_reach
+    return 0, last if last > 0 else 0
+
+
+def map_span(window: Window, axis: int, outputs: int) -> tuple[int, int]:
+    """The first and last position, border included, that the blurs of `outputs` outputs read."""
+    first = -window.lead[axis]
+    return first, (outputs - 1) * window.stride[axis] + first + len(window.taps[axis]) - 1
+
+
+def crosses_border(window: Window, axis: int, size: int) -> bool:
+    """Whether any output on this axis reads beyond the map's limits."""
+    low, high = map_limits(window, axis, size)
+    first, last = map_span(window, axis, output_size(window, axis, size))
+    return first < low or last > high
