@@ -1,0 +1,20 @@
+"""regfast: anti-aliased pooling and other regularisers of vision models, each in one pass."""
+
+from . import filters, functional
+from .dispatch import backend
+from .pooling import BlurLayer, BlurPool1d, BlurPool2d, BlurPool3d, MaxPool1dAA, MaxPool2dAA, MaxPool3dAA
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BlurLayer",
+    "BlurPool1d",
+    "BlurPool2d",
+    "BlurPool3d",
+    "MaxPool1dAA",
+    "MaxPool2dAA",
+    "MaxPool3dAA",
+    "backend",
+    "filters",
+    "functional",
+]

@@ -11,12 +11,13 @@ import math
 import operator
 from collections.abc import Sequence
 from numbers import Real
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 from .filters import taps_of
 
-MAX_PADDING_MODES = ("partial", "replicate", "reflect", "zeros")
-BLUR_PADDING_MODES = ("reflect", "replicate", "zeros")
+Size = int | Sequence[int]
+MaxPaddingMode = Literal["partial", "replicate", "reflect", "zeros"]
+BlurPaddingMode = Literal["reflect", "replicate", "zeros"]
 
 
 class Window(NamedTuple):
@@ -75,6 +76,7 @@ def max_blur_window(
     stride: Any,
     padding: Any,
     dilation: Any,
+    return_indices: bool,
     ceil_mode: bool,
     ratio: Any,
     blur_size: Any,
@@ -91,7 +93,12 @@ def max_blur_window(
     if any(2 * p > k for p, k in zip(pad, kernel)):
         raise ValueError(f"padding must be at most half of kernel_size, got padding={padding!r} and kernel_size={kernel_size!r}")
     _check_bool("ceil_mode", ceil_mode)
-    _check_padding_mode(padding_mode, MAX_PADDING_MODES)
+    _check_bool("return_indices", return_indices)
+    if return_indices:
+        raise ValueError(
+            "return_indices must be False, got True: an output is a weighted sum of several maxima, so no one index belongs to it"
+        )
+    _check_padding_mode(padding_mode, get_args(MaxPaddingMode))
     sizes = _blur_sizes(step, ratio, blur_size)
     blurred = [b > 1 or s > 1 for b, s in zip(sizes, step)]
     taps = taps_of(filter, sizes, where=blurred, resize=blur_size is None)
@@ -104,7 +111,7 @@ def blur_window(rank: int, kernel_size: Any, stride: Any, padding: Any, filter: 
     """The `Window` of a plain strided blur, its arguments checked. See `regfast.BlurPool2d` for what they mean."""
     size = per_axis("kernel_size", kernel_size, rank, 1)
     step = per_axis("stride", stride, rank, 1)
-    _check_padding_mode(padding_mode, BLUR_PADDING_MODES)
+    _check_padding_mode(padding_mode, get_args(BlurPaddingMode))
     taps = taps_of(filter, size, where=[True] * rank, resize=False)
     if isinstance(padding, str):
         if padding != "same":

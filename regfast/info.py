@@ -1,0 +1,67 @@
+"""`python -m regfast.info`: versions, devices, which path each operation takes on each, and why."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+
+import torch
+
+import regfast
+
+from .dispatch import INTERPRETED, TRITON_DTYPES, obstacle
+
+OPERATIONS = ("max_blur_pool", "blur_pool")
+
+
+def versions() -> dict[str, str]:
+    """The version of everything that decides what runs."""
+    found = {"regfast": regfast.__version__, "python": platform.python_version(), "torch": torch.__version__}
+    for package in ("triton", "numpy", "scipy"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def devices() -> dict[torch.device, str]:
+    """The devices of this machine, by name."""
+    found = {torch.device("cpu"): platform.processor() or platform.machine()}
+    for index in range(torch.cuda.device_count()):
+        found[torch.device("cuda", index)] = torch.cuda.get_device_name(index)
+    if torch.backends.mps.is_available():
+        found[torch.device("mps")] = "Apple GPU"
+    return found
+
+
+def path(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+    """The path that an operation takes for tensors of this device and dtype, and why."""
+    choice = os.environ.get("REGFAST_BACKEND", "auto")
+    if choice == "reference":
+        return "reference", "REGFAST_BACKEND=reference"
+    reason = obstacle(device, dtype)
+    if choice == "triton":
+        return ("triton", "REGFAST_BACKEND=triton") if reason is None else ("error", reason)
+    if device.type == "cpu" and INTERPRETED:
+        return "reference", "the interpreter runs kernels only within regfast.backend('triton')"
+    return ("triton", "a CUDA device and Triton") if reason is None else ("reference", reason)
+
+
+def main() -> None:
+    print("versions")
+    for name, version in versions().items():
+        print(f"  {name:<10} {version}")
+    for variable in ("REGFAST_BACKEND", "TRITON_INTERPRET"):
+        print(f"  {variable}={os.environ.get(variable, '')}")
+    dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in TRITON_DTYPES)
+    for device, name in devices().items():
+        print(f"{device} ({name})")
+        for operation in OPERATIONS:
+            taken, reason = path(device, torch.float32)
+            print(f"  {operation:<14} {taken:<10} {dtypes}: {reason}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+"""How a tensor lies in memory, and how an output should."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .geometry import Window, output_size
+
+CHANNELS_LAST = {1: torch.channels_last, 2: torch.channels_last, 3: torch.channels_last_3d}
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether x, (N, C, *spatial), is laid out with the channels innermost.
+
+    The rule is the one by which nn.MaxPool2d chooses its output's format: by strides, so that a slice counts as what it was
+    cut from, and ambiguous shapes count as contiguous. A 1-d signal is judged as an image of one row.
+    """
+    if x.stride(1) == 0:
+        return False
+    least = 0
+    for dim in (1, *range(x.ndim - 1, 1, -1), 0):
+        size, stride = x.shape[dim], x.stride(dim)
+        if size == 0 or stride < least or (dim == 0 and least == x.stride(1)):
+            return False
+        least = stride * size if size > 1 else stride
+    return True
+
+
+def with_format(y: Tensor, channels_last: bool) -> Tensor:
+    """y in the format asked for, copied only where it is not."""
+    if y.ndim == 3:
+        return with_format(y.unsqueeze(2), channels_last).squeeze(2)
+    return y.contiguous(memory_format=CHANNELS_LAST[y.ndim - 2] if channels_last else torch.contiguous_format)
+
+
+def empty_output(x: Tensor, window: Window) -> Tensor:
+    """An uninitialised output of `window` over x, in x's dtype, device and memory format."""
+    sizes = [output_size(window, axis, x.shape[axis + 2]) for axis in range(window.rank)]
+    return empty([*x.shape[:2], *sizes], x, is_channels_last(x))
+
+
+def empty(shape: list[int], like: Tensor, channels_last: bool) -> Tensor:
+    """An uninitialised tensor of `like`'s dtype and device in the memory format asked for."""
+    if len(shape) == 3:
+        return empty([*shape[:2], 1, shape[2]], like, channels_last).squeeze(2)
+    memory_format = CHANNELS_LAST[len(shape) - 2] if channels_last else torch.contiguous_format
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=memory_format)

@@ -1,0 +1,70 @@
+"""What the operations share: the library they are defined in, and a `Window` as a schema can carry it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..dispatch import INTERPRETED
+from ..geometry import Window, output_size
+
+LIBRARY = torch.library.Library("regfast", "DEF")
+
+WINDOW = (
+    "int[] kernel_size, int[] stride, int[] padding, int[] dilation, bool ceil_mode, "
+    "float[] taps, int[] blur_size, int[] lead, int[] trail, str padding_mode"
+)
+
+
+def define(schema: str, implementation: Any, fake: Any) -> None:
+    """Defines `regfast::<schema>` with its CUDA implementation and its fake; under Triton's interpreter, a CPU one too."""
+    name = schema.split("(", 1)[0]
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.impl(name, implementation, "CUDA")
+    if INTERPRETED:
+        LIBRARY.impl(name, implementation, "CPU")
+    torch.library.register_fake(f"regfast::{name}", fake, lib=LIBRARY)
+
+
+def apply(function: type, with_jvp: type, *args: Any) -> Tensor:
+    """Applies the autograd Function that suits: Dynamo cannot trace one that has a jvp, and forward mode needs one that has."""
+    return (function if torch.compiler.is_compiling() else with_jvp).apply(*args)
+
+
+def flatten(window: Window) -> tuple[Any, ...]:
+    """`window` as the arguments of `WINDOW`."""
+    kernel_size, stride, padding, dilation, ceil_mode, taps, lead, trail, padding_mode = window
+    flat = [tap for axis in taps for tap in axis]
+    return kernel_size, stride, padding, dilation, ceil_mode, flat, [len(axis) for axis in taps], lead, trail, padding_mode
+
+
+def unflatten(kernel_size, stride, padding, dilation, ceil_mode, taps, blur_size, lead, trail, padding_mode) -> Window:
+    """The inverse of `flatten`."""
+    axes, start = [], 0
+    for size in blur_size:
+        axes.append(tuple(taps[start : start + size]))
+        start += size
+    lists = (tuple(entry) for entry in (kernel_size, stride, padding, dilation))
+    return Window(*lists, ceil_mode, tuple(axes), tuple(lead), tuple(trail), padding_mode)
+
+
+def check_input(name: str, x: Any, rank: int) -> bool:
+    """Checks an image before anything is computed; whether it is batched, (N, C, *spatial) rather than (C, *spatial)."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: x must be a Tensor, got {type(x).__name__}")
+    if not x.is_floating_point():
+        raise TypeError(f"{name}: x must be a floating-point tensor, got {x.dtype}")
+    if x.ndim not in (rank + 1, rank + 2):
+        raise ValueError(f"{name}: x must be {rank + 1}-d or {rank + 2}-d (batched), got shape {tuple(x.shape)}")
+    if any(size == 0 for size in x.shape[-rank - 1 :]):
+        raise ValueError(f"{name}: only the batch may be empty, got shape {tuple(x.shape)}")
+    return x.ndim == rank + 2
+
+
+def check_output(name: str, x: Tensor, window: Window) -> None:
+    """Refuses an image too small for the window."""
+    sizes = [output_size(window, axis, x.shape[axis - window.rank]) for axis in range(window.rank)]
+    if any(size < 1 for size in sizes):
+        raise ValueError(f"{name}: the output of {tuple(x.shape)} would be {tuple(sizes)} in space; every size must be at least 1")

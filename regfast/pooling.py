@@ -1,0 +1,234 @@
+"""Anti-aliased pooling: modules."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from .geometry import BlurPaddingMode, MaxPaddingMode, Size, Window, blur_window, max_blur_window
+from .ops.blur_pool import blur_pool
+from .ops.max_blur_pool import max_blur_pool
+
+__all__ = ["BlurLayer", "BlurPool1d", "BlurPool2d", "BlurPool3d", "MaxPool1dAA", "MaxPool2dAA", "MaxPool3dAA"]
+
+
+class _Pooling(nn.Module):
+    """What the modules share: the window, made from the arguments and made again whenever one of them is set.
+
+    (Surgery on a model sets `layer.ceil_mode = True` or `layer.stride = 1`, and nn.MaxPool2d obeys.)
+    """
+
+    rank: int
+    _arguments: tuple[str, ...]
+
+    def _make_window(self) -> Window:
+        raise NotImplementedError
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in self._arguments and all(argument in self.__dict__ for argument in self._arguments):
+            super().__setattr__("_window", self._make_window())
+
+
+class _MaxPoolAA(_Pooling):
+    _arguments = (
+        "kernel_size", "stride", "padding", "dilation", "return_indices", "ceil_mode", "ratio", "blur_size", "filter", "padding_mode"
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        kernel_size: Size = 2,
+        stride: Size | None = None,
+        padding: Size = 0,
+        dilation: Size = 1,
+        return_indices: bool = False,
+        ceil_mode: bool = False,
+        *,
+        ratio: float | Sequence[float] = 1.7,
+        blur_size: Size | None = None,
+        filter: Any = "binomial",
+        padding_mode: MaxPaddingMode = "partial",
+    ) -> None:
+        super().__init__()
+        self.kernel_size = kernel_size
+        self.stride = kernel_size if stride is None else stride
+        self.padding = padding
+        self.dilation = dilation
+        self.return_indices = return_indices
+        self.ceil_mode = ceil_mode
+        self.ratio = ratio
+        self.blur_size = blur_size
+        self.filter = filter
+        self.padding_mode = padding_mode
+
+    def _make_window(self) -> Window:
+        return max_blur_window(self.rank, *(getattr(self, argument) for argument in self._arguments))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return max_blur_pool(x, self._window)
+
+    def extra_repr(self) -> str:
+        blur = f"ratio={self.ratio}" if self.blur_size is None else f"blur_size={self.blur_size}"
+        return (
+            f"kernel_size={self.kernel_size}, stride={self.stride}, padding={self.padding}, dilation={self.dilation}, "
+            f"ceil_mode={self.ceil_mode}, {blur}, filter={self.filter!r}, padding_mode={self.padding_mode!r}"
+        )
+
+
+class MaxPool1dAA(_MaxPoolAA):
+    """Anti-aliased max pooling of signals: `MaxPool2dAA` with one spatial axis, in place of nn.MaxPool1d.
+
+    Shape: (N, C, L) or (C, L).
+    """
+
+    rank = 1
+
+
+class MaxPool2dAA(_MaxPoolAA):
+    """Anti-aliased max pooling: nn.MaxPool2d's stride-1 maximum, then a blur that takes its stride, in one pass.
+
+    It goes where nn.MaxPool2d stood: the same first arguments in the same order, the same output size for every
+    argument and input size, no parameters and no state_dict keys. With stride 1 nothing is decimated, and it is nn.MaxPool2d.
+
+    Args:
+        kernel_size, stride, padding, dilation, ceil_mode: as in nn.MaxPool2d; an integer or one an axis.
+        return_indices: refused where True: an output is a weighted sum of several maxima, and no one index belongs to it.
+        ratio: the blur's size is int(ratio * stride), never less than the stride; a number or one an axis.
+        blur_size: overrides `ratio`: an integer on the axes whose stride is over 1, a tuple literally.
+        filter: the blur's taps: "binomial", a window that scipy.signal.get_window knows (divided by its sum), 1-d taps (taken as
+            given), or one of these an axis.
+        padding_mode: what the blur reads beyond the border. "partial": the maxima of windows that partly overlap the image. Or
+            "replicate", "reflect" (as antialiased-cnns and timm train), "zeros" (as kornia and Composer train): a padding of
+            nn.MaxPool2d's stride-1 output.
+
+    Shape: (N, C, H, W) or (C, H, W); float16, bfloat16, float32, float64. The output keeps the input's dtype and memory format.
+
+    Raises:
+        ValueError, TypeError: for an argument or an input that is not allowed; the message names it and what is.
+
+    Source: Zhang, "Making Convolutional Networks Shift-Invariant Again" (2019); the book chapter's MaxPool2dAA, whose filter
+    lost its last tap.
+
+    Example:
+        >>> regfast.MaxPool2dAA(3, 2, 1)(torch.randn(8, 64, 112, 112)).shape
+        torch.Size([8, 64, 56, 56])
+    """
+
+    rank = 2
+
+
+class MaxPool3dAA(_MaxPoolAA):
+    """Anti-aliased max pooling of volumes: `MaxPool2dAA` with three spatial axes, in place of nn.MaxPool3d.
+
+    Shape: (N, C, D, H, W) or (C, D, H, W).
+    """
+
+    rank = 3
+
+
+class _BlurPool(_Pooling):
+    _arguments = ("kernel_size", "stride", "padding", "filter", "padding_mode")
+
+    def __init__(
+        self,
+        kernel_size: Size = 3,
+        stride: Size = 2,
+        padding: str | Size = "same",
+        *,
+        filter: Any = "binomial",
+        padding_mode: BlurPaddingMode = "reflect",
+    ) -> None:
+        super().__init__()
+        self.kernel_size = kernel_size
+        self.stride = stride
+        self.padding = padding
+        self.filter = filter
+        self.padding_mode = padding_mode
+
+    def _make_window(self) -> Window:
+        return blur_window(self.rank, *(getattr(self, argument) for argument in self._arguments))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return blur_pool(x, self._window)
+
+    def extra_repr(self) -> str:
+        return (
+            f"kernel_size={self.kernel_size}, stride={self.stride}, padding={self.padding!r}, "
+            f"filter={self.filter!r}, padding_mode={self.padding_mode!r}"
+        )
+
+
+class BlurPool1d(_BlurPool):
+    """A strided blur of signals: `BlurPool2d` with one spatial axis.
+
+    Shape: (N, C, L) or (C, L).
+    """
+
+    rank = 1
+
+
+class BlurPool2d(_BlurPool):
+    """A strided blur of every channel alike: decimation without aliasing.
+
+    Args:
+        kernel_size: the number of taps, an integer or one an axis.
+        stride: an integer or one an axis.
+        padding: "same", (kernel_size - 1)//2 before and the rest after, for outputs of floor((H - 1)/stride) + 1; or an integer (or
+            one an axis) on both sides, for floor((H + 2 padding - kernel_size)/stride) + 1.
+        filter: "binomial", a window that scipy.signal.get_window knows, 1-d taps (as given), or one of these an axis.
+        padding_mode: "reflect", "replicate" or "zeros".
+        channels, device, dtype: taken and ignored, so that the class serves as timm's `aa_layer`. The blur has no parameters
+            and needs no channel count.
+
+    Shape: (N, C, H, W) or (C, H, W); float16, bfloat16, float32, float64. The output keeps the input's dtype and memory format.
+
+    Raises:
+        ValueError, TypeError: for an argument or an input that is not allowed; the message names it and what is.
+
+    Source: Zhang, "Making Convolutional Networks Shift-Invariant Again" (2019).
+    """
+
+    rank = 2
+
+    def __init__(
+        self,
+        kernel_size: Size = 3,
+        stride: Size = 2,
+        padding: str | Size = "same",
+        *,
+        filter: Any = "binomial",
+        padding_mode: BlurPaddingMode = "reflect",
+        channels: Any = None,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(kernel_size, stride, padding, filter=filter, padding_mode=padding_mode)
+
+
+class BlurPool3d(_BlurPool):
+    """A strided blur of volumes: `BlurPool2d` with three spatial axes.
+
+    Shape: (N, C, D, H, W) or (C, D, H, W).
+    """
+
+    rank = 3
+
+
+class BlurLayer(_BlurPool):
+    """The book chapter's blur: `BlurPool{D}d(kernel_size, stride)`, padded "same" by reflection.
+
+    Two corrections to the listing: its taps lost the last one, and it read its padding off the wrong dimension.
+
+    Args:
+        kernel_size: the number of taps.
+        stride: the decimation.
+        D: the number of spatial axes, 1, 2 or 3.
+    """
+
+    def __init__(self, kernel_size: Size = 5, stride: Size = 2, D: int = 2) -> None:
+        if D not in (1, 2, 3):
+            raise ValueError(f"D must be 1, 2 or 3, got {D!r}")
+        self.rank = D
+        super().__init__(kernel_size, stride)
