@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -27,18 +28,32 @@ def blur_pool(x: Tensor, window: Window) -> Tensor:
         return blur_pool(x.unsqueeze(2), as_image(window)).squeeze(2)
     with outside_autocast(x):
         wide = _extend(x, window).to(torch.float64 if x.dtype == torch.float64 else torch.float32)
-        blur = _convolve if prefers_library_calls(x) else _sum_slices
+        blur = _convolve if prefers_convolution(x) else _sum_slices
         return _in_format_of(x, blur(wide, window).to(x.dtype))
 
 
-def prefers_library_calls(x: Tensor) -> bool:
-    """Whether one library call beats the elementwise operations that it stands for: the rule of all references.
+def prefers_convolution(x: Tensor) -> bool:
+    """Whether the blur is a grouped convolution, or else strided slices: whichever is faster.
 
-    Eager elementwise operations each pass over memory, while a compiler fuses them and cannot look into a call. An
-    exported graph runs anywhere, in large nodes that every runtime knows. Other devices than the CPU may take
-    convolutions in TF32, which is no float32 sum.
+    Slices are for a compiler to fuse, and only forwards: their backward writes an image of zeros for each tap. Other
+    devices than the CPU may take convolutions in TF32, which is no float32 sum.
     """
-    return x.device.type == "cpu" and (torch.compiler.is_exporting() or not torch.compiler.is_compiling())
+    return x.device.type == "cpu" and (not is_compiled() or is_differentiated(x))
+
+
+def is_compiled() -> bool:
+    """Whether a compiler will fuse what is traced. An exported graph stays as it is, for any runtime."""
+    return torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+
+
+def is_differentiated(x: Tensor) -> bool:
+    """Whether someone may ask for a derivative of what is computed from x, in any mode of differentiation."""
+    return torch.compiler.is_exporting() or is_transformed() or (x.requires_grad and torch.is_grad_enabled())
+
+
+def is_transformed() -> bool:
+    """Whether torch.func or forward-mode differentiation is under way."""
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
 def _in_format_of(x: Tensor, y: Tensor) -> Tensor:
@@ -74,26 +89,37 @@ def _extend(x: Tensor, window: Window) -> Tensor:
         return x
     if window.padding_mode == "zeros":
         return F.pad(x, amounts)
-    if window.padding_mode == "replicate":
-        return F.pad(x, amounts, mode="replicate")
-    if all(max(pads) < size for pads, size in zip(zip(window.lead, window.trail), x.shape[2:])):
-        return F.pad(x, amounts, mode="reflect")
-    for axis in range(window.rank):
-        x = _bounce(x, axis - window.rank, window.lead[axis], window.trail[axis])
+    extend = _reflect if window.padding_mode == "reflect" else _replicate
+    return extend(x, window.lead, window.trail)
+
+
+def _replicate(x: Tensor, lead: Sequence[int], trail: Sequence[int]) -> Tensor:
+    """x with its ends repeated. Inductor assumes a wrong layout of the gradient of F.pad(mode="replicate")."""
+    for dim, before, after in zip(range(2, x.ndim), lead, trail):
+        ends = x.narrow(dim, 0, 1), x.narrow(dim, x.shape[dim] - 1, 1)
+        first, last = (end.repeat_interleave(n, dim) for end, n in zip(ends, (before, after)))
+        x = torch.cat([first, x, last], dim) if before or after else x
     return x
 
 
-def pad_amounts(before: tuple[int, ...], after: tuple[int, ...]) -> list[int]:
+def _reflect(x: Tensor, lead: Sequence[int], trail: Sequence[int]) -> Tensor:
+    """x between mirrors. F.pad looks into each once; what it adds is there for the next look."""
+    single = [size == 1 for size in x.shape[2:]]
+    if any(single):
+        # One element sees nothing but itself.
+        ones = [[n if alone else 0 for n, alone in zip(pads, single)] for pads in (lead, trail)]
+        lead, trail = ([n - m for n, m in zip(pads, done)] for pads, done in zip((lead, trail), ones))
+        x = _replicate(x, *ones)
+    while any(lead) or any(trail):
+        near, far = ([min(n, size - 1) for n, size in zip(pads, x.shape[2:])] for pads in (lead, trail))
+        x = F.pad(x, pad_amounts(near, far), mode="reflect")
+        lead, trail = ([n - m for n, m in zip(pads, done)] for pads, done in ((lead, near), (trail, far)))
+    return x
+
+
+def pad_amounts(before: Sequence[int], after: Sequence[int]) -> list[int]:
     """F.pad's argument: pairs, the last axis first."""
     return [amount for pair in zip(reversed(before), reversed(after)) for amount in pair]
-
-
-def _bounce(x: Tensor, dim: int, lead: int, trail: int) -> Tensor:
-    """x with a mirror at both ends of one axis, which F.pad cannot look into more than once."""
-    last = x.shape[dim] - 1
-    position = torch.arange(-lead, last + 1 + trail, device=x.device)
-    folded = position % (2 * last) if last > 0 else torch.zeros_like(position)
-    return x[(..., torch.minimum(folded, 2 * last - folded), *(slice(None),) * (-1 - dim))]
 
 
 def _convolve(x: Tensor, window: Window) -> Tensor:

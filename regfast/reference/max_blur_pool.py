@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..geometry import Window, map_limits, output_size
-from .blur_pool import as_image, blur_pool, outside_autocast, pad_amounts, prefers_library_calls
+from ..layout import is_channels_last
+from .blur_pool import as_image, blur_pool, is_compiled, is_differentiated, is_transformed, outside_autocast, pad_amounts
 
 def max_blur_pool(x: Tensor, window: Window) -> Tensor:
     """Anti-aliased max pooling of x, (N, C, *spatial), to nn.MaxPool2d's output size.
@@ -68,55 +69,120 @@ def _maxima(x: Tensor, window: Window, before: tuple[int, ...], after: tuple[int
     """The maximum of every window that fits in x extended by `before` and `after` positions that never win."""
     if not window.takes_max:
         return x
-    max_pool = F.max_pool2d if window.rank == 2 else F.max_pool3d
-    differentiated = _is_differentiated(x)
     undilated = all(d == 1 for d in window.dilation)
-    if prefers_library_calls(x):
-        if differentiated and before == after and all(2 * p <= k for p, k in zip(before, window.kernel_size)):
+    if prefers_max_pool(x):
+        max_pool = F.max_pool2d if window.rank == 2 else F.max_pool3d
+        if before == after and all(2 * p <= k for p, k in zip(before, window.kernel_size)):
             return max_pool(x, window.kernel_size, 1, before, window.dilation)
         if undilated:
-            # Each window holds the element that its positions outside would repeat: they change no maximum.
-            x = _pad(x, before, after, mode="replicate")
-            before = (0,) * window.rank
-            if differentiated:
-                return max_pool(x, window.kernel_size, 1)
-            return _slide(x, window, before, differentiated)
-    return _slide(_pad(x, before, after, value=float("-inf")), window, before, differentiated)
+            return max_pool(_repeat_ends(x, before, after), window.kernel_size, 1)
+    if not is_differentiated(x):
+        # Eager F.pad is faster at repeating the ends than at filling with a constant, and a compiler is slower at it.
+        pad = _repeat_ends if undilated and not is_compiled() else _pad_lowest
+        return _slide(pad(x, before, after), window)
+    if undilated and is_compiled() and not is_transformed():
+        return _CompiledMaxima.apply(x, window, before, after)
+    return _slide(_pad_lowest(x, before, after), window, before)
 
 
-def _is_differentiated(x: Tensor) -> bool:
-    """Whether someone may ask for a derivative of what is computed from x, in any mode of differentiation."""
-    if torch.compiler.is_exporting() or torch._C._are_functorch_transforms_active():
-        return True
-    return (x.requires_grad and torch.is_grad_enabled()) or torch.autograd.forward_ad._current_level >= 0
+def prefers_max_pool(x: Tensor) -> bool:
+    """Whether the maxima are PyTorch's max pooling, or else shifted slices: whichever is faster.
+
+    A compiler fuses slices. Without one they win where no arg-max is needed, but for channels-last images, for which
+    max pooling is vectorised.
+    """
+    return x.device.type == "cpu" and not is_compiled() and (is_differentiated(x) or is_channels_last(x))
 
 
-def _pad(x: Tensor, before: tuple[int, ...], after: tuple[int, ...], **border: Any) -> Tensor:
+def _repeat_ends(x: Tensor, before: tuple[int, ...], after: tuple[int, ...]) -> Tensor:
+    """x extended such that no maximum changes: a window without holes holds whatever its positions outside repeat."""
     amounts = pad_amounts(before, after)
-    return F.pad(x, amounts, **border) if any(amounts) else x
+    return F.pad(x, amounts, mode="replicate") if any(amounts) else x
 
 
-def _slide(x: Tensor, window: Window, before: tuple[int, ...], differentiated: bool) -> Tensor:
-    """The maxima of all windows in x, of which the first `before` positions of each axis are padding.
+def _pad_lowest(x: Tensor, before: tuple[int, ...], after: tuple[int, ...]) -> Tensor:
+    amounts = pad_amounts(before, after)
+    return F.pad(x, amounts, value=float("-inf")) if any(amounts) else x
+
+
+def _slide(x: Tensor, window: Window, before: tuple[int, ...] | None = None) -> Tensor:
+    """The maxima of all windows in x; differentiable if told how many positions `before` the image are padding.
 
     Axis by axis, the innermost first, which finds the first maximum in row-major order.
     """
     for axis in reversed(range(window.rank)):
-        dim, step = axis - window.rank, window.dilation[axis]
-        windows = x.shape[dim] - window.reach(axis) + 1
-        best = x.narrow(dim, 0, windows)
-        for offset in range(step, window.reach(axis), step):
-            value = x.narrow(dim, offset, windows)
-            if not differentiated:
+        samples = _samples(x, window, axis)
+        best = samples[0]
+        for i, value in enumerate(samples[1:], start=1):
+            if before is None:
                 best = torch.maximum(best, value)
-                continue
-            # Unlike torch.maximum, whose gradient is shared among equals; `value != value` is a NaN.
-            wins = (value > best) | (value != value)
-            padded = before[axis] + step - offset
-            if padded > 0:
-                # All earlier samples of these windows were padding, to which no gradient may go.
-                first = torch.arange(windows, device=x.device) < padded
-                wins = wins | first.view(-1, *(1,) * (window.rank - 1 - axis))
-            best = torch.where(wins, value, best)
+            else:
+                # No gradient may go to padding: it is replaced even by an equal.
+                padding_until = before[axis] - (i - 1) * window.dilation[axis]
+                best = torch.where(_wins(value, best) | (_positions(x, window, axis) < padding_until), value, best)
         x = best
     return x
+
+
+def _samples(x: Tensor, window: Window, axis: int) -> list[Tensor]:
+    """What the windows along one axis hold: their first samples, their second, and so on."""
+    dim, step = axis - window.rank, window.dilation[axis]
+    windows = x.shape[dim] - window.reach(axis) + 1
+    return [x.narrow(dim, i * step, windows) for i in range(window.kernel_size[axis])]
+
+
+def _positions(x: Tensor, window: Window, axis: int) -> Tensor:
+    """The windows along one axis, counted."""
+    windows = x.shape[axis - window.rank] - window.reach(axis) + 1
+    return torch.arange(windows, device=x.device).view(-1, *(1,) * (window.rank - 1 - axis))
+
+
+def _wins(value: Tensor, best: Tensor) -> Tensor:
+    """PyTorch's rule; torch.maximum would share its gradient among equals. Compilers vectorise `!=`, and not isnan."""
+    return (value > best) | (value != value)
+
+
+class _CompiledMaxima(torch.autograd.Function):
+    """`_maxima` of undilated windows with a backward that a compiler fuses: each element gathers from its windows.
+
+    Autograd's own backward of slices would have it write one image a slice.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, window: Window, before: tuple[int, ...], after: tuple[int, ...]) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.window, ctx.before, ctx.after = window, before, after
+        return _slide(_pad_lowest(x, before, after), window)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (x,) = ctx.saved_tensors
+        # With all windows that touch the image, every element has as many.
+        rest = [[k - 1 - p for k, p in zip(ctx.window.kernel_size, pads)] for pads in (ctx.before, ctx.after)]
+        amounts = pad_amounts(*rest)
+        grad = F.pad(grad, amounts) if any(amounts) else grad
+        return _gather(x, grad, ctx.window, ctx.window.rank - 1), None, None, None
+
+
+def _gather(x: Tensor, grad: Tensor, window: Window, axis: int) -> Tensor:
+    """The gradient of x, given that of the maxima along `axis` and all axes before it."""
+    if axis < 0:
+        return grad
+    dim, size, last = axis - window.rank, x.shape[axis - window.rank], window.kernel_size[axis] - 1
+    reach = tuple(last if a == axis else 0 for a in range(window.rank))
+    # Clamped reads, which a compiler shares among samples; a masked read is repeated wherever it is used.
+    x = _repeat_ends(x, reach, reach)
+    position = _positions(x, window, axis)
+    best, *values = _samples(x, window, axis)
+    wins = []
+    for i, value in enumerate(values, start=1):
+        wins.append((_wins(value, best) | (position <= last - i)) & (position < size + last - i))
+        best = torch.where(wins[-1], value, best)
+    grad = _gather(best, grad, window, axis - 1)
+    total = None
+    for i in range(last, -1, -1):
+        share = torch.where(wins[i - 1], grad, 0) if i else grad
+        share = share.narrow(dim, last - i, size)
+        total = share if total is None else total + share
+        grad = torch.where(wins[i - 1], 0, grad) if i else grad
+    return total

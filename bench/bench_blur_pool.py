@@ -1,0 +1,7 @@
+"""blur_pool against its peers: `pytest bench/bench_blur_pool.py`, or `make bench ARGS="--only blur_pool"` for a table and a plot."""
+
+OPERATION = "blur_pool"
+
+
+def test_blur_pool(contest):
+    contest()

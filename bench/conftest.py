@@ -1,0 +1,106 @@
+"""pytest-benchmark's side: the cases as parameters, and each contestant's rounds of an interleaved pass played back to it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import pytest
+import torch
+from contestants import DIRECTIONS, DTYPES, FORMATS, OPERATIONS, Case
+from measure import measure
+
+
+def some_of(allowed: tuple[str, ...]) -> Callable[[str], list[str]]:
+    """An option's type: names of `allowed`, separated by commas."""
+
+    def parse(text: str) -> list[str]:
+        names = text.split(",")
+        if not set(names) <= set(allowed):
+            raise ValueError(text)
+        return names
+
+    parse.__name__ = f"choice of {','.join(allowed)}"
+    return parse
+
+
+def shapes(text: str) -> list[tuple[int, ...]]:
+    return [tuple(map(int, shape.split("x"))) for shape in text.split(",")]
+
+
+def add_options(add: Callable[..., object]) -> None:
+    """The options that pytest and run.py share: both know argparse's arguments."""
+    add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    add("--quick", action="store_true", help="a tenth of the rounds, and only the first shape and arguments of each operation")
+    add("--dtypes", type=some_of(DTYPES), help="default: float32 on the CPU, bfloat16,float32 on CUDA")
+    add("--formats", type=some_of(tuple(FORMATS)), default=list(FORMATS), help="default: NCHW,NHWC")
+    add("--directions", type=some_of(DIRECTIONS), help="default: forward,forward+backward on the CPU, backward too on CUDA")
+    add("--shapes", type=shapes, help="instead of each operation's own, for example 8x64x112x112,8x256x28x28")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    add_options(parser.getgroup("regfast").addoption)
+
+
+def cases(operation: str, config: pytest.Config) -> list[Case]:
+    row, cpu, quick = OPERATIONS[operation], config.getoption("device") == "cpu", config.getoption("quick")
+    least = 1 if quick or cpu else None
+    return [
+        Case(operation, *choice)
+        for choice in itertools.product(
+            row.arguments[:least],
+            config.getoption("shapes") or row.shapes[config.getoption("device")][:least],
+            config.getoption("formats"),
+            config.getoption("dtypes") or (["float32"] if cpu else ["bfloat16", "float32"]),
+            config.getoption("directions") or [way for way in DIRECTIONS if not cpu or way != "backward"],
+        )
+    ]
+
+
+class Tape:
+    """A clock that moves only when it is told to, so that pytest-benchmark reads off it times that were taken before."""
+
+    now = 0.0
+
+    def read(self) -> float:
+        return self.now
+
+    def advance(self, seconds: float) -> None:
+        self.now += seconds
+
+
+TAPE = Tape()
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "contestant" in metafunc.fixturenames:
+        operation = metafunc.module.OPERATION
+        params = [
+            pytest.param(case, name, id=f"{case}-{name}", marks=pytest.mark.benchmark(group=str(case), timer=TAPE.read))
+            for case in cases(operation, metafunc.config)
+            for name in OPERATIONS[operation].contestants
+        ]
+        metafunc.parametrize(("case", "contestant"), params)
+
+
+@pytest.fixture
+def contest(case: Case, contestant: str, request: pytest.FixtureRequest, record_property: Callable[..., None]) -> Callable[[], None]:
+    """Times the contestant together with those of its case that were selected too, and reports its own rounds."""
+
+    def run() -> None:
+        params = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
+        selected = tuple(chosen["contestant"] for chosen in params if chosen.get("case") == case)
+        device = torch.device(request.config.getoption("device"))
+        result = measure(case, selected, device, request.config.getoption("quick"))
+        row = result.row(contestant)
+        record_property("row", row)
+        if row["absent"]:
+            pytest.skip(f"{contestant}: {row['absent']}")
+        if row["error"]:
+            pytest.fail(f"{contestant}: {row['error']}", pytrace=False)
+        benchmark = request.getfixturevalue("benchmark")
+        benchmark.extra_info.update((key, row.get(key)) for key in ("ratio", "bytes", "gb_per_s", "copy_gb_per_s", "of_copy"))
+        rounds = iter(result.seconds[contestant])
+        benchmark.pedantic(TAPE.advance, setup=lambda: ((next(rounds),), {}), rounds=row["rounds"])
+
+    return run

@@ -1,0 +1,75 @@
+"""An independent computation of the poolings, in float64, by SciPy and NumPy. It shares nothing with the library.
+
+Arrays are (N, C, *spatial) without NaN; arguments are one integer or one entry an axis. The output's size is PyTorch's own.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from scipy import ndimage
+
+_BORDER = {"partial": "edge", "replicate": "edge", "reflect": "reflect", "zeros": "constant"}
+
+
+def per_axis(value, rank):
+    return tuple(value) if isinstance(value, (tuple, list)) else (value,) * rank
+
+
+def max_pool_outputs(sizes, kernel_size, stride, padding, dilation, ceil_mode):
+    """nn.MaxPool1d/2d/3d's output sizes, or None where it refuses."""
+    pool = (torch.nn.MaxPool1d, torch.nn.MaxPool2d, torch.nn.MaxPool3d)[len(sizes) - 1]
+    try:
+        y = pool(kernel_size, stride, padding, dilation, ceil_mode=ceil_mode)(torch.empty(1, 1, *sizes, device="meta"))
+    except RuntimeError:
+        return None
+    return tuple(y.shape[2:])
+
+
+def max_blur_pool(x, kernel_size, stride, padding, dilation, ceil_mode, taps_per_axis, padding_mode, outputs=None):
+    """Every maximum that a window touching the image has, extended by the border mode, then correlated and decimated."""
+    rank = x.ndim - 2
+    k, s, p, d = (per_axis(value, rank) for value in (kernel_size, stride, padding, dilation))
+    if outputs is None:
+        outputs = max_pool_outputs(x.shape[2:], kernel_size, stride, padding, dilation, ceil_mode)
+    holes = [hole * (size - 1) for size, hole in zip(k, d)]
+    footprint = np.zeros([1, 1, *(h + 1 for h in holes)], bool)
+    footprint[(..., *(slice(None, None, hole) for hole in d))] = True
+    # An origin of minus half the size makes element c the first of its own window.
+    origin = [-(n // 2) for n in footprint.shape]
+    x = np.pad(x, [(0, 0), (0, 0), *((h, 0) for h in holes)], constant_values=-np.inf)
+    maxima = ndimage.maximum_filter(x, footprint=footprint, mode="constant", cval=-np.inf, origin=origin)
+    zeros_at = []
+    for axis, hole in enumerate(holes, start=2):
+        zero = hole - p[axis - 2]
+        if padding_mode != "partial":
+            positions = max(x.shape[axis] - hole + 2 * p[axis - 2] - hole, 1)
+            maxima = maxima.take(range(zero, zero + positions), axis)
+            zero = 0
+        zeros_at.append(zero)
+    leads = [(len(taps) - 1) // 2 for taps in taps_per_axis]
+    return _correlate(maxima, zeros_at, leads, s, taps_per_axis, padding_mode, outputs)
+
+
+def blur_pool(x, stride, padding, taps_per_axis, padding_mode):
+    """x extended by `padding` on both sides, or by half the taps if that is "same", then correlated and decimated."""
+    rank = x.ndim - 2
+    s = per_axis(stride, rank)
+    if padding == "same":
+        leads, total = [(len(taps) - 1) // 2 for taps in taps_per_axis], [len(taps) - 1 for taps in taps_per_axis]
+    else:
+        leads, total = per_axis(padding, rank), [2 * p for p in per_axis(padding, rank)]
+    outputs = [(n + t - len(taps)) // step + 1 for n, t, taps, step in zip(x.shape[2:], total, taps_per_axis, s)]
+    return _correlate(x, [0] * rank, leads, s, taps_per_axis, padding_mode, outputs)
+
+
+def _correlate(maxima, zeros_at, leads, strides, taps_per_axis, padding_mode, outputs):
+    """Correlate each axis from `lead` positions before its zero on, and keep every stride-th element."""
+    for axis, taps in enumerate(taps_per_axis, start=2):
+        lead, stride, count = leads[axis - 2], strides[axis - 2], outputs[axis - 2]
+        wide = lead + len(taps) + stride
+        maxima = np.pad(maxima, [(wide, wide) if a == axis else (0, 0) for a in range(maxima.ndim)], _BORDER[padding_mode])
+        first = wide + zeros_at[axis - 2] - lead
+        blurred = ndimage.correlate1d(maxima, np.asarray(taps), axis, mode="constant", origin=-(len(taps) // 2))
+        maxima = blurred.take(range(first, first + stride * count, stride), axis)
+    return maxima

@@ -1,0 +1,144 @@
+"""One table of sample inputs an operation: a new operation adds its entry, and has the whole contract suite.
+
+A sample is arguments and a shape. Grids are small because Triton's interpreter takes some 20 ms a program: the shapes are
+the smallest that still have an interior, a border and more than one block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import oracle
+import torch
+from regfast import functional, geometry
+from regfast.geometry import Window
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Sample:
+    shape: tuple[int, ...]
+    arguments: dict[str, Any] = field(default_factory=dict)
+    # What the sample is there for; samples without a group run in the slow half of the suite.
+    group: str = ""
+
+    @property
+    def rank(self) -> int:
+        return len(self.shape) - 2
+
+    def __str__(self) -> str:
+        arguments = ",".join(f"{name}={value}" for name, value in self.arguments.items())
+        return f"{'x'.join(map(str, self.shape))}-{arguments}".replace(" ", "")
+
+    def input(self, dtype: torch.dtype = torch.float32, device: str = "cpu", channels_last: bool = False) -> Tensor:
+        """Fresh random data as a ReLU leaves it: half of it zeros, so that ties are everywhere."""
+        x = torch.randn(self.shape, dtype=torch.float32).relu().to(device=device, dtype=dtype)
+        return as_format(x, channels_last)
+
+
+def as_format(x: Tensor, channels_last: bool) -> Tensor:
+    if not channels_last:
+        return x.contiguous()
+    return x.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+@dataclass(frozen=True)
+class Operation:
+    """What the suite needs of an operation on one tensor of images."""
+
+    name: str
+    function: Callable[..., Tensor]
+    window: Callable[[Sample], Window]
+    oracle: Callable[..., Any]
+    samples: list[Sample]
+
+    def __str__(self) -> str:
+        return self.name
+
+    def __call__(self, x: Tensor, sample: Sample) -> Tensor:
+        return self.function(x, sample.rank, **sample.arguments)
+
+    def group(self, name: str) -> list[Sample]:
+        return [sample for sample in self.samples if name in sample.group.split()]
+
+
+def pool(x: Tensor, rank: int, **arguments: Any) -> Tensor:
+    return getattr(functional, f"max_blur_pool{rank}d")(x, **arguments)
+
+
+def blur(x: Tensor, rank: int, **arguments: Any) -> Tensor:
+    return getattr(functional, f"blur_pool{rank}d")(x, **arguments)
+
+
+def pool_window(sample: Sample) -> Window:
+    defaults = dict(
+        kernel_size=2, stride=None, padding=0, dilation=1, return_indices=False, ceil_mode=False,
+        ratio=1.7, blur_size=None, filter="binomial", padding_mode="partial",
+    )  # fmt: skip
+    return geometry.max_blur_window(sample.rank, **{**defaults, **sample.arguments})
+
+
+def blur_window(sample: Sample) -> Window:
+    defaults = dict(kernel_size=3, stride=2, padding="same", filter="binomial", padding_mode="reflect")
+    return geometry.blur_window(sample.rank, **{**defaults, **sample.arguments})
+
+
+def pool_oracle(x: Any, sample: Sample) -> Any:
+    w = pool_window(sample)
+    return oracle.max_blur_pool(x, w.kernel_size, w.stride, w.padding, w.dilation, w.ceil_mode, w.taps, w.padding_mode)
+
+
+def blur_oracle(x: Any, sample: Sample) -> Any:
+    w = blur_window(sample)
+    return oracle.blur_pool(x, w.stride, sample.arguments.get("padding", "same"), w.taps, w.padding_mode)
+
+
+# core: forward, backward and tangent in the core suite. main: every dtype, format, layout and transform as well.
+POOL = [
+    Sample((2, 3, 9, 10), {}, "core main"),
+    Sample((2, 3, 8, 7), {"kernel_size": 3, "stride": 2, "padding": 1}, "core"),
+    Sample((1, 2, 11, 9), {"kernel_size": (2, 3), "stride": (3, 1), "padding": (0, 1), "dilation": (2, 3)}, "core"),
+    Sample((1, 2, 7, 8), {"kernel_size": 3, "stride": 2, "padding": 1, "ceil_mode": True, "blur_size": 6}, "core"),
+    Sample((1, 2, 6, 5), {"kernel_size": 2, "padding_mode": "reflect", "filter": (0.5, -0.25, 1.0, 0.125)}, "core"),
+    Sample((1, 2, 7, 6), {"kernel_size": 3, "stride": 3, "padding": 1, "padding_mode": "replicate"}, "core"),
+    Sample((1, 2, 7, 6), {"kernel_size": 3, "stride": 2, "padding": 1, "padding_mode": "zeros", "filter": "hamming"}, "core"),
+    Sample((2, 2, 11), {"kernel_size": 3, "stride": 2}, "core main"),
+    Sample((1, 2, 5, 4, 6), {"kernel_size": 2}, "core main"),
+    Sample((1, 1, 1, 1), {"kernel_size": 2, "padding": 1, "dilation": 2}, "core"),
+    Sample((1, 2, 6, 6), {"kernel_size": 3, "stride": 1, "padding": 1}, "core"),
+    Sample((1, 2, 3, 2), {"padding": 1, "dilation": 3, "ceil_mode": True, "blur_size": 7, "padding_mode": "reflect"}, "core"),
+    Sample((1, 2, 3, 2), {"padding": 1, "dilation": 3, "ceil_mode": True, "blur_size": 7}),
+    Sample((1, 2, 3, 3), {"blur_size": 9, "padding_mode": "replicate"}),
+    Sample((1, 2, 3, 3), {"blur_size": 9, "padding_mode": "zeros"}),
+    Sample((1, 1, 2, 40), {"stride": (1, 2)}),
+    Sample((1, 40, 5, 5), {}),
+    Sample((1, 2, 8, 8), {"kernel_size": 1, "stride": 3, "blur_size": 2}),
+    Sample((1, 2, 8, 8), {"kernel_size": 2, "stride": 3, "blur_size": 1}),
+    Sample((1, 2, 9, 9), {"kernel_size": 5, "stride": 4, "padding": 2}),
+    Sample((1, 1, 5, 6, 4), {"kernel_size": 2, "stride": (1, 2, 2), "ceil_mode": True, "padding_mode": "reflect"}),
+    Sample((1, 1, 5, 5, 5), {"kernel_size": (1, 3, 2), "stride": 2, "padding": (0, 1, 1), "padding_mode": "zeros"}),
+    Sample((1, 1, 4, 5, 6), {"kernel_size": 2, "padding_mode": "replicate", "blur_size": (3, 2, 5)}),
+    Sample((1, 2, 13), {"kernel_size": 2, "stride": 3, "dilation": 4, "padding": 1, "padding_mode": "reflect"}),
+    Sample((2, 2, 9), {"kernel_size": 4, "padding": 2, "ceil_mode": True}),
+    Sample((1, 2, 1, 8), {"kernel_size": (1, 2)}),
+]
+BLUR = [
+    Sample((2, 3, 9, 10), {}, "core main"),
+    Sample((1, 2, 8, 8), {"kernel_size": 4, "stride": 3, "padding_mode": "replicate"}, "core"),
+    Sample((1, 2, 8, 8), {"kernel_size": 5, "padding": (2, 1), "padding_mode": "zeros"}, "core"),
+    Sample((2, 2, 11), {"kernel_size": 5}, "core main"),
+    Sample((1, 2, 5, 4, 6), {}, "core main"),
+    Sample((1, 2, 3, 1), {"kernel_size": 7, "stride": 1}, "core"),
+    Sample((1, 2, 2, 3), {"kernel_size": 5, "padding": 7}),
+    Sample((1, 2, 8, 7), {"kernel_size": 1, "stride": 2}),
+    Sample((1, 2, 8, 7), {"kernel_size": (3, 2), "stride": (1, 4), "filter": ((1.0, 0.0, -1.0), "boxcar")}),
+    Sample((1, 1, 5, 4, 6), {"kernel_size": 4, "stride": (2, 1, 3), "padding_mode": "replicate"}),
+    Sample((1, 1, 4, 4, 4), {"kernel_size": 3, "padding": 0, "padding_mode": "zeros"}),
+    Sample((1, 2, 12), {"kernel_size": 2, "stride": 5, "padding": 3, "padding_mode": "replicate"}),
+]
+OPERATIONS = [
+    Operation("max_blur_pool", pool, pool_window, pool_oracle, POOL),
+    Operation("blur_pool", blur, blur_window, blur_oracle, BLUR),
+]

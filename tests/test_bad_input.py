@@ -1,0 +1,104 @@
+"""Bad input raises ValueError or TypeError, before anything is written, with a message that names the value and what is allowed."""
+
+from __future__ import annotations
+
+import pytest
+import regfast
+import torch
+from regfast import functional as F
+
+IMAGE = torch.randn(1, 2, 8, 8)
+POOL, BLUR = regfast.MaxPool2dAA, regfast.BlurPool2d
+
+# What is called, the error, and what its message says: the value, and what is allowed.
+ARGUMENTS = [
+    (lambda: POOL(0), ValueError, ["kernel_size", "0", "at least 1"]),
+    (lambda: POOL(2.5), TypeError, ["kernel_size", "2.5", "integer"]),
+    (lambda: POOL(True), TypeError, ["kernel_size", "True", "integer"]),
+    (lambda: POOL("2"), TypeError, ["kernel_size", "'2'", "integer"]),
+    (lambda: POOL((2, 2, 2)), ValueError, ["kernel_size", "(2, 2, 2)", "2"]),
+    (lambda: POOL(2, 1.7), TypeError, ["1.7", "ratio="]),
+    (lambda: POOL(2, 0), ValueError, ["stride", "0", "at least 1"]),
+    (lambda: POOL(2, padding=-1), ValueError, ["padding", "-1", "at least 0"]),
+    (lambda: POOL(3, padding=2), ValueError, ["padding", "2", "half", "kernel_size=3"]),
+    (lambda: POOL(2, dilation=0), ValueError, ["dilation", "0", "at least 1"]),
+    (lambda: POOL(2, return_indices=True), ValueError, ["return_indices", "False", "weighted sum"]),
+    (lambda: POOL(2, ceil_mode=1), TypeError, ["ceil_mode", "1", "True or False"]),
+    (lambda: POOL(2, ratio=0), ValueError, ["ratio", "0", "positive"]),
+    (lambda: POOL(2, ratio=float("nan")), ValueError, ["ratio", "nan", "finite"]),
+    (lambda: POOL(2, ratio="big"), TypeError, ["ratio", "'big'", "number"]),
+    (lambda: POOL(2, ratio=(1, 2, 3)), ValueError, ["ratio", "(1, 2, 3)", "2"]),
+    (lambda: POOL(2, blur_size=0), ValueError, ["blur_size", "0", "at least 1"]),
+    (lambda: POOL(2, filter="sinc7"), ValueError, ["filter", "'sinc7'", "binomial", "get_window"]),
+    (lambda: POOL(2, filter=[]), TypeError, ["filter", "[]", "taps"]),
+    (lambda: POOL(2, filter=[1.0, float("inf")]), ValueError, ["taps", "inf", "finite"]),
+    (lambda: POOL(2, filter=["binomial"] * 3), ValueError, ["filter", "binomial", "2"]),
+    (lambda: POOL(2, filter=[1, 2, 1], blur_size=5), ValueError, ["[1, 2, 1]", "3", "5"]),
+    (lambda: POOL(2, filter=3), TypeError, ["filter", "3", "name"]),
+    (lambda: POOL(2, padding_mode="circular"), ValueError, ["padding_mode", "'circular'", "'partial'", "'zeros'"]),
+    (lambda: BLUR(0), ValueError, ["kernel_size", "0", "at least 1"]),
+    (lambda: BLUR(3, padding="valid"), ValueError, ["padding", "'valid'", "'same'"]),
+    (lambda: BLUR(3, padding=-1), ValueError, ["padding", "-1", "at least 0"]),
+    (lambda: BLUR(3, padding_mode="partial"), ValueError, ["padding_mode", "'partial'", "'reflect'", "'zeros'"]),
+    (lambda: BLUR(3, filter=[1, 4, 6, 4, 1]), ValueError, ["5", "3"]),
+    (lambda: regfast.BlurLayer(D=4), ValueError, ["D", "4", "1, 2 or 3"]),
+    (lambda: regfast.filters.binomial(0), ValueError, ["size", "0", "at least 1"]),
+    (lambda: regfast.filters.binomial(2.0), TypeError, ["size", "2.0", "integer"]),
+    (lambda: regfast.backend("cuda").__enter__(), ValueError, ["'cuda'", "'auto'", "'reference'", "'triton'"]),
+]
+
+
+@pytest.mark.parametrize("call,error,words", ARGUMENTS, ids=[" ".join(words) for _, _, words in ARGUMENTS])
+def test_arguments(call, error, words):
+    with pytest.raises(error) as raised:
+        call()
+    assert all(word in str(raised.value) for word in words), str(raised.value)
+
+
+@pytest.mark.parametrize("path", ["reference", "triton"])
+@pytest.mark.parametrize("pool", [F.max_blur_pool2d, F.blur_pool2d])
+@pytest.mark.parametrize(
+    "x,error,words",
+    [
+        ([[1.0]], TypeError, ["list", "Tensor"]),
+        (IMAGE.int(), TypeError, ["torch.int32", "floating-point"]),
+        (IMAGE > 0, TypeError, ["torch.bool", "floating-point"]),
+        (IMAGE.to(torch.complex64), TypeError, ["torch.complex64", "floating-point"]),
+        (IMAGE[0, 0], ValueError, ["(8, 8)", "3-d or 4-d"]),
+        (IMAGE[None], ValueError, ["(1, 1, 2, 8, 8)", "3-d or 4-d"]),
+        (IMAGE[:, :0], ValueError, ["(1, 0, 8, 8)", "only the batch"]),
+        (IMAGE[..., :0], ValueError, ["(1, 2, 8, 0)", "only the batch"]),
+        (IMAGE[:0, :0], ValueError, ["(0, 0, 8, 8)", "only the batch"]),
+    ],
+    ids=lambda value: str(value.shape) if isinstance(value, torch.Tensor) else None,
+)
+def test_images(path, pool, x, error, words):
+    with regfast.backend(path), pytest.raises(error) as raised:
+        pool(x)
+    assert all(word in str(raised.value) for word in words), str(raised.value)
+
+
+@pytest.mark.parametrize("path", ["reference", "triton"])
+def test_an_image_too_small_for_the_window(path):
+    with regfast.backend(path):
+        with pytest.raises(ValueError, match=r"max_blur_pool2d.*\(0, 4\).*at least 1"):
+            F.max_blur_pool2d(IMAGE[..., :1, :])
+        with pytest.raises(ValueError, match=r"blur_pool2d.*\(0, 0\).*at least 1"):
+            F.blur_pool2d(IMAGE[..., :2, :2], 5, 1, 1)
+
+
+def test_triton_where_it_cannot_run_names_the_reason():
+    with regfast.backend("triton"):
+        with pytest.raises(RuntimeError, match="meta, not cuda"):
+            F.max_blur_pool2d(IMAGE.to("meta"))
+        with pytest.raises(RuntimeError, match="functorch"):
+            torch.func.grad(lambda x: F.max_blur_pool2d(x).sum())(IMAGE.cuda() if torch.cuda.is_available() else IMAGE)
+
+
+def test_a_backend_lasts_as_long_as_its_block():
+    from regfast.dispatch import _chosen
+
+    before = _chosen.backend
+    with pytest.raises(KeyError), regfast.backend("reference"):
+        raise KeyError
+    assert _chosen.backend == before

@@ -1,0 +1,327 @@
+"""The contract of every operation in samples.py.
+
+1. The reference is what SciPy computes, in float64.
+2. A kernel is the reference: forward, backward and tangent, ties, NaN and infinities included; in bfloat16 to one unit in the
+   last place. It writes every element, and the same bits each time.
+3. Any strides come in, and any gradient's; the input's memory format goes out.
+4. Both paths are differentiable twice and forwards, and traceable: opcheck, torch.compile without a graph break.
+
+A test of a kernel fails if none was launched.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from regfast.ops.schema import flatten
+from samples import OPERATIONS, Operation, Sample, as_format, pool
+from torch import Tensor
+
+# Sums of at most a few hundred products in an order of their own: some units in the last place of float32, float64.
+FLOAT32 = dict(rtol=1e-5, atol=1e-5)
+FLOAT64 = dict(rtol=1e-12, atol=1e-12)
+# One rounding to the dtype, after sums in float32 on both sides. The interpreter truncates to bfloat16, hence a whole unit.
+UNIT = {torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
+
+
+def pairs(group: str):
+    """Every operation with every sample of a group; "" gives the samples in no group, which are slow for their number."""
+    return pytest.mark.parametrize(
+        "operation,sample",
+        [
+            pytest.param(operation, sample, id=f"{operation}-{sample}")
+            for operation in OPERATIONS
+            for sample in (operation.group(group) if group else [s for s in operation.samples if not s.group])
+        ],
+    )
+
+
+def reference(operation: Operation, sample: Sample, x: Tensor) -> Tensor:
+    import regfast
+
+    with regfast.backend("reference"):
+        return operation(x, sample)
+
+
+def derivatives(operation: Operation, sample: Sample, x: Tensor, t: Tensor, grad: Tensor):
+    """The output, the gradient of x for `grad`, and the tangent in direction t."""
+    x = x.detach().requires_grad_()
+    y = operation(x, sample)
+    (dx,) = torch.autograd.grad(y, x, grad)
+    with torch.autograd.forward_ad.dual_level():
+        dual = operation(torch.autograd.forward_ad.make_dual(x.detach(), t), sample)
+        tangent = torch.autograd.forward_ad.unpack_dual(dual).tangent
+    return y.detach(), dx, tangent
+
+
+def check_against_reference(operation: Operation, sample: Sample, x: Tensor) -> None:
+    """The kernels' output, gradient and tangent against the reference's in float64, on the same data."""
+    exact = x.double()
+    t, grad = torch.randn_like(exact), torch.randn_like(reference(operation, sample, exact))
+    import regfast
+
+    with regfast.backend("reference"):
+        expected = derivatives(operation, sample, exact, t, grad)
+    found = derivatives(operation, sample, x, t.to(x.dtype), grad.to(x.dtype))
+    tolerance = FLOAT64 if x.dtype == torch.float64 else FLOAT32
+    for a, b in zip(found, expected):
+        assert a.dtype == x.dtype
+        torch.testing.assert_close(a.double(), b, equal_nan=True, **tolerance)
+
+
+@pytest.mark.parametrize(
+    "operation,sample", [pytest.param(o, s, id=f"{o}-{s}") for o in OPERATIONS for s in o.samples]
+)
+def test_the_reference_is_what_scipy_computes(operation, sample):
+    x = sample.input(torch.float64)
+    expected = torch.from_numpy(operation.oracle(x.numpy(), sample))
+    torch.testing.assert_close(reference(operation, sample, x), expected, **FLOAT64)
+
+
+@pairs("core")
+def test_kernels_agree_with_the_reference(operation, sample, device, kernels, poisoned):
+    check_against_reference(operation, sample, sample.input(device=device))
+
+
+@pytest.mark.slow
+@pairs("")
+def test_kernels_agree_with_the_reference_on_odd_samples(operation, sample, device, kernels, poisoned):
+    check_against_reference(operation, sample, sample.input(device=device))
+
+
+@pairs("main")
+def test_kernels_agree_with_the_reference_channels_last(operation, sample, device, kernels, poisoned):
+    check_against_reference(operation, sample, sample.input(device=device, channels_last=True))
+
+
+@pairs("main")
+def test_kernels_compute_float64_in_float64(operation, sample, device, kernels):
+    check_against_reference(operation, sample, sample.input(torch.float64, device))
+
+
+@pairs("main")
+@pytest.mark.parametrize("dtype", UNIT, ids=str)
+def test_kernels_round_half_precision_once(operation, sample, dtype, device, kernels):
+    x = sample.input(dtype, device)
+    wide = reference(operation, sample, x.float())
+    grad = torch.randn_like(wide).to(dtype)
+    x.requires_grad_()
+    y = operation(x, sample)
+    (dx,) = torch.autograd.grad(y, x, grad)
+    leaf = x.detach().float().requires_grad_()
+    (wide_dx,) = torch.autograd.grad(reference(operation, sample, leaf), leaf, grad.float())
+    for found, expected in ((y, wide), (dx, wide_dx)):
+        assert found.dtype == dtype
+        # atol: where positive and negative terms cancel, float32's own error of terms of order one remains.
+        torch.testing.assert_close(found.float(), expected, rtol=UNIT[dtype], atol=1e-6)
+
+
+SPECIAL = [s for s in OPERATIONS[0].group("core") if s.rank == 2 and max(s.shape) > 5]
+
+
+@pytest.mark.parametrize("sample", SPECIAL, ids=str)
+@pytest.mark.parametrize("value", [math.nan, -math.inf, math.inf], ids=str)
+def test_special_values_reach_the_same_outputs_and_the_same_inputs(sample, value, device, kernels):
+    """inf and NaN are strewn, and -inf fills a corner, so that whole windows are -inf: their first element takes the gradient."""
+    x = sample.input(device=device)
+    if value == -math.inf:
+        x[..., :4, :4] = value
+        x[..., -4:, -4:] = value
+    else:
+        x.view(-1)[torch.randperm(x.numel())[: x.numel() // 8]] = value
+    check_against_reference(OPERATIONS[0], sample, x)
+
+
+@pairs("main")
+def test_any_strides_in_and_the_memory_format_out(operation, sample, device, kernels):
+    wide = torch.randn(*sample.shape[:-1], 2 * sample.shape[-1], device=device)
+    plain = torch.randn(sample.shape, device=device)
+    inputs = {
+        "sliced": wide[..., ::2],
+        "expanded batch": plain[:1].expand(sample.shape),
+        "expanded channels": plain[:, :1].expand(sample.shape),
+        "transposed": plain.transpose(-1, -2).contiguous().transpose(-1, -2),
+        "channels last": as_format(plain, True),
+        "channels last, sliced": as_format(wide, True)[..., ::2],
+    }
+    for name, x in inputs.items():
+        leaf = x.detach().requires_grad_()
+        y = operation(leaf, sample)
+        expected = reference(operation, sample, x.contiguous())
+        torch.testing.assert_close(y, expected, msg=lambda m, n=name: f"{n}: {m}", **FLOAT32)
+        assert y.stride() == reference(operation, sample, x).stride(), name
+        # .sum() sends back a gradient of stride 0.
+        (dx,) = torch.autograd.grad(y.sum(), leaf)
+        other = x.contiguous().requires_grad_()
+        (expected_dx,) = torch.autograd.grad(reference(operation, sample, other).sum(), other)
+        torch.testing.assert_close(dx, expected_dx, msg=lambda m, n=name: f"{n}: {m}", **FLOAT32)
+
+
+@pairs("main")
+def test_two_backward_runs_give_the_same_bits(operation, sample, device, kernels):
+    x = sample.input(torch.float16, device).requires_grad_()
+    grad = torch.randn_like(operation(x, sample))
+    first, second = (torch.autograd.grad(operation(x, sample), x, grad)[0] for _ in range(2))
+    assert torch.equal(first, second)
+
+
+@pairs("main")
+@pytest.mark.parametrize("path", ["reference", "triton"])
+def test_gradients_by_finite_differences(operation, sample, path, device, request):
+    """First and second order, reverse and forward. Without ties: a step of finite differences would cross them."""
+    if path == "triton":
+        request.getfixturevalue("kernels")
+    shape = (1, 1, *(min(size, 5) for size in sample.shape[2:]))
+    x = torch.randperm(math.prod(shape), device=device).double().view(shape).div_(7).requires_grad_()
+
+    def function(x):
+        return operation(x, sample) if path == "triton" else reference(operation, sample, x)
+
+    # The interpreter runs a kernel for every direction: random directions in place of all of them.
+    assert torch.autograd.gradcheck(function, (x,), fast_mode=True, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(function, (x,), fast_mode=True, check_fwd_over_rev=True, check_rev_over_rev=True)
+
+
+@pairs("main")
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+def test_the_ops_pass_opcheck(operation, sample, channels_last, device, kernels):
+    x = sample.input(device=device, channels_last=channels_last)
+    y = operation(x, sample)
+    window = flatten(operation.window(sample))
+    ops = torch.ops.regfast
+    calls = {
+        "max_blur_pool": [
+            (ops.max_blur_pool.default, (x, *window)),
+            (ops.max_blur_pool_backward.default, (y, x, *window)),
+            (ops.max_blur_pool_tangent.default, (x, x, *window)),
+        ],
+        "blur_pool": [
+            (ops.blur_pool.default, (x, *window)),
+            (ops.blur_pool_backward.default, (y, list(x.shape), channels_last, *window)),
+        ],
+    }
+    for op, arguments in calls[operation.name]:
+        torch.library.opcheck(op, arguments)
+
+
+@pairs("main")
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_kernels_compile_without_a_graph_break(operation, sample, dynamic, device, kernels):
+    """Forward and backward, at two sizes. aot_eager traces as Inductor does, and runs the ops it finds as they are."""
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: operation(x, sample), fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for grow in (0, 2):
+        shape = (*sample.shape[:2], *(size + grow for size in sample.shape[2:]))
+        x = torch.randn(shape, device=device, requires_grad=True)
+        y = compiled(x)
+        grad = torch.randn_like(y)
+        (dx,) = torch.autograd.grad(y, x, grad)
+        expected = reference(operation, sample, x)
+        torch.testing.assert_close(y, expected, **FLOAT32)
+        torch.testing.assert_close(dx, torch.autograd.grad(expected, x, grad)[0], **FLOAT32)
+
+
+@pytest.mark.slow
+@pairs("core")
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_the_reference_compiles_without_a_graph_break(operation, sample, dynamic):
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: operation(x, sample), fullgraph=True, dynamic=dynamic)
+    for grow in (0, 3):
+        shape = (*sample.shape[:2], *(size + grow for size in sample.shape[2:]))
+        x = torch.randn(shape, requires_grad=True)
+        y, expected = compiled(x), reference(operation, sample, x)
+        grad = torch.randn_like(expected)
+        torch.testing.assert_close(y, expected, **FLOAT32)
+        torch.testing.assert_close(torch.autograd.grad(y, x, grad), torch.autograd.grad(expected, x, grad), **FLOAT32)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(x), expected.detach(), **FLOAT32)
+
+
+def test_the_compiled_code_follows_the_backend(device, kernels):
+    """The choice is guarded: code compiled for one path does not serve the other."""
+    import regfast
+
+    sample = OPERATIONS[0].samples[0]
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: OPERATIONS[0](x, sample), fullgraph=True, backend="aot_eager")
+    x = sample.input(device=device)
+    with regfast.backend("reference"):
+        compiled(x)
+    assert not kernels
+    compiled(x)
+    assert len(kernels) == 1
+
+
+@st.composite
+def pools(draw):
+    """Arguments and a shape that nn.MaxPool accepts."""
+    rank = draw(st.sampled_from([1, 2, 2, 3]))
+    arguments = {"padding_mode": draw(st.sampled_from(["partial", "replicate", "reflect", "zeros"]))}
+    kernel = [draw(st.integers(1, 4 if rank < 3 else 2)) for _ in range(rank)]
+    arguments["kernel_size"] = tuple(kernel)
+    arguments["stride"] = tuple(draw(st.integers(1, 3)) for _ in range(rank))
+    arguments["padding"] = tuple(draw(st.integers(0, k // 2)) for k in kernel)
+    arguments["dilation"] = tuple(draw(st.integers(1, 3 if rank < 3 else 2)) for _ in range(rank))
+    arguments["ceil_mode"] = draw(st.booleans())
+    if draw(st.booleans()):
+        arguments["blur_size"] = tuple(draw(st.integers(1, 5 if rank < 3 else 3)) for _ in range(rank))
+    sizes = [draw(st.integers(1, 12 if rank < 3 else 5)) for _ in range(rank)]
+    return Sample((1, draw(st.integers(1, 3)), *sizes), arguments)
+
+
+def check_drawn(sample: Sample, device: str) -> None:
+    from regfast.geometry import output_size
+
+    window = OPERATIONS[0].window(sample)
+    if all(output_size(window, axis, sample.shape[axis + 2]) >= 1 for axis in range(sample.rank)):
+        check_against_reference(OPERATIONS[0], sample, sample.input(device=device))
+
+
+# The kernels fixture lasts over all drawn examples on purpose: it counts their launches together.
+DRAWN = dict(deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@settings(max_examples=12, **DRAWN)
+@given(sample=pools())
+def test_kernels_agree_with_the_reference_on_drawn_arguments(sample, device, kernels):
+    check_drawn(sample, device)
+
+
+@pytest.mark.slow
+@settings(max_examples=250, **(DRAWN | {"derandomize": False}))
+@given(sample=pools())
+def test_kernels_agree_with_the_reference_on_many_drawn_arguments(sample, device, kernels):
+    check_drawn(sample, device)
+
+
+@pytest.mark.parametrize("dims", ["batch", "rows", "columns", "channels"])
+def test_offsets_past_two_to_the_31(dims, device, kernels):
+    """An image whose elements lie 2^30 apart along one dimension: offsets in int32 would wrap. Its memory is never touched between."""
+    shape = (3, 3, 5, 6)
+    if device == "cuda" and torch.cuda.mem_get_info()[0] < 16 * 2**30:
+        pytest.skip("needs 16 GiB of device memory")
+    stride = [90, 30, 6, 1]
+    dim = ["batch", "channels", "rows", "columns"].index(dims)
+    stride[dim] = 2**30
+    storage = torch.empty((shape[dim] - 1) * 2**30 + 1024, dtype=torch.float16, device=device)
+    x = storage.as_strided(shape, stride)
+    x.copy_(torch.randn(shape))
+    torch.testing.assert_close(pool(x, 2), pool(x.contiguous(), 2), rtol=0, atol=0)
+
+
+def test_torch_func_takes_the_reference(device):
+    sample = OPERATIONS[0].samples[0]
+    x = sample.input(torch.float64, device)
+    for operation in OPERATIONS:
+        y, pull = torch.func.vjp(lambda x, o=operation: o(x, sample), x)
+        grad = torch.randn_like(y)
+        leaf = x.clone().requires_grad_()
+        expected = operation(leaf, sample)
+        torch.testing.assert_close(pull(grad)[0], torch.autograd.grad(expected, leaf, grad)[0], **FLOAT64)
+        each = torch.func.vmap(lambda x, o=operation: o(x, sample))(x)
+        torch.testing.assert_close(each, expected.detach(), **FLOAT64)
