@@ -1,4 +1,4 @@
-"""blur_pool against its peers: `pytest bench/bench_blur_pool.py`, or `make bench ARGS="--only blur_pool"` for a table and a plot."""
+"""blur_pool against its peers: `pytest bench/bench_blur_pool.py`, or through run.py for a table and a plot."""
 
 OPERATION = "blur_pool"
 

@@ -1,4 +1,4 @@
-"""max_blur_pool against its peers: `pytest bench/bench_max_blur_pool.py`, or `make bench ARGS="--only max_blur_pool"` for a table and a plot."""
+"""max_blur_pool against its peers: `pytest bench/bench_max_blur_pool.py`, or through run.py for a table and a plot."""
 
 OPERATION = "max_blur_pool"
 

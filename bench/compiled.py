@@ -1,25 +1,35 @@
 """What the compiler makes of every kernel, with no GPU: registers, spills, stack, and how wide the loads and stores are.
 
-    python bench/compiled.py [--target sm_90] [--only max_blur_pool] [--check FILE | --write FILE]
+    python bench/compiled.py [--target sm_90 ...] [--only 2d ...] [--write]
 
 Each launch of `LAUNCHES` is recorded from the operation's own launcher, on tensors without data, so that what is compiled is
-what a GPU would be given: the same blocks, the same specialisation on alignment. `compiled.csv` beside this file keeps the
-figures; `--check` fails where a kernel spills, has a stack, or has become worse than its row.
+what a GPU would be given: the same blocks, the same specialisation on alignment. Without --write the figures are compared with
+compiled.csv beside this file, and a kernel that spills, has a stack or differs from its row is named and makes the exit status 1;
+with it they become the table. (Not to be run under TRITON_INTERPRET=1, which leaves nothing to compile.)
 """
 
 from __future__ import annotations
 
+import argparse
+import csv
 import re
 import subprocess
+import sys
 import tempfile
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
+from regfast.geometry import Window, blur_window, max_blur_window
+from regfast.kernels import blur_pool, max_blur_pool
+from regfast.layout import CHANNELS_LAST, empty_output
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+TABLE = Path(__file__).with_suffix(".csv")
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -75,31 +85,154 @@ def nvidia_figures(cubin: bytes) -> dict[str, int]:
     return dict(
         registers=int(figure["REG"]), stack=int(figure["STACK"]), shared=int(figure["SHARED"]),
         spills=sum(op.startswith(("LDL", "STL")) for op in ops), instructions=len(ops),
-        loads=sum(op.startswith("LDG") for op in ops), load_bits=widest(ops, "LDG"), store_bits=widest(ops, "STG"),
+        loads=len(sass_bits(ops, "LDG")), load_bits=commonest(sass_bits(ops, "LDG")), store_bits=commonest(sass_bits(ops, "STG")),
     )  # fmt: skip
 
 
-def widest(ops: list[str], kind: str) -> int:
-    """The bits of the most common access of a kind (16 to 128); of equals the widest."""
-    widths = [next((int(part) for part in re.findall(r"\.(?:U|S)?(8|16|64|128)\b", op)), 32) for op in ops if op.startswith(kind)]
-    return max(set(widths), key=lambda width: (widths.count(width), width), default=0)
+def sass_bits(ops: list[str], kind: str) -> list[int]:
+    """The width of every access of a kind; one that names none is of 32 bits."""
+    widths = [re.search(r"\.[US]?(8|16|64|128)\b", op) for op in ops if op.startswith(kind)]
+    return [int(width.group(1)) if width else 32 for width in widths]
 
 
 def amd_figures(text: str) -> dict[str, int]:
-    get = lambda name: int(re.search(rf"\.{name}:\s+(\d+)", text).group(1))
+    counts = {name: int(count) for name, count in re.findall(r"\.(\w+):\s+(\d+)$", text, flags=re.M)}
     ops = re.findall(r"^\s+([a-z][a-z0-9_]+)", text, flags=re.M)
-    width = {"ubyte": 8, "ushort": 16, "short": 16, "dword": 32, "dwordx2": 64, "dwordx3": 96, "dwordx4": 128}
-    def common(kind):
-        found = [width.get(re.sub(r"_d16.*", "", op.split("_", 2)[2]), 16) for op in ops if re.match(rf"(global|buffer)_{kind}_", op)]
-        return max(set(found), key=lambda w: (found.count(w), w), default=0)
+    bits = {"dword": 32, "dwordx2": 64, "dwordx3": 96, "dwordx4": 128}
+    loads, stores = (
+        [bits.get(width, 16) for op in ops for width in re.findall(rf"^(?:global|buffer)_{kind}_(\w+)", op)] for kind in ("load", "store")
+    )
     return dict(
-        registers=get("vgpr_count"), stack=get("private_segment_fixed_size"), shared=get("group_segment_fixed_size"),
-        spills=get("vgpr_spill_count") + get("sgpr_spill_count"), instructions=len(ops),
-        loads=sum(bool(re.match(r"(global|buffer)_load", op)) for op in ops), load_bits=common("load"), store_bits=common("store"),
+        registers=counts["vgpr_count"], stack=counts["private_segment_fixed_size"], shared=counts["group_segment_fixed_size"],
+        spills=counts["vgpr_spill_count"] + counts["sgpr_spill_count"], instructions=len(ops),
+        loads=len(loads), load_bits=commonest(loads), store_bits=commonest(stores),
     )  # fmt: skip
+
+
+def commonest(widths: list[int]) -> int:
+    """The width of the most accesses; of equals the widest."""
+    return max(set(widths), key=lambda width: (widths.count(width), width), default=0)
 
 
 def figures(kernel, args, options, target: str) -> dict[str, int]:
     source, rest = source_of(kernel, args, options)
     compiled = triton.compile(source, target=TARGETS[target], options=rest)
     return amd_figures(compiled.asm["amdgcn"]) if target.startswith("gfx") else nvidia_figures(compiled.asm["cubin"])
+
+
+class Launch(NamedTuple):
+    """One launch of an operation: which kernel, on what."""
+
+    operation: str
+    direction: str
+    case: str
+    channels_last: bool
+
+    def record(self, dtype: torch.dtype) -> tuple[Any, tuple, dict[str, Any]]:
+        """The kernel, arguments and options that the launcher would give a GPU."""
+        window, shape = CASES[self.operation, self.case]
+        channels_last = CHANNELS_LAST[window.rank] if self.channels_last and window.rank > 1 else torch.contiguous_format
+        x = torch.empty(shape, dtype=dtype, device="meta", memory_format=channels_last)
+        name = "_backward_kernel" if self.direction == "backward" else "_forward_kernel"
+        recorder = Recorder(getattr(max_blur_pool, name))
+        setattr(max_blur_pool, name, recorder)
+        try:
+            DIRECTIONS[self.operation, self.direction](x, window)
+        finally:
+            setattr(max_blur_pool, name, recorder.kernel)
+        ((_, args, options),) = recorder.launches
+        return recorder.kernel, args, options
+
+
+def pool(rank: int, kernel_size: int, stride: int, padding: int, padding_mode: str = "partial") -> Window:
+    return max_blur_window(rank, kernel_size, stride, padding, 1, False, False, 1.7, None, "binomial", padding_mode)
+
+
+def blur(rank: int) -> Window:
+    return blur_window(rank, 3, 2, "same", "binomial", "reflect")
+
+
+SIGNAL, IMAGE, VOLUME = (64, 64, 4096), (256, 64, 112, 112), (16, 64, 32, 32, 32)
+CASES = {
+    ("max_blur_pool", "1d k=2"): (pool(1, 2, 2, 0), SIGNAL),
+    ("max_blur_pool", "2d k=2"): (pool(2, 2, 2, 0), IMAGE),
+    ("max_blur_pool", "2d (3, 2, 1)"): (pool(2, 3, 2, 1), IMAGE),
+    ("max_blur_pool", "2d k=2 reflect"): (pool(2, 2, 2, 0, "reflect"), IMAGE),
+    ("max_blur_pool", "3d k=2"): (pool(3, 2, 2, 0), VOLUME),
+    ("blur_pool", "1d"): (blur(1), SIGNAL),
+    ("blur_pool", "2d"): (blur(2), IMAGE),
+    ("blur_pool", "3d"): (blur(3), VOLUME),
+}
+DIRECTIONS: dict[tuple[str, str], Callable[[torch.Tensor, Window], torch.Tensor]] = {
+    ("max_blur_pool", "forward"): max_blur_pool.max_blur_pool,
+    ("max_blur_pool", "backward"): lambda x, w: max_blur_pool.max_blur_pool_backward(empty_output(x, w), x, w),
+    ("max_blur_pool", "tangent"): lambda x, w: max_blur_pool.max_blur_pool_tangent(x, x, w),
+    ("blur_pool", "forward"): blur_pool.blur_pool,
+    ("blur_pool", "backward"): lambda x, w: blur_pool.blur_pool_backward(
+        empty_output(x, w), list(x.shape), x.stride(1) == 1, w
+    ),
+}
+LAUNCHES = [
+    Launch(operation, direction, case, channels_last)
+    for operation, case in CASES
+    for owner, direction in DIRECTIONS
+    for channels_last in (False, True)
+    if owner == operation and not (channels_last and case.startswith("1d"))
+]
+KEYS = ("operation", "direction", "case", "format", "dtype", "target")
+
+
+def row_of(launch: Launch, dtype: torch.dtype, target: str) -> dict[str, str]:
+    """A row of the table: what was compiled, and its figures."""
+    layout = "channels last" if launch.channels_last else "contiguous"
+    key = dict(zip(KEYS, (launch.operation, launch.direction, launch.case, layout, TYPES[dtype], target)))
+    return {name: str(value) for name, value in (key | figures(*launch.record(dtype), target)).items()}
+
+
+def rows_for(targets: list[str], only: list[str]) -> list[dict[str, str]]:
+    """The rows of the targets, of the cases that begin with one of `only`."""
+    chosen = [launch for launch in LAUNCHES if any(launch.case.startswith(case) for case in only)]
+    jobs = [(launch, dtype, target) for launch in chosen for dtype in (torch.float16, torch.bfloat16, torch.float32) for target in targets]
+    with ProcessPoolExecutor(2) as processes:
+        return list(processes.map(row_of, *zip(*jobs)))
+
+
+def complaints(rows: list[dict[str, str]], table: dict[tuple[str, ...], dict[str, str]]) -> list[str]:
+    """What is wrong with the rows, or not as the table has it."""
+    found = []
+    for row in rows:
+        key = tuple(row[name] for name in KEYS)
+        bad = [f"{name} {row[name]}" for name in ("spills", "stack") if row[name] != "0"]
+        known = table.get(key, {})
+        bad += [f"{name} {known.get(name, 'not in the table')} -> {row[name]}" for name in row if row[name] != known.get(name)]
+        if bad:
+            found.append(f"{' '.join(key)}: {', '.join(bad)}")
+    return found
+
+
+def read_table() -> dict[tuple[str, ...], dict[str, str]]:
+    with TABLE.open(newline="") as file:
+        return {tuple(row[name] for name in KEYS): row for row in csv.DictReader(file)}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--target", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--only", nargs="+", metavar="CASE", default=[""], help="cases by the beginning of their name: 2d")
+    parser.add_argument("--write", action="store_true", help="make the figures the table")
+    arguments = parser.parse_args()
+    rows = rows_for(arguments.target, arguments.only)
+    if arguments.write:
+        table = read_table() if TABLE.exists() else {}
+        table |= {tuple(row[name] for name in KEYS): row for row in rows}
+        with TABLE.open("w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(table.values())
+    found = complaints(rows, read_table())
+    print(*found, f"{len(rows)} kernels compiled with triton {triton.__version__}, {len(found)} to look at", sep="\n")
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

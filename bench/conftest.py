@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -40,6 +41,11 @@ def add_options(add: Callable[..., object]) -> None:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     add_options(parser.getgroup("regfast").addoption)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("device") == "cuda" and not torch.cuda.is_available():
+        raise pytest.UsageError("--device=cuda: PyTorch finds no CUDA device")
 
 
 def cases(operation: str, config: pytest.Config) -> list[Case]:
@@ -84,23 +90,26 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.fixture
-def contest(case: Case, contestant: str, request: pytest.FixtureRequest, record_property: Callable[..., None]) -> Callable[[], None]:
-    """Times the contestant together with those of its case that were selected too, and reports its own rounds."""
+def contest(case: Case, contestant: str, request: pytest.FixtureRequest, record_property: Any) -> Callable[[], None]:
+    """Times the contestant in one pass with those of its case that were selected too, and reports its own rounds."""
 
     def run() -> None:
         params = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
         selected = tuple(chosen["contestant"] for chosen in params if chosen.get("case") == case)
-        device = torch.device(request.config.getoption("device"))
-        result = measure(case, selected, device, request.config.getoption("quick"))
+        result = measure(case, selected, torch.device(request.config.getoption("device")), request.config.getoption("quick"))
         row = result.row(contestant)
         record_property("row", row)
         if row["absent"]:
             pytest.skip(f"{contestant}: {row['absent']}")
         if row["error"]:
             pytest.fail(f"{contestant}: {row['error']}", pytrace=False)
-        benchmark = request.getfixturevalue("benchmark")
-        benchmark.extra_info.update((key, row.get(key)) for key in ("ratio", "bytes", "gb_per_s", "copy_gb_per_s", "of_copy"))
-        rounds = iter(result.seconds[contestant])
-        benchmark.pedantic(TAPE.advance, setup=lambda: ((next(rounds),), {}), rounds=row["rounds"])
+        play(request.getfixturevalue("benchmark"), result.seconds[contestant], row)
 
     return run
+
+
+def play(benchmark: Any, seconds: list[float], row: dict[str, Any]) -> None:
+    figures = ("ratio", "bytes", "gb_per_s", "copy_gb_per_s", "of_copy")
+    benchmark.extra_info.update({figure: row[figure] for figure in figures if figure in row})
+    rounds = iter(seconds)
+    benchmark.pedantic(TAPE.advance, setup=lambda: ((next(rounds),), {}), rounds=len(seconds))

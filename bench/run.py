@@ -10,15 +10,16 @@ from typing import Any
 import pytest
 import report
 from conftest import add_options
+from contestants import OPERATIONS
 
 HERE = Path(__file__).parent
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """The options, and those of them that pytest is to have."""
-    operations = sorted(path.stem.removeprefix("bench_") for path in HERE.glob("bench_*.py"))
+    operations = list(OPERATIONS)
     own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    own.add_argument("--only", choices=operations, nargs="+", default=operations, metavar="OP", help=f"of {', '.join(operations)}")
+    own.add_argument("--only", choices=operations, nargs="+", default=operations, metavar="OP", help=" or ".join(operations))
     own.add_argument("--out", type=Path, default=Path("out/bench"), help="the folder for the reports (default: %(default)s)")
     own.add_argument("-k", default="", metavar="EXPRESSION", help='choose contestants as pytest does: "regfast and not compiled"')
     everything = argparse.ArgumentParser(description=__doc__, parents=[own], allow_abbrev=False)
@@ -27,31 +28,35 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 class Collector:
-    """A pytest plugin that keeps the row of each test, whatever became of it."""
+    """A pytest plugin that keeps the row of each test, whatever became of it, and whether regfast failed or a test had no row."""
 
     def __init__(self) -> None:
         self.rows: list[dict[str, Any]] = []
+        self.failed = False
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        if report.when == "call":
-            self.rows += [value for name, value in report.user_properties if name == "row"]
+        row = dict(report.user_properties).get("row")
+        if row and report.when == "call":
+            self.rows.append(row)
+        self.failed |= report.failed and (row is None or row["contestant"].startswith("regfast"))
 
 
 def main(argv: list[str]) -> int:
-    """0, or 1 where nothing was timed or a contestant of ours failed. How long anything took decides nothing."""
+    """0, or 1 where nothing was timed or regfast failed: not where a peer did, nor for how long anything took."""
     options, shared = parse(argv)
     options.out.mkdir(parents=True, exist_ok=True)
-    collector = Collector()
+    found, collector = report.setting(options.device), Collector()
+    print(f"{found['device']}, load {found['load']}")
     files = [str(HERE / f"bench_{operation}.py") for operation in options.only]
-    quiet = ["-q", "--no-header", "--benchmark-quiet", f"--benchmark-json={options.out / 'pytest-benchmark.json'}"]
-    pytest.main([*files, *quiet, "-k", options.k, *shared], plugins=[collector])
-    rows = collector.rows
-    if not rows:
+    quiet = ["-q", "--no-header", "--disable-warnings", "--benchmark-quiet", "-p", "no:cacheprovider"]
+    saved = f"--benchmark-json={options.out / 'pytest-benchmark.json'}"
+    pytest.main([*files, *quiet, saved, "-k", options.k, *shared], plugins=[collector])
+    if not collector.rows:
         print("nothing was timed")
         return 1
-    written = report.write(rows, options.device, options.out)
-    print(f"\n{report.table(rows)}\n\n{report.notes(rows)}\n\nwritten: {', '.join(map(str, written))}")
-    return int(any(row["error"] and row["contestant"].startswith("regfast") for row in rows))
+    written = report.write(collector.rows, found, options.out)
+    print(f"\n{report.table(collector.rows)}\n\n{report.notes(collector.rows)}\n\nwritten: {', '.join(map(str, written))}")
+    return int(collector.failed)
 
 
 if __name__ == "__main__":

@@ -92,7 +92,7 @@ def _load(plane, a, b, w, other: tl.constexpr, ACC: tl.constexpr):
     plane: the tile's pointers, its mask, the sizes and the strides of A, B and W. Beyond the image, `other`.
     """
     ptr, keep, size_a, size_b, size_w, stride_a, stride_b, stride_w = plane
-    inside = keep & (a >= 0) & (a < size_a) & (b >= 0) & (b < size_b) & (w >= 0) & (w < size_w)
+    inside = ((a >= 0) & (a < size_a) & (b >= 0) & (b < size_b)) & (keep & (w >= 0) & (w < size_w))
     row = ptr + (tl.cast(a, tl.int64) * stride_a + tl.cast(b, tl.int64) * stride_b)
     return tl.load(row + w * stride_w, mask=inside, other=other).to(ACC)
 
@@ -230,6 +230,27 @@ def _tile(CHANNELS_LAST: tl.constexpr, block_w, block_c, BLOCK_W: tl.constexpr, 
         return w[None, :], c[:, None]
 
 
+@triton.jit
+def _blank_tiles(like, COUNT: tl.constexpr, ACC: tl.constexpr):
+    """COUNT tiles of zeros."""
+    tiles = ()
+    for t in tl.static_range(COUNT):
+        tiles = tiles + (tl.zeros(like.shape, ACC),)
+    return tiles
+
+
+@triton.jit
+def _blank_planes(like, PLANES: tl.constexpr, COUNT: tl.constexpr, CARRY: tl.constexpr, ACC: tl.constexpr):
+    """PLANES planes of COUNT samples of zeros."""
+    planes = ()
+    for p in tl.static_range(PLANES):
+        plane = ()
+        for t in tl.static_range(COUNT):
+            plane = plane + (_blank_tiles(like, CARRY + 1, ACC),)
+        planes = planes + (plane,)
+    return planes
+
+
 @triton.jit(do_not_specialize=["size_a", "size_b", "size_w", "out_a", "out_b", "out_w", "high_a", "high_b", "high_w", "rows"])
 def _forward_kernel(
     x_ptr, t_ptr, y_ptr, channels, size_a, size_b, size_w, out_a, out_b, out_w, high_a, high_b, high_w, rows,
@@ -260,19 +281,16 @@ def _forward_kernel(
 
     S: tl.constexpr = AXIS_A.s
     TAPS: tl.constexpr = AXIS_A.b
-    REACH: tl.constexpr = AXIS_A.span + 1
-    # Successive outputs share TAPS - S rows of the map.
+    SPAN: tl.constexpr = AXIS_A.span
+    COUNT: tl.constexpr = AXIS_B.b * AXIS_W.b
+    # Successive outputs share TAPS - S rows of the map, and successive rows of it SPAN planes of maxima. The first
+    # outputs of a program find neither: it begins WARM_UP outputs early, and does not store those.
     SHARED: tl.constexpr = max(TAPS - S, 0)
+    WARM_UP: tl.constexpr = -(-(SHARED + SPAN) // S)
+    held = _blank_planes(w + c, SPAN, COUNT, TANGENT, ACC)
+    shared = _blank_tiles(w + c, SHARED, ACC)
     start = chunk * rows
-    q = start * S - AXIS_A.lead
-    held = ()
-    for offset in tl.static_range(REACH - 1):
-        held = held + (_plane_maxima(x, t, q - AXIS_A.p + offset, b, w, high_b, high_w, AXIS_B, AXIS_W, TANGENT, ACC),)
-    shared = ()
-    for j in tl.static_range(SHARED):
-        row, held = _next_map_row(held, x, t, q + j, b, w, high_a, high_b, high_w, AXIS_A, AXIS_B, AXIS_W, TANGENT, ACC)
-        shared = shared + (row,)
-    for o in range(start, tl.minimum(start + rows, out_a)):
+    for o in range(start - WARM_UP, tl.minimum(start + rows, out_a)):
         q = o * S - AXIS_A.lead + SHARED
         for j in tl.static_range(S):
             row, held = _next_map_row(held, x, t, q + j, b, w, high_a, high_b, high_w, AXIS_A, AXIS_B, AXIS_W, TANGENT, ACC)
@@ -280,7 +298,7 @@ def _forward_kernel(
         total = 0.0
         for j in tl.static_range(TAPS):
             total += AXIS_A.taps[j] * shared[j]
-        tl.store(y + tl.cast(o, tl.int64) * y_stride_a, total.to(y_ptr.dtype.element_ty), mask=keep)
+        tl.store(y + tl.cast(o, tl.int64) * y_stride_a, total.to(y_ptr.dtype.element_ty), mask=keep & (o >= start))
         shared = shared[S:]
 
 
@@ -547,12 +565,15 @@ def _next_gradient_row(
 
 
 @triton.jit
-def _no_gradient(dx, g_w, COUNT: tl.constexpr, ACC: tl.constexpr):
-    """Zeros: what a row has been given before any window has been seen."""
-    zeros = ()
-    for t in tl.static_range(COUNT):
-        zeros = zeros + (tl.zeros((dx + g_w).shape, ACC),)
-    return zeros
+def _blank_places(like, PLANES: tl.constexpr, COUNT: tl.constexpr, ACC: tl.constexpr):
+    """PLANES planes of COUNT maxima and slots of zeros."""
+    planes = ()
+    for p in tl.static_range(PLANES):
+        plane = ()
+        for t in tl.static_range(COUNT):
+            plane = plane + ((tl.zeros(like.shape, ACC), tl.zeros(like.shape, tl.int32)),)
+        planes = planes + (plane,)
+    return planes
 
 
 @triton.jit(do_not_specialize=["size_a", "size_b", "size_w", "out_a", "out_b", "out_w", "high_a", "high_b", "high_w", "groups"])
@@ -588,34 +609,29 @@ def _backward_kernel(
     x = (x_ptr + n * x_stride_n + c * x_stride_c, c < channels, size_a, size_b, size_w, x_stride_a, x_stride_b, x_stride_w)
     dx = dx_ptr + n * dx_stride_n + c * dx_stride_c
 
-    # Output g + u reads row e of group g's windows with tap ORIGIN + e - s*u. The first SPAN rows of windows reach back
-    # into the group before; those that finish a row of this group are SPAN to SPAN + s - 1.
+    # Output g + u reads row e of group g's windows with tap ORIGIN + e - s*u; rows SPAN to SPAN + s - 1 of them finish the group's
+    # own rows. Windows that begin before a program's first row reach into it, and hold planes from before themselves: it
+    # begins WARM_UP groups early, and does not store those.
+    WINDOWS: tl.constexpr = AXIS_B.windows * AXIS_W.windows
     ORIGIN: tl.constexpr = AXIS_A.p - SPAN + AXIS_A.lead
-    FIRST: tl.constexpr = -((AXIS_A.b - 1 - ORIGIN) // S)
-    FIRST_FINISHING: tl.constexpr = -((AXIS_A.b - 1 - ORIGIN - SPAN) // S)
+    FIRST: tl.constexpr = -((AXIS_A.b - 1 - ORIGIN - SPAN) // S)
     LAST: tl.constexpr = (ORIGIN + S + SPAN - 1) // S
-    start = chunk * groups
-    planes = ()
-    for u in tl.static_range(FIRST, LAST + 1):
-        planes = planes + (_plane_adjoint(grad, start + u, g_b, g_w, out_b, out_w, high_b, high_w, AXIS_B, AXIS_W, ACC),)
-    held = ()
+    WARM_UP: tl.constexpr = -(-2 * SPAN // S)
+    held = _blank_places(g_w + c, SPAN, WINDOWS, ACC)
     sums = ()
     for r in tl.static_range(SPAN):
-        held = held + (_plane_places(x, start * S - SPAN + r, g_b, g_w, AXIS_B, AXIS_W, ACC),)
-        sums = sums + (_no_gradient(dx, g_w, S_B * S_W, ACC),)
-    for e in tl.static_range(SPAN):
-        adjoint = _window_adjoint(
-            planes, FIRST, e, grad, start, g_b, g_w, out_a, out_b, out_w, high_a, high_b, high_w, AXIS_A, AXIS_B, AXIS_W, ACC
+        sums = sums + (_blank_tiles(g_w + c, S_B * S_W, ACC),)
+    start = chunk * groups
+    planes = ()
+    for u in tl.static_range(FIRST, LAST):
+        planes = planes + (
+            _plane_adjoint(grad, start - WARM_UP + u, g_b, g_w, out_b, out_w, high_b, high_w, AXIS_B, AXIS_W, ACC),
         )
-        _, held, sums = _next_gradient_row(
-            held, sums, x, adjoint, e, start, g_b, g_w, AXIS_A, AXIS_B, AXIS_W, TAKES_MAX, ACC
-        )
-    planes = planes[FIRST_FINISHING - FIRST : LAST - FIRST]
-    for g_a in range(start, tl.minimum(start + groups, groups_a)):
+    for g_a in range(start - WARM_UP, tl.minimum(start + groups, groups_a)):
         planes = planes + (_plane_adjoint(grad, g_a + LAST, g_b, g_w, out_b, out_w, high_b, high_w, AXIS_B, AXIS_W, ACC),)
         for f in tl.static_range(S):
             adjoint = _window_adjoint(
-                planes, FIRST_FINISHING, SPAN + f, grad, g_a, g_b, g_w, out_a, out_b, out_w, high_a, high_b, high_w,
+                planes, FIRST, SPAN + f, grad, g_a, g_b, g_w, out_a, out_b, out_w, high_a, high_b, high_w,
                 AXIS_A, AXIS_B, AXIS_W, ACC,
             )  # fmt: skip
             row, held, sums = _next_gradient_row(
@@ -627,7 +643,7 @@ def _backward_kernel(
                 to = dx + (tl.cast(a, tl.int64) * dx_stride_a + tl.cast(b, tl.int64) * dx_stride_b)
                 for f_w in tl.static_range(S_W):
                     w = g_w * S_W + f_w
-                    keep = (c < channels) & (a < size_a) & (b < size_b) & (w < size_w)
+                    keep = (g_a >= start) & (a < size_a) & (b < size_b) & (c < channels) & (w < size_w)
                     tl.store(to + w * dx_stride_w, row[f_b * S_W + f_w].to(dx_ptr.dtype.element_ty), mask=keep)
         planes = planes[1:]
 
@@ -679,10 +695,11 @@ class Blocks(NamedTuple):
 def blocks_for(columns: int, channels: int, rows: int, others: int, channels_last: bool, tiles: int) -> Blocks:
     """The cut for a shape class; `others` counts what else the grid runs over, `tiles` how many tiles a thread's state holds.
 
-    Four elements a thread keep a 2-d state in registers and make 64-bit loads of half precision; the wider states of 3-d get
-    fewer. A program streams as many rows as leave the device 16 programs a multiprocessor.
+    With innermost channels, four elements a thread keep a 2-d state in registers and make 64-bit loads of half precision.
+    Innermost columns are read at the stride, which makes no wide loads, so that fewer elements and more warps do as well; and
+    states of many tiles leave room for fewer. A program streams all rows, unless that leaves a large device without programs.
     """
-    elements = 128 * max(4 // -(-tiles // 8), 1)
+    elements = 128 * max(4 // -(-tiles // 8) if channels_last else 2 // -(-tiles // 4), 1)
     fast, slow = (channels, columns) if channels_last else (columns, channels)
     block_fast = min(triton.next_power_of_2(fast), elements, 128)
     block_slow = min(triton.next_power_of_2(slow), elements // block_fast)

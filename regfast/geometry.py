@@ -136,9 +136,10 @@ def _blur_sizes(stride: tuple[int, ...], ratio: Any, blur_size: Any) -> tuple[in
         raise ValueError(f"ratio must be one number or {rank}, got {ratio!r}")
     if not all(isinstance(r, Real) and not isinstance(r, bool) for r in ratios):
         raise TypeError(f"ratio must be a number, got {ratio!r}")
-    if not all(math.isfinite(r) and r > 0 for r in ratios):
+    if not all(0 < r < math.inf for r in ratios):
         raise ValueError(f"ratio must be positive and finite, got {ratio!r}")
-    return tuple(max(int(r * s), s) if s > 1 else 1 for r, s in zip(ratios, stride))
+    # operator.index makes it a constant where a compiler was tracing the ratio as a symbol: taps are as many as their number.
+    return tuple(operator.index(max(int(r * s), s)) if s > 1 else 1 for r, s in zip(ratios, stride))
 
 
 def _check_bool(name: str, value: Any) -> None:

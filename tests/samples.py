@@ -1,7 +1,7 @@
 """One table of sample inputs an operation: a new operation adds its entry, and has the whole contract suite.
 
 A sample is arguments and a shape. Grids are small because Triton's interpreter takes some 20 ms a program: the shapes are
-the smallest that still have an interior, a border and more than one block.
+the smallest that still have an interior and a border, and two samples have more than one block along each axis.
 """
 
 from __future__ import annotations
@@ -95,14 +95,15 @@ def blur_oracle(x: Any, sample: Sample) -> Any:
     return oracle.blur_pool(x, w.stride, sample.arguments.get("padding", "same"), w.taps, w.padding_mode)
 
 
-# core: forward, backward and tangent in the core suite. main: every dtype, format, layout and transform as well.
+# core: forward, backward and tangent in the core suite. main: every dtype, format, layout and transform as well. special: with
+# infinities and NaN too.
 POOL = [
-    Sample((2, 3, 9, 10), {}, "core main"),
+    Sample((2, 3, 9, 10), {}, "core main special"),
     Sample((2, 3, 8, 7), {"kernel_size": 3, "stride": 2, "padding": 1}, "core"),
-    Sample((1, 2, 11, 9), {"kernel_size": (2, 3), "stride": (3, 1), "padding": (0, 1), "dilation": (2, 3)}, "core"),
+    Sample((1, 2, 11, 9), {"kernel_size": (2, 3), "stride": (3, 1), "padding": (0, 1), "dilation": (2, 3)}, "core special"),
     Sample((1, 2, 7, 8), {"kernel_size": 3, "stride": 2, "padding": 1, "ceil_mode": True, "blur_size": 6}, "core"),
     Sample((1, 2, 6, 5), {"kernel_size": 2, "padding_mode": "reflect", "filter": (0.5, -0.25, 1.0, 0.125)}, "core"),
-    Sample((1, 2, 7, 6), {"kernel_size": 3, "stride": 3, "padding": 1, "padding_mode": "replicate"}, "core"),
+    Sample((1, 2, 7, 6), {"kernel_size": 3, "stride": 3, "padding": 1, "padding_mode": "replicate"}, "core special"),
     Sample((1, 2, 7, 6), {"kernel_size": 3, "stride": 2, "padding": 1, "padding_mode": "zeros", "filter": "hamming"}, "core"),
     Sample((2, 2, 11), {"kernel_size": 3, "stride": 2}, "core main"),
     Sample((1, 2, 5, 4, 6), {"kernel_size": 2}, "core main"),
@@ -112,8 +113,8 @@ POOL = [
     Sample((1, 2, 3, 2), {"padding": 1, "dilation": 3, "ceil_mode": True, "blur_size": 7}),
     Sample((1, 2, 3, 3), {"blur_size": 9, "padding_mode": "replicate"}),
     Sample((1, 2, 3, 3), {"blur_size": 9, "padding_mode": "zeros"}),
-    Sample((1, 1, 2, 40), {"stride": (1, 2)}),
-    Sample((1, 40, 5, 5), {}),
+    Sample((1, 5, 3, 300), {}, "core"),
+    Sample((1, 1, 40, 6), {"kernel_size": 3, "stride": 2, "padding": 1}, "core"),
     Sample((1, 2, 8, 8), {"kernel_size": 1, "stride": 3, "blur_size": 2}),
     Sample((1, 2, 8, 8), {"kernel_size": 2, "stride": 3, "blur_size": 1}),
     Sample((1, 2, 9, 9), {"kernel_size": 5, "stride": 4, "padding": 2}),
@@ -131,6 +132,7 @@ BLUR = [
     Sample((2, 2, 11), {"kernel_size": 5}, "core main"),
     Sample((1, 2, 5, 4, 6), {}, "core main"),
     Sample((1, 2, 3, 1), {"kernel_size": 7, "stride": 1}, "core"),
+    Sample((1, 1, 40, 6), {"kernel_size": 5}, "core"),
     Sample((1, 2, 2, 3), {"kernel_size": 5, "padding": 7}),
     Sample((1, 2, 8, 7), {"kernel_size": 1, "stride": 2}),
     Sample((1, 2, 8, 7), {"kernel_size": (3, 2), "stride": (1, 4), "filter": ((1.0, 0.0, -1.0), "boxcar")}),

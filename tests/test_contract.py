@@ -14,9 +14,11 @@ from __future__ import annotations
 import math
 
 import pytest
+import regfast
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from regfast.geometry import output_size
 from regfast.ops.schema import flatten
 from samples import OPERATIONS, Operation, Sample, as_format, pool
 from torch import Tensor
@@ -28,12 +30,14 @@ FLOAT64 = dict(rtol=1e-12, atol=1e-12)
 UNIT = {torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
 
 
-def pairs(group: str):
-    """Every operation with every sample of a group; "" gives the samples in no group, which are slow for their number."""
+def pairs(group: str, slow_ranks: tuple[int, ...] = ()):
+    """Every operation with every sample of a group, "" being the samples in none; those of `slow_ranks` only in the slow suite."""
     return pytest.mark.parametrize(
         "operation,sample",
         [
-            pytest.param(operation, sample, id=f"{operation}-{sample}")
+            pytest.param(
+                operation, sample, id=f"{operation}-{sample}", marks=pytest.mark.slow if sample.rank in slow_ranks else ()
+            )
             for operation in OPERATIONS
             for sample in (operation.group(group) if group else [s for s in operation.samples if not s.group])
         ],
@@ -41,8 +45,6 @@ def pairs(group: str):
 
 
 def reference(operation: Operation, sample: Sample, x: Tensor) -> Tensor:
-    import regfast
-
     with regfast.backend("reference"):
         return operation(x, sample)
 
@@ -62,8 +64,6 @@ def check_against_reference(operation: Operation, sample: Sample, x: Tensor) -> 
     """The kernels' output, gradient and tangent against the reference's in float64, on the same data."""
     exact = x.double()
     t, grad = torch.randn_like(exact), torch.randn_like(reference(operation, sample, exact))
-    import regfast
-
     with regfast.backend("reference"):
         expected = derivatives(operation, sample, exact, t, grad)
     found = derivatives(operation, sample, x, t.to(x.dtype), grad.to(x.dtype))
@@ -120,10 +120,7 @@ def test_kernels_round_half_precision_once(operation, sample, dtype, device, ker
         torch.testing.assert_close(found.float(), expected, rtol=UNIT[dtype], atol=1e-6)
 
 
-SPECIAL = [s for s in OPERATIONS[0].group("core") if s.rank == 2 and max(s.shape) > 5]
-
-
-@pytest.mark.parametrize("sample", SPECIAL, ids=str)
+@pytest.mark.parametrize("sample", OPERATIONS[0].group("special"), ids=str)
 @pytest.mark.parametrize("value", [math.nan, -math.inf, math.inf], ids=str)
 def test_special_values_reach_the_same_outputs_and_the_same_inputs(sample, value, device, kernels):
     """inf and NaN are strewn, and -inf fills a corner, so that whole windows are -inf: their first element takes the gradient."""
@@ -136,7 +133,7 @@ def test_special_values_reach_the_same_outputs_and_the_same_inputs(sample, value
     check_against_reference(OPERATIONS[0], sample, x)
 
 
-@pairs("main")
+@pairs("main", slow_ranks=(3,))
 def test_any_strides_in_and_the_memory_format_out(operation, sample, device, kernels):
     wide = torch.randn(*sample.shape[:-1], 2 * sample.shape[-1], device=device)
     plain = torch.randn(sample.shape, device=device)
@@ -169,13 +166,13 @@ def test_two_backward_runs_give_the_same_bits(operation, sample, device, kernels
     assert torch.equal(first, second)
 
 
-@pairs("main")
+@pairs("main", slow_ranks=(3,))
 @pytest.mark.parametrize("path", ["reference", "triton"])
 def test_gradients_by_finite_differences(operation, sample, path, device, request):
     """First and second order, reverse and forward. Without ties: a step of finite differences would cross them."""
     if path == "triton":
         request.getfixturevalue("kernels")
-    shape = (1, 1, *(min(size, 5) for size in sample.shape[2:]))
+    shape = (1, 1, *(min(size, 5 if sample.rank < 3 else 3) for size in sample.shape[2:]))
     x = torch.randperm(math.prod(shape), device=device).double().view(shape).div_(7).requires_grad_()
 
     def function(x):
@@ -186,7 +183,7 @@ def test_gradients_by_finite_differences(operation, sample, path, device, reques
     assert torch.autograd.gradgradcheck(function, (x,), fast_mode=True, check_fwd_over_rev=True, check_rev_over_rev=True)
 
 
-@pairs("main")
+@pairs("main", slow_ranks=(3,))
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
 def test_the_ops_pass_opcheck(operation, sample, channels_last, device, kernels):
     x = sample.input(device=device, channels_last=channels_last)
@@ -208,7 +205,7 @@ def test_the_ops_pass_opcheck(operation, sample, channels_last, device, kernels)
         torch.library.opcheck(op, arguments)
 
 
-@pairs("main")
+@pairs("main", slow_ranks=(3,))
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 def test_kernels_compile_without_a_graph_break(operation, sample, dynamic, device, kernels):
     """Forward and backward, at two sizes. aot_eager traces as Inductor does, and runs the ops it finds as they are."""
@@ -244,8 +241,6 @@ def test_the_reference_compiles_without_a_graph_break(operation, sample, dynamic
 
 def test_the_compiled_code_follows_the_backend(device, kernels):
     """The choice is guarded: code compiled for one path does not serve the other."""
-    import regfast
-
     sample = OPERATIONS[0].samples[0]
     torch._dynamo.reset()
     compiled = torch.compile(lambda x: OPERATIONS[0](x, sample), fullgraph=True, backend="aot_eager")
@@ -275,8 +270,6 @@ def pools(draw):
 
 
 def check_drawn(sample: Sample, device: str) -> None:
-    from regfast.geometry import output_size
-
     window = OPERATIONS[0].window(sample)
     if all(output_size(window, axis, sample.shape[axis + 2]) >= 1 for axis in range(sample.rank)):
         check_against_reference(OPERATIONS[0], sample, sample.input(device=device))
@@ -286,7 +279,7 @@ def check_drawn(sample: Sample, device: str) -> None:
 DRAWN = dict(deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
-@settings(max_examples=12, **DRAWN)
+@settings(max_examples=10, **DRAWN)
 @given(sample=pools())
 def test_kernels_agree_with_the_reference_on_drawn_arguments(sample, device, kernels):
     check_drawn(sample, device)

@@ -6,9 +6,11 @@ Tensors are batched, (N, C, *spatial), and a `Window` whose kernel is 1 without 
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +18,7 @@ from torch import Tensor
 
 from ..geometry import Window
 from ..layout import is_channels_last, with_format
+
 
 def blur_pool(x: Tensor, window: Window) -> Tensor:
     """Extend x by its border, correlate each channel with the taps, keep every `stride`-th output.
@@ -36,9 +39,10 @@ def prefers_convolution(x: Tensor) -> bool:
     """Whether the blur is a grouped convolution, or else strided slices: whichever is faster.
 
     Slices are for a compiler to fuse, and only forwards: their backward writes an image of zeros for each tap. Other
-    devices than the CPU may take convolutions in TF32, which is no float32 sum.
+    devices than the CPU may take convolutions in TF32, which is no float32 sum. And a convolution's tangent is NaN wherever
+    its input is infinite, because PyTorch adds the input times the weight's tangent, zero.
     """
-    return x.device.type == "cpu" and (not is_compiled() or is_differentiated(x))
+    return x.device.type == "cpu" and not is_forward_mode() and (not is_compiled() or is_differentiated(x))
 
 
 def is_compiled() -> bool:
@@ -53,7 +57,12 @@ def is_differentiated(x: Tensor) -> bool:
 
 def is_transformed() -> bool:
     """Whether torch.func or forward-mode differentiation is under way."""
-    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+    return torch._C._are_functorch_transforms_active() or is_forward_mode()
+
+
+def is_forward_mode() -> bool:
+    """Whether tangents may be carried along."""
+    return torch.autograd.forward_ad._current_level >= 0
 
 
 def _in_format_of(x: Tensor, y: Tensor) -> Tensor:
@@ -103,17 +112,17 @@ def _replicate(x: Tensor, lead: Sequence[int], trail: Sequence[int]) -> Tensor:
 
 
 def _reflect(x: Tensor, lead: Sequence[int], trail: Sequence[int]) -> Tensor:
-    """x between mirrors. F.pad looks into each once; what it adds is there for the next look."""
+    """x between mirrors. F.pad looks into each once; what a look adds is there for the next one to see."""
     single = [size == 1 for size in x.shape[2:]]
     if any(single):
         # One element sees nothing but itself.
-        ones = [[n if alone else 0 for n, alone in zip(pads, single)] for pads in (lead, trail)]
-        lead, trail = ([n - m for n, m in zip(pads, done)] for pads, done in zip((lead, trail), ones))
-        x = _replicate(x, *ones)
+        x = _replicate(x, *([n if alone else 0 for n, alone in zip(pads, single)] for pads in (lead, trail)))
+        lead, trail = ([0 if alone else n for n, alone in zip(pads, single)] for pads in (lead, trail))
     while any(lead) or any(trail):
-        near, far = ([min(n, size - 1) for n, size in zip(pads, x.shape[2:])] for pads in (lead, trail))
+        near, far = ([n if n < size else size - 1 for n, size in zip(pads, x.shape[2:])] for pads in (lead, trail))
         x = F.pad(x, pad_amounts(near, far), mode="reflect")
-        lead, trail = ([n - m for n, m in zip(pads, done)] for pads, done in ((lead, near), (trail, far)))
+        lead = [n - seen for n, seen in zip(lead, near)]
+        trail = [n - seen for n, seen in zip(trail, far)]
     return x
 
 
@@ -134,10 +143,15 @@ def _convolve(x: Tensor, window: Window) -> Tensor:
 def _sum_slices(x: Tensor, window: Window) -> Tensor:
     """The blur as weighted sums of strided slices, the outermost axis first: slices of rows are the cheapest to take."""
     for axis, (taps, stride) in enumerate(zip(window.taps, window.stride)):
-        inner = (slice(None),) * (window.rank - 1 - axis)
-        span = (x.shape[axis - window.rank] - len(taps)) // stride * stride + 1
-        slices = [x[(..., slice(j, j + span, stride), *inner)] for j in range(len(taps))]
-        x = taps[0] * slices[0]
-        for tap, part in zip(taps[1:], slices[1:]):
-            x = x + tap * part
+        dim = axis - window.rank
+        outputs = (x.shape[dim] - len(taps)) // stride + 1
+        terms = [tap * _every(x, dim, j, stride, outputs) for j, tap in enumerate(taps)]
+        x = functools.reduce(torch.add, terms)
     return x
+
+
+def _every(x: Tensor, dim: int, start: int, stride: int, count: int) -> Tensor:
+    """`count` elements of one axis, `stride` apart."""
+    every: list[Any] = [slice(None)] * x.ndim
+    every[dim] = slice(start, start + stride * (count - 1) + 1, stride)
+    return x[tuple(every)]

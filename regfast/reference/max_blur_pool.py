@@ -1,11 +1,12 @@
 """Max-blur pooling in plain PyTorch: the specification, and the path of the CPU.
 
-The maximum at every position, then the strided blur of those maxima. Two composites of ordinary operations compute the
-maxima: `F.max_pool` for eager training, shifted slices for everything else.
+The maximum at every position, then the strided blur of those maxima. Two composites of ordinary operations compute
+each, library calls and shifted slices: `prefers_max_pool` and `prefers_convolution` choose.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from ..geometry import Window, map_limits, output_size
 from ..layout import is_channels_last
 from .blur_pool import as_image, blur_pool, is_compiled, is_differentiated, is_transformed, outside_autocast, pad_amounts
+
 
 def max_blur_pool(x: Tensor, window: Window) -> Tensor:
     """Anti-aliased max pooling of x, (N, C, *spatial), to nn.MaxPool2d's output size.
@@ -72,7 +74,9 @@ def _maxima(x: Tensor, window: Window, before: tuple[int, ...], after: tuple[int
     undilated = all(d == 1 for d in window.dilation)
     if prefers_max_pool(x):
         max_pool = F.max_pool2d if window.rank == 2 else F.max_pool3d
-        if before == after and all(2 * p <= k for p, k in zip(before, window.kernel_size)):
+        # A window with holes may hold padding alone, and PyTorch's max pooling then points outside the image.
+        holds_something = undilated or not any(before)
+        if holds_something and before == after and all(2 * p <= k for p, k in zip(before, window.kernel_size)):
             return max_pool(x, window.kernel_size, 1, before, window.dilation)
         if undilated:
             return max_pool(_repeat_ends(x, before, after), window.kernel_size, 1)
@@ -158,8 +162,8 @@ class _CompiledMaxima(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
         # With all windows that touch the image, every element has as many.
-        rest = [[k - 1 - p for k, p in zip(ctx.window.kernel_size, pads)] for pads in (ctx.before, ctx.after)]
-        amounts = pad_amounts(*rest)
+        before, after = ([k - 1 - p for k, p in zip(ctx.window.kernel_size, pads)] for pads in (ctx.before, ctx.after))
+        amounts = pad_amounts(before, after)
         grad = F.pad(grad, amounts) if any(amounts) else grad
         return _gather(x, grad, ctx.window, ctx.window.rank - 1), None, None, None
 
@@ -176,13 +180,13 @@ def _gather(x: Tensor, grad: Tensor, window: Window, axis: int) -> Tensor:
     best, *values = _samples(x, window, axis)
     wins = []
     for i, value in enumerate(values, start=1):
+        # Any sample wins over padding before the image, and padding behind it over none.
         wins.append((_wins(value, best) | (position <= last - i)) & (position < size + last - i))
         best = torch.where(wins[-1], value, best)
     grad = _gather(best, grad, window, axis - 1)
-    total = None
-    for i in range(last, -1, -1):
-        share = torch.where(wins[i - 1], grad, 0) if i else grad
-        share = share.narrow(dim, last - i, size)
-        total = share if total is None else total + share
-        grad = torch.where(wins[i - 1], 0, grad) if i else grad
-    return total
+    shares = []
+    for win in reversed(wins):
+        shares.append(torch.where(win, grad, 0))
+        grad = torch.where(win, 0, grad)
+    # The windows that an element is the last sample of start `last` positions before those that it is the first of.
+    return functools.reduce(torch.add, [share.narrow(dim, i, size) for i, share in enumerate([*shares, grad])])

@@ -1,0 +1,146 @@
+"""`make bench`, in small: that everybody it names is in its reports, with figures that follow from one another."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("pytest_benchmark", reason="the bench extra is not installed")
+pytest.importorskip("matplotlib", reason="the bench extra is not installed")
+
+BENCH = Path(__file__).parent.parent / "bench"
+CONTESTANTS = {"nn.MaxPool2d", "regfast", "eager composite", "no such library", "no such gradient"}
+GROUPS = {(format, direction) for format in ("NCHW", "NHWC") for direction in ("forward", "forward+backward")}
+
+# run.py with two more contestants: one that nobody has, and one that raises while it is being timed.
+DRIVER = """
+import sys
+
+import torch
+from contestants import OPERATIONS
+from peers import load
+from run import main
+
+
+def no_such_gradient(case):
+    def pool(x):
+        if torch.is_grad_enabled():
+            raise ArithmeticError("no such gradient")
+        return torch.nn.functional.max_pool2d(x, *case.arguments)
+
+    return pool
+
+
+contestants = OPERATIONS["max_blur_pool"].contestants
+contestants["no such library"] = lambda case: load("no_such_library")
+contestants["no such gradient"] = no_such_gradient
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The folder of a run's reports, and what it printed."""
+    out = tmp_path_factory.mktemp("bench")
+    # Of pytest's variables, those of a pytest-xdist worker would switch pytest-benchmark off.
+    env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    path = os.pathsep.join(filter(None, (str(BENCH), env.get("PYTHONPATH"))))
+    toy = ["--device=cpu", "--quick", "--only=max_blur_pool", "--shapes=2x4x13x12", f"--out={out}"]
+    few = ["-k", "MaxPool2d or (regfast and not compiled) or eager or such"]
+    done = subprocess.run(
+        [sys.executable, "-c", DRIVER, *toy, *few],
+        env=env | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        cwd=BENCH.parent, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return out, done.stdout
+
+
+@pytest.fixture(scope="module")
+def rows(run: tuple[Path, str]) -> list[dict]:
+    return json.loads((run[0] / "report.json").read_text())["rows"]
+
+
+def test_every_contestant_has_a_row_in_every_group(rows: list[dict]) -> None:
+    found = [(row["contestant"], row["format"], row["direction"]) for row in rows]
+    assert len(found) == len(set(found))
+    assert set(found) == {(name, *group) for name in CONTESTANTS for group in GROUPS}
+
+
+def test_whoever_cannot_be_timed_is_named_and_the_others_go_on(run: tuple[Path, str], rows: list[dict]) -> None:
+    timed = {(row["contestant"], row["direction"]) for row in rows if "median_ms" in row}
+    assert timed == {
+        (name, direction)
+        for name in CONTESTANTS - {"no such library"}
+        for direction in ("forward", "forward+backward")
+        if (name, direction) != ("no such gradient", "forward+backward")
+    }
+    assert "absent: no such library, max_blur_pool, 4 times: not installed: No module named 'no_such_library'" in run[1]
+    assert "error: no such gradient, max_blur_pool, 2 times: ArithmeticError: no such gradient" in run[1]
+
+
+def test_figures_follow_from_the_medians(rows: list[dict]) -> None:
+    for group in GROUPS:
+        timed = [row for row in rows if (row["format"], row["direction"]) == group and "median_ms" in row]
+        (baseline,) = (row["median_ms"] for row in timed if row["contestant"] == "nn.MaxPool2d")
+        for row in timed:
+            assert row["ratio"] == pytest.approx(row["median_ms"] / baseline)
+            assert row["gb_per_s"] == pytest.approx(row["bytes"] / row["median_ms"] / 1e6)
+            assert row["of_copy"] == pytest.approx(row["gb_per_s"] / row["copy_gb_per_s"])
+
+
+def test_bytes_are_those_of_the_design(rows: list[dict]) -> None:
+    x, y = 4 * 2 * 4 * 13 * 12, 4 * 2 * 4 * 6 * 6
+    for row in rows:
+        if "bytes" in row:
+            assert row["bytes"] == (x + y if row["direction"] == "forward" else (x + y) + (x + y + x))
+
+
+def test_pytest_benchmark_has_the_same_times(run: tuple[Path, str], rows: list[dict]) -> None:
+    kept = json.loads((run[0] / "pytest-benchmark.json").read_text())["benchmarks"]
+    timed = [row for row in rows if "median_ms" in row]
+    assert len(kept) == len(timed)
+    for benchmark, row in zip(kept, timed):
+        assert benchmark["params"]["contestant"] == row["contestant"]
+        assert row["direction"] in benchmark["group"]
+        assert benchmark["extra_info"]["ratio"] == row["ratio"]
+        assert len(benchmark["stats"]["data"]) == row["rounds"]
+        assert 1e3 * statistics.median(benchmark["stats"]["data"]) == pytest.approx(row["median_ms"])
+
+
+def test_reports_are_there(run: tuple[Path, str]) -> None:
+    out, printed = run
+    written = (out / "report.md").read_text()
+    for name in CONTESTANTS:
+        assert f"| {name} " in printed
+        assert f"| {name} " in written
+    assert (out / "max_blur_pool.png").read_bytes().startswith(b"\x89PNG")
+    assert {"date", "device", "torch"} <= json.loads((out / "report.json").read_text()).keys()
+
+
+@pytest.mark.parametrize("operation", ["max_blur_pool", "blur_pool"])
+def test_contestants_compute_the_same(operation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for the baseline, which does not blur, and for the border, where each has its own mode."""
+    monkeypatch.syspath_prepend(BENCH)
+    from contestants import OPERATIONS, Case
+    from peers import AbsentError
+
+    row = OPERATIONS[operation]
+    for arguments in row.arguments:
+        case = Case(operation, arguments, (2, 3, 17, 16), "NCHW", "float32", "forward")
+        (x,) = row.inputs(case, torch.device("cpu"))
+        expected = row.contestants["regfast"](case)(x)
+        for name in ("kornia", "timm", "antialiased-cnns", "eager composite"):
+            try:
+                y = row.contestants[name](case)(x)
+            except AbsentError:
+                continue
+            assert y.shape == expected.shape, name
+            assert torch.allclose(y[..., 1:-1, 1:-1], expected[..., 1:-1, 1:-1], atol=1e-6), name
