@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import itertools
 import re
 import subprocess
 import sys
@@ -23,11 +24,12 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
 from regfast.geometry import Window, blur_window, max_blur_window
 from regfast.kernels import blur_pool, max_blur_pool
 from regfast.layout import CHANNELS_LAST, empty_output
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 TABLE = Path(__file__).with_suffix(".csv")
 TARGETS = {
@@ -82,10 +84,11 @@ def nvidia_figures(cubin: bytes) -> dict[str, int]:
         sass = subprocess.run([tool("nvdisasm"), "-c", file.name], capture_output=True, text=True, check=True).stdout
     figure = dict(re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage))
     ops = re.findall(r"^\s+(?:/\*[0-9a-f]+\*/\s+)?(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", sass, flags=re.M)
+    loads, stores = sass_bits(ops, "LDG"), sass_bits(ops, "STG")
     return dict(
         registers=int(figure["REG"]), stack=int(figure["STACK"]), shared=int(figure["SHARED"]),
         spills=sum(op.startswith(("LDL", "STL")) for op in ops), instructions=len(ops),
-        loads=len(sass_bits(ops, "LDG")), load_bits=commonest(sass_bits(ops, "LDG")), store_bits=commonest(sass_bits(ops, "STG")),
+        loads=len(loads), load_bits=commonest(loads), store_bits=commonest(stores),
     )  # fmt: skip
 
 
@@ -100,7 +103,8 @@ def amd_figures(text: str) -> dict[str, int]:
     ops = re.findall(r"^\s+([a-z][a-z0-9_]+)", text, flags=re.M)
     bits = {"dword": 32, "dwordx2": 64, "dwordx3": 96, "dwordx4": 128}
     loads, stores = (
-        [bits.get(width, 16) for op in ops for width in re.findall(rf"^(?:global|buffer)_{kind}_(\w+)", op)] for kind in ("load", "store")
+        [bits.get(width, 16) for op in ops for width in re.findall(rf"^(?:global|buffer)_{kind}_(\w+)", op)]
+        for kind in ("load", "store")
     )
     return dict(
         registers=counts["vgpr_count"], stack=counts["private_segment_fixed_size"], shared=counts["group_segment_fixed_size"],
@@ -168,9 +172,7 @@ DIRECTIONS: dict[tuple[str, str], Callable[[torch.Tensor, Window], torch.Tensor]
     ("max_blur_pool", "backward"): lambda x, w: max_blur_pool.max_blur_pool_backward(empty_output(x, w), x, w),
     ("max_blur_pool", "tangent"): lambda x, w: max_blur_pool.max_blur_pool_tangent(x, x, w),
     ("blur_pool", "forward"): blur_pool.blur_pool,
-    ("blur_pool", "backward"): lambda x, w: blur_pool.blur_pool_backward(
-        empty_output(x, w), list(x.shape), x.stride(1) == 1, w
-    ),
+    ("blur_pool", "backward"): lambda x, w: blur_pool.blur_pool_backward(empty_output(x, w), list(x.shape), x.stride(1) == 1, w),
 }
 LAUNCHES = [
     Launch(operation, direction, case, channels_last)
@@ -192,7 +194,7 @@ def row_of(launch: Launch, dtype: torch.dtype, target: str) -> dict[str, str]:
 def rows_for(targets: list[str], only: list[str]) -> list[dict[str, str]]:
     """The rows of the targets, of the cases that begin with one of `only`."""
     chosen = [launch for launch in LAUNCHES if any(launch.case.startswith(case) for case in only)]
-    jobs = [(launch, dtype, target) for launch in chosen for dtype in (torch.float16, torch.bfloat16, torch.float32) for target in targets]
+    jobs = itertools.product(chosen, (torch.float16, torch.bfloat16, torch.float32), targets)
     with ProcessPoolExecutor(2) as processes:
         return list(processes.map(row_of, *zip(*jobs)))
 

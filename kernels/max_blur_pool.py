@@ -18,6 +18,7 @@ Two numbers, 2-d, k=2, b=3, s=2, per input element of e bytes:
 from __future__ import annotations
 
 import contextlib
+import functools
 from typing import NamedTuple
 
 import torch
@@ -55,7 +56,7 @@ class Axis(NamedTuple):
 def _later(best, new, outside, CARRY: tl.constexpr):
     """The greater of two samples, `best` the earlier in window order: the first of equals, the last of NaNs.
 
-    A sample is its value and, with CARRY, what travels with it. `outside`: best lies before the image, so that even -inf beats it.
+    A sample is its value and, with CARRY, what travels with it. `outside`: best lies before the image; even -inf beats it.
     """
     if CARRY:
         take = (new[0] > best[0]) | (new[0] != new[0]) | outside
@@ -135,7 +136,9 @@ def _row_maxima(x, t, a, b, w, high_w, AXIS_W: tl.constexpr, CARRY: tl.constexpr
 
 
 @triton.jit
-def _plane_maxima(x, t, a, b, w, high_b, high_w, AXIS_B: tl.constexpr, AXIS_W: tl.constexpr, CARRY: tl.constexpr, ACC: tl.constexpr):
+def _plane_maxima(
+    x, t, a, b, w, high_b, high_w, AXIS_B: tl.constexpr, AXIS_W: tl.constexpr, CARRY: tl.constexpr, ACC: tl.constexpr
+):  # fmt: skip
     """One input plane's maxima under each pair of taps of the outputs (b, w): len(taps_b) * len(taps_w) samples."""
     K: tl.constexpr = AXIS_B.k
     D: tl.constexpr = AXIS_B.d
@@ -585,7 +588,7 @@ def _backward_kernel(
     AXIS_A: tl.constexpr, AXIS_B: tl.constexpr, AXIS_W: tl.constexpr, TAKES_MAX: tl.constexpr, INDEX: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Shapes: x and dx (N, channels, size_a, size_b, size_w); g (N, channels, out_a, out_b, out_w). x is read with TAKES_MAX only.
+    """Shapes: x and dx (N, channels, size_a, size_b, size_w); g (N, channels, out_a, out_b, out_w). x is read if TAKES_MAX.
 
     A group is the s input rows (columns) that begin at a multiple of the stride s: within it every window, tap and
     weight is known at compile time. This program processes `groups` successive groups of A, at one group of B, for a tile of
@@ -609,8 +612,8 @@ def _backward_kernel(
     x = (x_ptr + n * x_stride_n + c * x_stride_c, c < channels, size_a, size_b, size_w, x_stride_a, x_stride_b, x_stride_w)
     dx = dx_ptr + n * dx_stride_n + c * dx_stride_c
 
-    # Output g + u reads row e of group g's windows with tap ORIGIN + e - s*u; rows SPAN to SPAN + s - 1 of them finish the group's
-    # own rows. Windows that begin before a program's first row reach into it, and hold planes from before themselves: it
+    # Output g + u reads row e of group g's windows with tap ORIGIN + e - s*u; rows SPAN to SPAN + s - 1 of them finish the
+    # group's own rows. Windows that begin before a program's first row reach into it, and hold planes from before themselves: it
     # begins WARM_UP groups early, and does not store those.
     WINDOWS: tl.constexpr = AXIS_B.windows * AXIS_W.windows
     ORIGIN: tl.constexpr = AXIS_A.p - SPAN + AXIS_A.lead
@@ -648,6 +651,7 @@ def _backward_kernel(
         planes = planes[1:]
 
 
+@functools.cache
 def axes_of(window: Window) -> tuple[Axis, Axis, Axis]:
     """The window's axes as the kernels see them: A, B and W."""
     axes = [axis_of(window, axis) for axis in range(window.rank)]

@@ -22,6 +22,7 @@ class _Pooling(nn.Module):
 
     rank: int
     _arguments: tuple[str, ...]
+    _window: Window
 
     def _make_window(self) -> Window:
         raise NotImplementedError
@@ -29,12 +30,13 @@ class _Pooling(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
         if name in self._arguments and all(argument in self.__dict__ for argument in self._arguments):
-            super().__setattr__("_window", self._make_window())
+            self.__dict__["_window"] = self._make_window()
 
 
 class _MaxPoolAA(_Pooling):
     _arguments = (
-        "kernel_size", "stride", "padding", "dilation", "return_indices", "ceil_mode", "ratio", "blur_size", "filter", "padding_mode"
+        "kernel_size", "stride", "padding", "dilation", "return_indices", "ceil_mode",
+        "ratio", "blur_size", "filter", "padding_mode",
     )  # fmt: skip
 
     def __init__(
@@ -175,8 +177,8 @@ class BlurPool2d(_BlurPool):
     Args:
         kernel_size: the number of taps, an integer or one an axis.
         stride: an integer or one an axis.
-        padding: "same", (kernel_size - 1)//2 before and the rest after, for outputs of floor((H - 1)/stride) + 1; or an integer (or
-            one an axis) on both sides, for floor((H + 2 padding - kernel_size)/stride) + 1.
+        padding: "same", (kernel_size - 1)//2 before and the rest after, for floor((H - 1)/stride) + 1 outputs; or an integer
+            (or one an axis) on both sides, for floor((H + 2 padding - kernel_size)/stride) + 1.
         filter: "binomial", a window that scipy.signal.get_window knows, 1-d taps (as given), or one of these an axis.
         padding_mode: "reflect", "replicate" or "zeros".
         channels, device, dtype: taken and ignored, so that the class serves as timm's `aa_layer`. The blur has no parameters

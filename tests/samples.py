@@ -12,9 +12,10 @@ from typing import Any
 
 import oracle
 import torch
+from torch import Tensor
+
 from regfast import functional, geometry
 from regfast.geometry import Window
-from torch import Tensor
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,11 @@
-"""Bad input raises ValueError or TypeError, before anything is written, with a message that names the value and what is allowed."""
+"""Bad input raises ValueError or TypeError, before anything is written, and the message names the value and what is allowed."""
 
 from __future__ import annotations
 
 import pytest
-import regfast
 import torch
+
+import regfast
 from regfast import functional as F
 
 IMAGE = torch.randn(1, 2, 8, 8)

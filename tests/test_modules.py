@@ -9,10 +9,11 @@ import pickle
 
 import numpy as np
 import pytest
-import regfast
 import torch
 from scipy import stats
 from torch import nn
+
+import regfast
 
 MODULES = {1: (nn.MaxPool1d, regfast.MaxPool1dAA), 2: (nn.MaxPool2d, regfast.MaxPool2dAA), 3: (nn.MaxPool3d, regfast.MaxPool3dAA)}
 SIDES = {1: (9,), 2: (9, 8), 3: (5, 6, 7)}
@@ -92,9 +93,11 @@ def test_repr_shows_the_arguments():
     )
 
 
-@pytest.mark.parametrize("module", [regfast.MaxPool2dAA(3, 2, 1, filter="hann"), regfast.BlurPool3d(5), regfast.BlurLayer(D=1)], ids=repr)
+@pytest.mark.parametrize(
+    "module", [regfast.MaxPool2dAA(3, 2, 1, filter="hann"), regfast.BlurPool3d(5), regfast.BlurLayer(D=1)], ids=repr
+)
 def test_modules_copy_and_pickle(module):
-    x = torch.randn(2, 3, *SIDES[getattr(module, "rank")])
+    x = torch.randn(2, 3, *SIDES[module.rank])
     for copied in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
         assert repr(copied) == repr(module)
         torch.testing.assert_close(copied(x), module(x), rtol=0, atol=0)
@@ -113,6 +116,7 @@ def test_surgery_on_a_layer_is_obeyed():
 
 def test_the_blur_answers_to_the_stride():
     """b = int(1.7 s), never less than s, 1 where s is 1; blur_size overrides: a tuple literally."""
+
     def sizes(**arguments):
         return [len(taps) for taps in regfast.MaxPool2dAA(2, **arguments)._window.taps]
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
-import regfast
 import torch
+
+import regfast
 
 # float32 sums of nine products of order one, in another order.
 ROUNDING = dict(rtol=1e-6, atol=1e-6)

@@ -36,7 +36,11 @@ def _tangent(t: Tensor, x: Tensor, *window: Any) -> Tensor:
 
 
 define(f"max_blur_pool(Tensor x, {WINDOW}) -> Tensor", _forward, lambda x, *window: empty_output(x, unflatten(*window)))
-define(f"max_blur_pool_backward(Tensor grad, Tensor x, {WINDOW}) -> Tensor", _backward, lambda grad, x, *window: torch.empty_like(x))
+define(
+    f"max_blur_pool_backward(Tensor grad, Tensor x, {WINDOW}) -> Tensor",
+    _backward,
+    lambda grad, x, *window: torch.empty_like(x),
+)
 define(
     f"max_blur_pool_tangent(Tensor t, Tensor x, {WINDOW}) -> Tensor",
     _tangent,
@@ -44,8 +48,8 @@ define(
 )
 
 
-# With a(q) the place of the maximum M(q), y is linear in x[a(q)]. So three maps, each linear in its first argument, are all there is:
-# P(x), its tangent T(t, x) and T's adjoint B(g, x); and each one's derivative is one of the other two.
+# With a(q) the place of the maximum M(q), y is linear in x[a(q)]. So three maps are all there is: P(x), its tangent T(t, x)
+# and T's adjoint B(g, x), linear in t and g; and each one's derivative is one of the other two.
 class _Pool(torch.autograd.Function):
     """P(x). Saves x alone: where each maximum came from is found again."""
 
@@ -134,7 +138,10 @@ def max_blur_pool1d(
 ) -> Tensor:
     """Anti-aliased max pooling of a signal, (N, C, L) or (C, L). The arguments are those of `regfast.MaxPool1dAA`."""
     return max_blur_pool(
-        x, max_blur_window(1, kernel_size, stride, padding, dilation, return_indices, ceil_mode, ratio, blur_size, filter, padding_mode)
+        x,
+        max_blur_window(
+            1, kernel_size, stride, padding, dilation, return_indices, ceil_mode, ratio, blur_size, filter, padding_mode
+        ),
     )
 
 
@@ -154,7 +161,10 @@ def max_blur_pool2d(
 ) -> Tensor:
     """Anti-aliased max pooling of an image, (N, C, H, W) or (C, H, W). The arguments are those of `regfast.MaxPool2dAA`."""
     return max_blur_pool(
-        x, max_blur_window(2, kernel_size, stride, padding, dilation, return_indices, ceil_mode, ratio, blur_size, filter, padding_mode)
+        x,
+        max_blur_window(
+            2, kernel_size, stride, padding, dilation, return_indices, ceil_mode, ratio, blur_size, filter, padding_mode
+        ),
     )
 
 
@@ -174,5 +184,8 @@ def max_blur_pool3d(
 ) -> Tensor:
     """Anti-aliased max pooling of a volume, (N, C, D, H, W) or (C, D, H, W). The arguments are those of `regfast.MaxPool3dAA`."""
     return max_blur_pool(
-        x, max_blur_window(3, kernel_size, stride, padding, dilation, return_indices, ceil_mode, ratio, blur_size, filter, padding_mode)
+        x,
+        max_blur_window(
+            3, kernel_size, stride, padding, dilation, return_indices, ceil_mode, ratio, blur_size, filter, padding_mode
+        ),
     )

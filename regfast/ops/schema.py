@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 
 from ..dispatch import INTERPRETED
 from ..geometry import Window, output_size
@@ -28,7 +29,7 @@ def define(schema: str, implementation: Any, fake: Any) -> None:
     torch.library.register_fake(f"regfast::{name}", fake, lib=LIBRARY)
 
 
-def apply(function: type, with_jvp: type, *args: Any) -> Tensor:
+def apply(function: type[Function], with_jvp: type[Function], *args: Any) -> Tensor:
     """Applies the autograd Function that suits: Dynamo cannot trace one that has a jvp, and forward mode needs one that has."""
     return (function if torch.compiler.is_compiling() else with_jvp).apply(*args)
 
@@ -46,8 +47,8 @@ def unflatten(kernel_size, stride, padding, dilation, ceil_mode, taps, blur_size
     for size in blur_size:
         axes.append(tuple(taps[start : start + size]))
         start += size
-    lists = (tuple(entry) for entry in (kernel_size, stride, padding, dilation))
-    return Window(*lists, ceil_mode, tuple(axes), tuple(lead), tuple(trail), padding_mode)
+    kernel_size, stride, padding, dilation = map(tuple, (kernel_size, stride, padding, dilation))
+    return Window(kernel_size, stride, padding, dilation, ceil_mode, tuple(axes), tuple(lead), tuple(trail), padding_mode)
 
 
 def check_input(name: str, x: Any, rank: int) -> bool:
@@ -67,4 +68,4 @@ def check_output(name: str, x: Tensor, window: Window) -> None:
     """Refuses an image too small for the window."""
     sizes = [output_size(window, axis, x.shape[axis - window.rank]) for axis in range(window.rank)]
     if any(size < 1 for size in sizes):
-        raise ValueError(f"{name}: the output of {tuple(x.shape)} would be {tuple(sizes)} in space; every size must be at least 1")
+        raise ValueError(f"{name}: the output of {tuple(x.shape)} would be {tuple(sizes)} in space, and must be at least 1")
