@@ -99,6 +99,7 @@ def sass_bits(ops: list[str], kind: str) -> list[int]:
 
 
 def amd_figures(text: str) -> dict[str, int]:
+    """Spills are those of vector registers, to memory. (Scalar registers spill into lanes of vector registers.)"""
     counts = {name: int(count) for name, count in re.findall(r"\.(\w+):\s+(\d+)$", text, flags=re.M)}
     ops = re.findall(r"^\s+([a-z][a-z0-9_]+)", text, flags=re.M)
     bits = {"dword": 32, "dwordx2": 64, "dwordx3": 96, "dwordx4": 128}
@@ -108,7 +109,7 @@ def amd_figures(text: str) -> dict[str, int]:
     )
     return dict(
         registers=counts["vgpr_count"], stack=counts["private_segment_fixed_size"], shared=counts["group_segment_fixed_size"],
-        spills=counts["vgpr_spill_count"] + counts["sgpr_spill_count"], instructions=len(ops),
+        spills=counts["vgpr_spill_count"], instructions=len(ops),
         loads=len(loads), load_bits=commonest(loads), store_bits=commonest(stores),
     )  # fmt: skip
 
