@@ -33,14 +33,17 @@ def test_all_kernels_are_as_the_table_says():
 
 
 def test_the_table_has_no_spill_no_stack_and_wide_accesses():
-    """Images with innermost channels: four elements an access on NVIDIA, two on AMD, whose wavefronts are twice as wide."""
+    """Images with innermost channels: four elements an access on NVIDIA, two on AMD, whose wavefronts are twice as wide.
+
+    (Borders that send positions elsewhere, and volumes, hold too much for more than one or two elements a thread.)
+    """
     with SCRIPT.with_suffix(".csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert {row["target"] for row in rows} == {"sm_80", "sm_90", "sm_100", "gfx942"}
     assert {row["dtype"] for row in rows} == {"fp16", "bf16", "fp32"}
     for row in rows:
         assert (row["spills"], row["stack"]) == ("0", "0"), row
-        if row["format"] == "channels last" and row["case"].startswith("2d"):
+        if row["format"] == "channels last" and row["case"] in ("2d", "2d k=2", "2d (3, 2, 1)"):
             elements = {"gfx942": 2}.get(row["target"], 4)
             bits = elements * (32 if row["dtype"] == "fp32" else 16)
             assert int(row["load_bits"]) >= bits and int(row["store_bits"]) >= bits, row
