@@ -164,6 +164,11 @@ def output_size(window: Window, axis: int, size: int) -> int:
     return count - 1 if (count - 1) * s >= size + p else count
 
 
+def output_shape(window: Window, shape: Sequence[int]) -> list[int]:
+    """The shape of the output for a batched input of `shape`, (N, C, *spatial)."""
+    return [*shape[:2], *(output_size(window, axis, shape[axis + 2]) for axis in range(window.rank))]
+
+
 def map_limits(window: Window, axis: int, size: int) -> tuple[int, int]:
     """The first and last position of the max map that the blur may read: beyond them the border mode answers."""
     k_reach, p = window.reach(axis), window.padding[axis]

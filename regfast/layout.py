@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .geometry import Window, output_size
+from .geometry import Window, output_shape
 
 CHANNELS_LAST = {1: torch.channels_last, 2: torch.channels_last, 3: torch.channels_last_3d}
 
@@ -36,8 +36,7 @@ def with_format(y: Tensor, channels_last: bool) -> Tensor:
 
 def empty_output(x: Tensor, window: Window) -> Tensor:
     """An uninitialised output of `window` over x, in x's dtype, device and memory format."""
-    sizes = [output_size(window, axis, x.shape[axis + 2]) for axis in range(window.rank)]
-    return empty([*x.shape[:2], *sizes], x, is_channels_last(x))
+    return empty(output_shape(window, x.shape), x, is_channels_last(x))
 
 
 def empty(shape: list[int], like: Tensor, channels_last: bool) -> Tensor:

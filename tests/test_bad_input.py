@@ -7,6 +7,7 @@ import torch
 
 import regfast
 from regfast import functional as F
+from regfast.ops.schema import flatten
 
 IMAGE = torch.randn(1, 2, 8, 8)
 POOL, BLUR = regfast.MaxPool2dAA, regfast.BlurPool2d
@@ -86,6 +87,27 @@ def test_an_image_too_small_for_the_window(path):
             F.max_blur_pool2d(IMAGE[..., :1, :])
         with pytest.raises(ValueError, match=r"blur_pool2d.*\(0, 0\).*at least 1"):
             F.blur_pool2d(IMAGE[..., :2, :2], 5, 1, 1)
+
+
+@pytest.mark.parametrize("wrong", [torch.randn(1, 2, 3, 3), torch.randn(1, 2, 4, 4).double(), torch.randn(2, 4, 4)])
+def test_ops_refuse_a_gradient_or_a_tangent_of_another_image(wrong, device):
+    """autograd never sends one; whoever calls the ops by hand may, and a kernel would read beyond it."""
+    pool, blur = (flatten(module._window) for module in (POOL(2), BLUR(3)))
+    x, wrong = IMAGE.to(device), wrong.to(device)
+    with pytest.raises(ValueError, match=r"grad must have .*\(1, 2, 4, 4\).*got"):
+        torch.ops.regfast.max_blur_pool_backward(wrong, x, *pool)
+    with pytest.raises(ValueError, match=r"t must have .*\(1, 2, 8, 8\).*got"):
+        torch.ops.regfast.max_blur_pool_tangent(wrong, x, *pool)
+    if wrong.dtype == x.dtype:
+        with pytest.raises(ValueError, match=r"grad must have .*\(1, 2, 4, 4\).*got"):
+            torch.ops.regfast.blur_pool_backward(wrong, list(x.shape), False, *blur)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="two kinds of device are needed")
+def test_ops_refuse_a_mix_of_devices():
+    pool = flatten(POOL(2)._window)
+    with pytest.raises(ValueError, match="device"):
+        torch.ops.regfast.max_blur_pool_backward(torch.randn(1, 2, 4, 4), IMAGE.cuda(), *pool)
 
 
 def test_triton_where_it_cannot_run_names_the_reason():

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
+from peers import AbsentError, load
 
 import regfast
 
 # float32 sums of nine products of order one, in another order.
 ROUNDING = dict(rtol=1e-6, atol=1e-6)
+
+
+def load_peer(name: str):
+    """A peer that needs a hand to be imported beside a CPU build of torch."""
+    try:
+        return load(name)
+    except AbsentError as absent:
+        pytest.skip(f"{name}: {absent}")
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 16, 16), (1, 4, 15, 18)], ids=str)
@@ -34,3 +43,12 @@ def test_antialiased_cnns_reflects(side, size):
     maxima = torch.nn.functional.max_pool2d(x, 2, 1)
     ours = regfast.MaxPool2dAA(2, blur_size=size, padding_mode="reflect")(x)
     torch.testing.assert_close(ours, theirs(maxima), **ROUNDING)
+
+
+def test_timm_takes_the_class_as_its_aa_layer():
+    """And finds it, where timm silently falls back to an average for a class that it cannot call."""
+    timm = load_peer("timm")
+    model = timm.create_model("resnet18", aa_layer=regfast.BlurPool2d, num_classes=3)
+    blurs = [module for module in model.modules() if isinstance(module, regfast.BlurPool2d)]
+    assert len(blurs) >= 3
+    assert model(torch.randn(1, 3, 64, 64)).shape == (1, 3)

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from ..dispatch import use_triton
-from ..geometry import BlurPaddingMode, Size, Window, blur_window
+from ..geometry import BlurPaddingMode, Size, Window, blur_window, output_shape
 from ..layout import empty, empty_output, is_channels_last
 from ..reference.blur_pool import blur_pool as reference
-from .schema import WINDOW, apply, check_input, check_output, define, flatten, unflatten
+from .schema import WINDOW, apply, check_input, check_like, check_output, define, flatten, unflatten
 
 __all__ = ["blur_pool", "blur_pool1d", "blur_pool2d", "blur_pool3d"]
 
@@ -22,10 +22,12 @@ def _forward(x: Tensor, *window: Any) -> Tensor:
     return kernels.blur_pool(x, unflatten(*window))
 
 
-def _backward(grad: Tensor, size: list[int], channels_last: bool, *window: Any) -> Tensor:
+def _backward(grad: Tensor, size: list[int], channels_last: bool, *args: Any) -> Tensor:
     from ..kernels import blur_pool as kernels
 
-    return kernels.blur_pool_backward(grad, size, channels_last, unflatten(*window))
+    window = unflatten(*args)
+    check_like("blur_pool_backward: grad", grad, output_shape(window, size), grad)
+    return kernels.blur_pool_backward(grad, size, channels_last, window)
 
 
 define(f"blur_pool(Tensor x, {WINDOW}) -> Tensor", _forward, lambda x, *window: empty_output(x, unflatten(*window)))

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from ..dispatch import use_triton
-from ..geometry import MaxPaddingMode, Size, Window, max_blur_window
+from ..geometry import MaxPaddingMode, Size, Window, max_blur_window, output_shape
 from ..layout import empty_output
 from ..reference.max_blur_pool import max_blur_pool as reference
-from .schema import WINDOW, apply, check_input, check_output, define, flatten, unflatten
+from .schema import WINDOW, apply, check_input, check_like, check_output, define, flatten, unflatten
 
 __all__ = ["max_blur_pool", "max_blur_pool1d", "max_blur_pool2d", "max_blur_pool3d"]
 
@@ -23,15 +23,18 @@ def _forward(x: Tensor, *window: Any) -> Tensor:
     return kernels.max_blur_pool(x, unflatten(*window))
 
 
-def _backward(grad: Tensor, x: Tensor, *window: Any) -> Tensor:
+def _backward(grad: Tensor, x: Tensor, *args: Any) -> Tensor:
     from ..kernels import max_blur_pool as kernels
 
-    return kernels.max_blur_pool_backward(grad, x, unflatten(*window))
+    window = unflatten(*args)
+    check_like("max_blur_pool_backward: grad", grad, output_shape(window, x.shape), x)
+    return kernels.max_blur_pool_backward(grad, x, window)
 
 
 def _tangent(t: Tensor, x: Tensor, *window: Any) -> Tensor:
     from ..kernels import max_blur_pool as kernels
 
+    check_like("max_blur_pool_tangent: t", t, x.shape, x)
     return kernels.max_blur_pool_tangent(t, x, unflatten(*window))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from ..dispatch import INTERPRETED
-from ..geometry import Window, output_size
+from ..geometry import Window, output_shape
 
 LIBRARY = torch.library.Library("regfast", "DEF")
 
@@ -64,8 +65,15 @@ def check_input(name: str, x: Any, rank: int) -> bool:
     return x.ndim == rank + 2
 
 
+def check_like(name: str, t: Tensor, shape: Sequence[int], x: Tensor) -> None:
+    """Refuses a gradient or a tangent that does not belong to x: a kernel would read beyond it, or misread it."""
+    expected, found = (tuple(shape), x.dtype, x.device), (tuple(t.shape), t.dtype, t.device)
+    if found != expected:
+        raise ValueError(f"{name} must have the shape, dtype and device {expected}, got {found}")
+
+
 def check_output(name: str, x: Tensor, window: Window) -> None:
     """Refuses an image too small for the window."""
-    sizes = [output_size(window, axis, x.shape[axis - window.rank]) for axis in range(window.rank)]
+    sizes = output_shape(window, x.shape)[2:]
     if any(size < 1 for size in sizes):
         raise ValueError(f"{name}: the output of {tuple(x.shape)} would be {tuple(sizes)} in space, and must be at least 1")
