@@ -16,6 +16,7 @@ from torch import Tensor
 
 from regfast import functional, geometry
 from regfast.geometry import Window
+from regfast.layout import is_channels_last
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,8 @@ class Operation:
     function: Callable[..., Tensor]
     window: Callable[[Sample], Window]
     oracle: Callable[..., Any]
+    # From an input, its output and a flattened window: every registered op, with arguments to call it with.
+    op_calls: Callable[[Tensor, Tensor, tuple], list[tuple[Any, tuple]]]
     samples: list[Sample]
 
     def __str__(self) -> str:
@@ -94,6 +97,23 @@ def pool_oracle(x: Any, sample: Sample) -> Any:
 def blur_oracle(x: Any, sample: Sample) -> Any:
     w = blur_window(sample)
     return oracle.blur_pool(x, w.stride, sample.arguments.get("padding", "same"), w.taps, w.padding_mode)
+
+
+def pool_op_calls(x: Tensor, y: Tensor, window: tuple) -> list[tuple[Any, tuple]]:
+    ops = torch.ops.regfast
+    return [
+        (ops.max_blur_pool.default, (x, *window)),
+        (ops.max_blur_pool_backward.default, (y, x, *window)),
+        (ops.max_blur_pool_tangent.default, (x, x, *window)),
+    ]
+
+
+def blur_op_calls(x: Tensor, y: Tensor, window: tuple) -> list[tuple[Any, tuple]]:
+    ops = torch.ops.regfast
+    return [
+        (ops.blur_pool.default, (x, *window)),
+        (ops.blur_pool_backward.default, (y, list(x.shape), is_channels_last(x), *window)),
+    ]
 
 
 # core: forward, backward and tangent in the core suite. main: every dtype, format, layout and transform as well. special: with
@@ -142,6 +162,6 @@ BLUR = [
     Sample((1, 2, 12), {"kernel_size": 2, "stride": 5, "padding": 3, "padding_mode": "replicate"}),
 ]
 OPERATIONS = [
-    Operation("max_blur_pool", pool, pool_window, pool_oracle, POOL),
-    Operation("blur_pool", blur, blur_window, blur_oracle, BLUR),
+    Operation("max_blur_pool", pool, pool_window, pool_oracle, pool_op_calls, POOL),
+    Operation("blur_pool", blur, blur_window, blur_oracle, blur_op_calls, BLUR),
 ]

@@ -189,21 +189,7 @@ def test_gradients_by_finite_differences(operation, sample, path, device, reques
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
 def test_the_ops_pass_opcheck(operation, sample, channels_last, device, kernels):
     x = sample.input(device=device, channels_last=channels_last)
-    y = operation(x, sample)
-    window = flatten(operation.window(sample))
-    ops = torch.ops.regfast
-    calls = {
-        "max_blur_pool": [
-            (ops.max_blur_pool.default, (x, *window)),
-            (ops.max_blur_pool_backward.default, (y, x, *window)),
-            (ops.max_blur_pool_tangent.default, (x, x, *window)),
-        ],
-        "blur_pool": [
-            (ops.blur_pool.default, (x, *window)),
-            (ops.blur_pool_backward.default, (y, list(x.shape), channels_last, *window)),
-        ],
-    }
-    for op, arguments in calls[operation.name]:
+    for op, arguments in operation.op_calls(x, operation(x, sample), flatten(operation.window(sample))):
         torch.library.opcheck(op, arguments)
 
 

@@ -46,19 +46,24 @@ def test_shapes_are_torch_nn_s(rank, arguments, batch):
 @ranks
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("batch", [1, 2])
-@pytest.mark.parametrize("channels", [1, 3])
-def test_memory_formats_are_torch_nn_s(rank, dtype, batch, channels):
+@pytest.mark.parametrize("channels", [1, 3, 8])
+@pytest.mark.parametrize("ceil_mode", [False, True])
+def test_memory_formats_are_torch_nn_s(rank, dtype, batch, channels, ceil_mode):
     """Channels last in, channels last out, and torch's choice where sizes of 1 leave the format open."""
-    theirs, ours = (module(2) for module in MODULES[rank])
+    theirs, ours = (module(3, 3, 1, ceil_mode=ceil_mode) for module in MODULES[rank])
     x = torch.randn(batch, *SIDES[rank], channels).to(dtype).movedim(-1, 1)
     for image in (x, x.contiguous(), x[..., 1:]):
         # nn.MaxPool1d keeps a format only where it is differentiated.
         expected = theirs(image.detach().requires_grad_())
-        y = ours(image)
-        assert y.dtype == expected.dtype
-        # The stride of a dimension of size 1 means nothing, and PyTorch's own poolings differ there.
-        strides, expected_strides = ([s for n, s in zip(t.shape, t.stride()) if n > 1] for t in (y, expected))
-        assert strides == expected_strides
+        for y in (ours(image), ours(image.detach().requires_grad_())):
+            check_layout(y, expected)
+
+
+def check_layout(y, expected):
+    assert y.dtype == expected.dtype
+    # The stride of a dimension of size 1 means nothing, and PyTorch's own poolings differ there.
+    strides, expected_strides = ([s for n, s in zip(t.shape, t.stride()) if n > 1] for t in (y, expected))
+    assert strides == expected_strides
 
 
 @ranks

@@ -32,7 +32,7 @@ def blur_pool(x: Tensor, window: Window) -> Tensor:
     with outside_autocast(x):
         wide = _extend(x, window).to(torch.float64 if x.dtype == torch.float64 else torch.float32)
         blur = _convolve if prefers_convolution(x) else _sum_slices
-        return _in_format_of(x, blur(wide, window).to(x.dtype))
+        return in_format_of(x, blur(wide, window).to(x.dtype))
 
 
 def prefers_convolution(x: Tensor) -> bool:
@@ -65,7 +65,7 @@ def is_forward_mode() -> bool:
     return torch.autograd.forward_ad._current_level >= 0
 
 
-def _in_format_of(x: Tensor, y: Tensor) -> Tensor:
+def in_format_of(x: Tensor, y: Tensor) -> Tensor:
     """y in x's memory format, which a few operations lose. Transforms of torch.func know no formats."""
     return y if torch._C._are_functorch_transforms_active() else with_format(y, is_channels_last(x))
 

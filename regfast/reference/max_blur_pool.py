@@ -15,7 +15,16 @@ from torch import Tensor
 
 from ..geometry import Window, map_limits, output_size
 from ..layout import is_channels_last
-from .blur_pool import as_image, blur_pool, is_compiled, is_differentiated, is_transformed, outside_autocast, pad_amounts
+from .blur_pool import (
+    as_image,
+    blur_pool,
+    in_format_of,
+    is_compiled,
+    is_differentiated,
+    is_transformed,
+    outside_autocast,
+    pad_amounts,
+)
 
 
 def max_blur_pool(x: Tensor, window: Window) -> Tensor:
@@ -51,6 +60,7 @@ def _in_its_format(x: Tensor, window: Window) -> Tensor:
     if window.ceil_mode:
         for axis, size in enumerate(x.shape[2:]):
             y = y.narrow(axis - window.rank, 0, output_size(window, axis, size))
+        return in_format_of(x, y)
     return y
 
 
