@@ -40,9 +40,11 @@ def prefers_convolution(x: Tensor) -> bool:
 
     Slices are for a compiler to fuse, and only forwards: their backward writes an image of zeros for each tap. Other
     devices than the CPU may take convolutions in TF32, which is no float32 sum. And a convolution's tangent is NaN wherever
-    its input is infinite, because PyTorch adds the input times the weight's tangent, zero.
+    its input is infinite, because PyTorch adds the input times the weight's tangent, zero. Of volumes whose sizes are symbols,
+    Inductor (2.13) cannot lower one.
     """
-    return x.device.type == "cpu" and not is_forward_mode() and (not is_compiled() or is_differentiated(x))
+    fused = is_compiled() and (x.ndim == 5 or not is_differentiated(x))
+    return x.device.type == "cpu" and not is_forward_mode() and not fused
 
 
 def is_compiled() -> bool:
