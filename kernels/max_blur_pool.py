@@ -75,15 +75,15 @@ def _later_each(best, new, outside, COUNT: tl.constexpr, CARRY: tl.constexpr):
 
 
 @triton.jit
-def _border(q, low, high, EDGE: tl.constexpr):
-    """The position within [low, high] at which the border mode finds position q."""
-    if EDGE == "reflect":
+def _border(q, high, AXIS: tl.constexpr):
+    """The position within the limits, the last of which is `high`, at which the border mode finds position q."""
+    if AXIS.edge == "reflect":
         # A reflected map starts at 0. One element, period 0, is constant.
         period = tl.maximum(2 * high, 1)
         wave = tl.abs(q) % period
         return tl.minimum(wave, period - wave)
     else:
-        return tl.minimum(tl.maximum(q, low), high)
+        return tl.minimum(tl.maximum(q, AXIS.low), high)
 
 
 @triton.jit
@@ -118,7 +118,7 @@ def _row_maxima(x, t, a, b, w, high_w, AXIS_W: tl.constexpr, CARRY: tl.constexpr
     maxima = ()
     if AXIS_W.edge == "clamp" or AXIS_W.edge == "reflect":
         for j in tl.static_range(TAPS):
-            column = _border(first + j, AXIS_W.low, high_w, AXIS_W.edge) - AXIS_W.p
+            column = _border(first + j, high_w, AXIS_W) - AXIS_W.p
             best = _sample(x, t, a, b, column, CARRY, ACC)
             for i in tl.static_range(1, K):
                 best = _later(best, _sample(x, t, a, b, column + D * i, CARRY, ACC), column + D * (i - 1) < 0, CARRY)
@@ -148,7 +148,7 @@ def _plane_maxima(
     maxima = ()
     if AXIS_B.edge == "clamp" or AXIS_B.edge == "reflect":
         for j in tl.static_range(TAPS):
-            row = _border(first + j, AXIS_B.low, high_b, AXIS_B.edge) - AXIS_B.p
+            row = _border(first + j, high_b, AXIS_B) - AXIS_B.p
             best = _row_maxima(x, t, a, row, w, high_w, AXIS_W, CARRY, ACC)
             for i in tl.static_range(1, K):
                 new = _row_maxima(x, t, a, row + D * i, w, high_w, AXIS_W, CARRY, ACC)
@@ -211,7 +211,7 @@ def _next_map_row(
     maxima = _window_maxima(held, first, AXIS_A, COUNT, CARRY)
     if AXIS_A.edge == "clamp" or AXIS_A.edge == "reflect":
         if (q < AXIS_A.low) | (q > high_a):
-            first = _border(q, AXIS_A.low, high_a, AXIS_A.edge) - AXIS_A.p
+            first = _border(q, high_a, AXIS_A) - AXIS_A.p
             planes = ()
             for offset in tl.static_range(D * (K - 1) + 1):
                 planes = planes + (_plane_maxima(x, t, first + offset, b, w, high_b, high_w, AXIS_B, AXIS_W, CARRY, ACC),)
@@ -387,7 +387,7 @@ def _edge_weight(o, exists, q, high, AXIS: tl.constexpr, ACC: tl.constexpr):
     weight = 0.0
     for j in tl.static_range(TAPS):
         place = o * AXIS.s - AXIS.lead + j
-        reads = exists & ((place < AXIS.low) | (place > high)) & (_border(place, AXIS.low, high, AXIS.edge) == q)
+        reads = exists & ((place < AXIS.low) | (place > high)) & (_border(place, high, AXIS) == q)
         weight += AXIS.taps[j] * reads.to(ACC)
     return weight
 
