@@ -274,7 +274,7 @@ def test_kernels_agree_with_the_reference_on_drawn_arguments(sample, device, ker
 
 
 @pytest.mark.slow
-@settings(max_examples=60, **(DRAWN | {"derandomize": False}))
+@settings(max_examples=25, **(DRAWN | {"derandomize": False}))
 @given(sample=pools())
 def test_kernels_agree_with_the_reference_on_many_drawn_arguments(sample, device, kernels):
     check_drawn(sample, device)
