@@ -25,6 +25,7 @@ class _Pooling(nn.Module):
     _window: Window
 
     def _make_window(self) -> Window:
+        """The window that the arguments say: each kind of pooling has its own."""
         raise NotImplementedError
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -76,12 +76,17 @@ def blur(x: Tensor, rank: int, **arguments: Any) -> Tensor:
     return getattr(functional, f"blur_pool{rank}d")(x, **arguments)
 
 
-def pool_window(sample: Sample) -> Window:
-    defaults = dict(
+def max_window(rank: int = 2, **changes: Any) -> Window:
+    """The window of MaxPool2dAA(2), but for `changes`."""
+    arguments = dict(
         kernel_size=2, stride=None, padding=0, dilation=1, return_indices=False, ceil_mode=False,
         ratio=1.7, blur_size=None, filter="binomial", padding_mode="partial",
     )  # fmt: skip
-    return geometry.max_blur_window(sample.rank, **{**defaults, **sample.arguments})
+    return geometry.max_blur_window(rank, **{**arguments, **changes})
+
+
+def pool_window(sample: Sample) -> Window:
+    return max_window(sample.rank, **sample.arguments)
 
 
 def blur_window(sample: Sample) -> Window:

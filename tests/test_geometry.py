@@ -8,18 +8,11 @@ import random
 
 import oracle
 import pytest
+from samples import max_window as window
 from scipy.stats import binom
 
 from regfast.filters import binomial
-from regfast.geometry import blur_window, crosses_border, map_limits, map_span, max_blur_window, output_size
-
-
-def window(rank=2, **changes):
-    arguments = dict(
-        kernel_size=2, stride=None, padding=0, dilation=1, return_indices=False, ceil_mode=False,
-        ratio=1.7, blur_size=None, filter="binomial", padding_mode="partial",
-    )  # fmt: skip
-    return max_blur_window(rank, **{**arguments, **changes})
+from regfast.geometry import blur_window, crosses_border, map_limits, map_span, output_size
 
 
 @pytest.mark.parametrize("rank", [1, 2, 3])

@@ -14,12 +14,13 @@ import torch
 import torch.nn as nn
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from samples import max_window as window
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import regfast.reference.blur_pool as blur_module
 import regfast.reference.max_blur_pool as max_module
-from regfast.geometry import blur_window, max_blur_window
+from regfast.geometry import blur_window
 from regfast.reference.blur_pool import blur_pool
 from regfast.reference.max_blur_pool import max_blur_pool
 
@@ -29,14 +30,6 @@ MAX_POOLS = {1: nn.MaxPool1d, 2: nn.MaxPool2d, 3: nn.MaxPool3d}
 FLOAT64 = dict(rtol=0, atol=1e-12)
 # The same in float32.
 FLOAT32 = dict(rtol=0, atol=1e-5)
-
-
-def window(rank=2, **changes):
-    arguments = dict(
-        kernel_size=2, stride=None, padding=0, dilation=1, return_indices=False, ceil_mode=False,
-        ratio=1.7, blur_size=None, filter="binomial", padding_mode="partial",
-    )  # fmt: skip
-    return max_blur_window(rank, **{**arguments, **changes})
 
 
 def by_oracle(x, w):
