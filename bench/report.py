@@ -79,11 +79,17 @@ def table(rows: list[Row]) -> str:
         line = cells(row)
         group, above = line[: len(GROUP)] == above, line[: len(GROUP)]
         lines.append([""] * len(GROUP) + line[len(GROUP) :] if group else line)
-    widths = [max(len(line[column]) for line in lines) for column in range(len(COLUMNS))]
-    left = len(GROUP) + 1
+    return markdown(lines, len(GROUP) + 1)
+
+
+def markdown(lines: list[list[str]], left: int) -> str:
+    """A table of the lines' cells, aligned: the first is the heading, and `left` columns of text come before the figures."""
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     rule = ["-" * width if column < left else "-" * (width - 1) + ":" for column, width in enumerate(widths)]
-    lines.insert(1, rule)
-    aligned = [[cell.ljust(w) if i < left else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths))] for line in lines]
+    aligned = [
+        [cell.ljust(w) if i < left else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths))]
+        for line in (lines[0], rule, *lines[1:])
+    ]
     return "\n".join(f"| {' | '.join(line)} |" for line in aligned)
 
 

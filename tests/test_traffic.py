@@ -1,0 +1,254 @@
+"""bench/traffic.py counts what a kernel asks of memory: exactly for kernels that one can count by hand, and the pooling's.
+
+In processes of their own, because this one has given its kernels to the interpreter only where there is no GPU.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCH = Path(__file__).parent.parent / "bench"
+SCRIPT = BENCH / "traffic.py"
+POOL = ["max_blur_pool", "--arguments=2,2,0"]
+
+# Counts launches of kernels of its own, and prints the figures by name. (A file, because the interpreter reads their source.)
+DRIVER = """
+import json
+
+import torch
+import traffic
+import triton
+import triton.language as tl
+from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
+
+
+@triton.jit
+def copy(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(y_ptr + i, tl.load(x_ptr + i, mask=i < n), mask=i < n)
+
+
+@triton.jit
+def add_next_block(x_ptr, y_ptr, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(y_ptr + i, tl.load(x_ptr + i) + tl.load(x_ptr + i + BLOCK))
+
+
+@triton.jit
+def add_pairs(x_ptr, y_ptr, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    tl.store(y_ptr + i, tl.load(x_ptr + 2 * i) + tl.load(x_ptr + 2 * i + 1))
+
+
+@triton.jit
+def broadcast_rows(x_ptr, y_ptr, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    row, column = tl.program_id(1), tl.program_id(0)
+    tl.store(y_ptr + (2 * row + column) * BLOCK + i, tl.load(x_ptr + row * BLOCK + i))
+
+
+def figures(kernel, grid, *args, l2=1 << 30):
+    with traffic.recording() as launches:
+        kernel[grid](*args)
+    (launch,) = launches
+    return {
+        "names": dict.fromkeys(launch.names),
+        "programs": len(launch.programs),
+        **{name: dict(zip(launch.names, values.tolist())) for name, values in launch.figures(l2).items()},
+    }
+
+
+def hooked():
+    return [GridExecutor._init_args_hst, InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store]
+
+
+x, half = torch.arange(400.0), torch.ones(300, dtype=torch.bfloat16)
+found = {
+    "copy": figures(copy, (3,), x, torch.zeros(300), 300, 128),
+    "half": figures(copy, (3,), half, half.clone(), 300, 128),
+    "shifted": figures(copy, (3,), x[16:], torch.zeros(300), 300, 128),
+    "in place": figures(copy, (3,), x, x, 300, 128),
+    "overlap": figures(add_next_block, (4,), x, torch.zeros(256), 64),
+    "overlap, no cache": figures(add_next_block, (4,), x, torch.zeros(256), 64, l2=0),
+    "pairs": figures(add_pairs, (1,), x, torch.zeros(128), 128),
+    "rows": figures(broadcast_rows, (2, 2), x, torch.zeros(128), 32, l2=256),
+}
+A, B, C, WRITE = 1, 2, 3, traffic.WRITE
+found["lru"] = list(traffic.misses([A, B, A, C, B], 2))
+found["written once"] = [key & ~WRITE for key in traffic.misses([A | WRITE, A | WRITE, A, B, B | WRITE], 2)]
+
+before = hooked()
+y = torch.zeros(300)
+with traffic.recording():
+    copy[(3,)](x, y, 300, 128)
+    inside = hooked()
+    try:
+        copy[(4,)](x, torch.zeros(300), 512, 128)
+    except Exception as error:
+        found["outside"] = str(error)
+found["hooked"], found["restored"] = inside != before, hooked() == before
+found["copied"] = torch.equal(y, x[:300])
+print(json.dumps(found))
+"""
+
+# traffic.py with one more operation, of which no kernel runs.
+IDENTITY = """
+import sys
+
+import torch
+import traffic
+from contestants import OPERATIONS, Bytes, Operation, images
+
+OPERATIONS["identity"] = Operation(
+    contestants={"regfast": lambda case: torch.nn.Identity()},
+    arguments=[()],
+    shapes={"cuda": [(2, 4, 8, 8)]},
+    inputs=images,
+    floor=lambda inputs, y: Bytes(0, 0),
+)
+sys.exit(traffic.main(sys.argv[1:]))
+"""
+
+
+def python(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join(filter(None, (str(BENCH), os.environ.get("PYTHONPATH"))))
+    env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, *arguments], env=env, cwd=BENCH.parent, capture_output=True, text=True)
+
+
+def rows_of(out: Path, *arguments: str) -> list[dict]:
+    done = python(SCRIPT, *arguments, f"--out={out}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(out.read_text())["rows"]
+
+
+@pytest.fixture(scope="module")
+def counted(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    driver = tmp_path_factory.mktemp("traffic") / "driver.py"
+    driver.write_text(DRIVER)
+    done = python(driver)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def pooled(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    """The pooling's rows for a toy that a program an image covers, and that fills no whole number of lines."""
+    return rows_of(tmp_path_factory.mktemp("pooled") / "rows.json", *POOL, "--shape=2x2x14x62")
+
+
+def test_copy_with_a_masked_tail(counted: dict) -> None:
+    """300 floats in blocks of 128: two blocks of four lines, and 44 floats on two lines. x's loads, then its stores; y's."""
+    copy = counted["copy"]
+    assert copy["programs"] == 3
+    assert copy["elements"] == {"x_ptr": [300, 0], "y_ptr": [0, 300]}
+    assert copy["L1"] == {"x_ptr": [1200, 0], "y_ptr": [0, 1200]}
+    for figure in ("lines", "L2", "device", "grid"):
+        assert copy[figure] == {"x_ptr": [1280, 0], "y_ptr": [0, 1280]}, figure
+
+
+def test_half_precision_has_half_the_bytes(counted: dict) -> None:
+    assert counted["half"]["elements"]["x_ptr"] == [300, 0]
+    assert counted["half"]["L1"]["x_ptr"] == [600, 0]
+    assert counted["half"]["grid"]["x_ptr"] == [5 * 128, 0]
+
+
+def test_lines_are_those_of_the_storage(counted: dict) -> None:
+    """A view that begins in the middle of a line: its blocks lie on five, five and two lines, and share two of them."""
+    assert counted["shifted"]["L2"]["x_ptr"] == [12 * 128, 0]
+    assert counted["shifted"]["grid"]["x_ptr"] == [10 * 128, 0]
+
+
+def test_arguments_of_one_storage_are_one_tensor(counted: dict) -> None:
+    assert counted["in place"]["elements"] == {"x_ptr/y_ptr": [300, 300]}
+    assert counted["in place"]["grid"] == counted["in place"]["device"] == {"x_ptr/y_ptr": [1280, 1280]}
+
+
+def test_overlap_is_counted_by_program_and_once_over_the_grid(counted: dict) -> None:
+    """Four programs read two blocks of two lines each, and all but the outermost blocks are read by two."""
+    assert counted["overlap"]["elements"]["x_ptr"] == [512, 0]
+    assert counted["overlap"]["L2"]["x_ptr"] == counted["overlap"]["lines"]["x_ptr"] == [16 * 128, 0]
+    assert counted["overlap"]["device"]["x_ptr"] == counted["overlap"]["grid"]["x_ptr"] == [10 * 128, 0]
+    assert counted["overlap, no cache"]["device"] == {"x_ptr": [16 * 128, 0], "y_ptr": [0, 8 * 128]}
+
+
+def test_a_strided_load_touches_every_line_for_half_of_the_elements(counted: dict) -> None:
+    """Two loads, of the even and the odd elements, of the same eight lines."""
+    assert counted["pairs"]["L1"]["x_ptr"] == [8 * 128, 0]
+    assert counted["pairs"]["lines"]["x_ptr"] == [16 * 128, 0]
+    assert counted["pairs"]["L2"]["x_ptr"] == [8 * 128, 0]
+
+
+def test_programs_are_in_a_gpus_order(counted: dict) -> None:
+    """The two programs of a row come one after the other, so that a cache of two lines has the row for the second."""
+    assert counted["rows"]["L2"]["x_ptr"] == [4 * 128, 0]
+    assert counted["rows"]["device"]["x_ptr"] == [2 * 128, 0]
+
+
+def test_the_cache_drops_the_least_recent_and_writes_a_line_back_once(counted: dict) -> None:
+    assert counted["lru"] == [1, 2, 3, 2]
+    assert counted["written once"] == [1, 2, 2]
+
+
+def test_an_address_outside_the_tensors_is_an_error(counted: dict) -> None:
+    assert "copy asks for an address outside the tensors it was given" in counted["outside"]
+
+
+def test_the_interpreter_computes_the_same_and_is_restored(counted: dict) -> None:
+    assert counted["hooked"] and counted["restored"] and counted["copied"]
+
+
+def test_every_format_and_direction_has_a_row(pooled: list[dict]) -> None:
+    found = [(row["format"], row["direction"]) for row in pooled]
+    assert found == [(format, direction) for format in ("NCHW", "NHWC") for direction in ("forward", "backward")]
+
+
+def test_the_pooling_moves_its_floor_and_no_more_than_lines_round_it_to(pooled: list[dict]) -> None:
+    x, y = 2 * 2 * 2 * 14 * 62, 2 * 2 * 2 * 7 * 31
+    for row in pooled:
+        assert row["floor"] == (x + y if row["direction"] == "forward" else 2 * x + y)
+        tensors = 2 if row["direction"] == "forward" else 3
+        assert row["floor"] <= row["grid"] < row["floor"] + tensors * 128
+        assert row["grid"] <= row["device"] <= row["L2"] <= row["lines"]
+
+
+def test_the_pooling_loads_as_often_as_its_docstring_says(pooled: list[dict]) -> None:
+    """But for what the border cuts off, and a program's warm-up adds."""
+    for row in pooled:
+        x, y = 2 * 2 * 14 * 62, 2 * 2 * 7 * 31
+        forward = row["direction"] == "forward"
+        assert row["loads"] / x == pytest.approx(2.0 if forward else 2.75, rel=0.05)
+        assert row["stores"] == (y if forward else x)
+
+
+def test_candidates_are_ranked_with_the_pinned_cut(tmp_path: Path) -> None:
+    """Fewer rows a program are more programs, and more that two of them read."""
+    toy = ["--shape=2x2x32x12", "--format=NCHW", "--direction=forward"]
+    best, *others = rows_of(tmp_path / "rows.json", *POOL, *toy, "--candidates", "rows=2", "rows=16", "rows=4")
+    assert [best["cut"].split(",")[2], *(row["cut"].split(",")[2] for row in others)] == ["rows=16", "rows=8", "rows=4", "rows=2"]
+    assert [row["pinned"] for row in (best, *others)] == [False, True, False, False]
+    assert [row["programs"] for row in (best, *others)] == [2, 4, 8, 16]
+    for better, worse in zip((best, *others), others):
+        assert better["L1"] < worse["L1"] and better["L2"] < worse["L2"] and better["stores"] == worse["stores"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["avg_pool"], "invalid choice: 'avg_pool'"),
+        ([*POOL, "--candidates", "rows"], "'rows' is not of the form w=8,c=64"),
+        ([*POOL, "--candidates", "depth=4"], "depth=4: the fields of a cut are w, c, rows, num_warps"),
+        ([*POOL, "--candidates", "w=3"], "w=3: "),
+        (["identity", "--candidates", "rows=4"], "rows=4: no launcher asks a blocks_for for its cut"),
+    ],
+)
+def test_what_is_not_there_is_named(arguments: list[str], complaint: str) -> None:
+    done = python("-c", IDENTITY, *arguments, "--shape=1x2x8x8", "--format=NCHW", "--direction=forward")
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert complaint in done.stderr
