@@ -67,7 +67,7 @@ def sanitize(options: argparse.Namespace) -> Iterator[Step]:
 
 
 def bench(options: argparse.Namespace) -> Iterator[Step]:
-    """Everyone but the compiler on every case; then the compiler, some ten seconds a case, on a few."""
+    """Everyone but the compilers on every case; then the compilers, which take some ten seconds a case, on a few."""
     for operation in options.operations:
         run = [sys.executable, ROOT / "bench" / "run.py", "--only", operation, "--device", options.device]
         everyone, compilers = ["-k", "not compiled"], ["-k", "regfast or compiled", "--quick"]
@@ -194,7 +194,8 @@ def summary(steps: list[Step], timed: list[Row], paid: list[Row], goals: list[li
         sections.append(f"A device copy reads and writes {statistics.median(bandwidths):.4g} GB/s.")
     problems = dict.fromkeys(f"{row['contestant']}: {problem(row)}"[:120] for row in timed + paid if problem(row))
     if problems:
-        sections.append(bullets(problems))
+        # All of them are in the sections before.
+        sections.append(bullets(dict.fromkeys(list(problems)[:10])))
     sections.append(markdown([HEADER, *goals], right=HEADER[1:3]))
     return "\n\n".join(sections)
 
