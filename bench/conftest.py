@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from contestants import DIRECTIONS, DTYPES, FORMATS, OPERATIONS, Case
-from measure import measure
+from measure import QUICK, USUAL, Rounds, measure
 
 
 def some_of(allowed: tuple[str, ...]) -> Callable[[str], list[str]]:
@@ -33,6 +33,7 @@ def add_options(add: Callable[..., object]) -> None:
     """The options that pytest and run.py share: both know argparse's arguments."""
     add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     add("--quick", action="store_true", help="a tenth of the rounds, and only the first shape and arguments of each operation")
+    add("--seconds", type=float, help="what a case's rounds may take, if there are enough of them (default: 3, or 0.3 if quick)")
     add("--dtypes", type=some_of(DTYPES), help="default: float32 on the CPU, bfloat16,float32 on CUDA")
     add("--formats", type=some_of(tuple(FORMATS)), default=list(FORMATS), help="default: NCHW,NHWC")
     add("--directions", type=some_of(DIRECTIONS), help="default: forward,forward+backward on the CPU, backward too on CUDA")
@@ -61,6 +62,11 @@ def cases(operation: str, config: pytest.Config) -> list[Case]:
             config.getoption("directions") or [way for way in DIRECTIONS if not cpu or way != "backward"],
         )
     ]
+
+
+def rounds(config: pytest.Config) -> Rounds:
+    usual, seconds = QUICK if config.getoption("quick") else USUAL, config.getoption("seconds")
+    return usual if seconds is None else usual._replace(seconds=seconds)
 
 
 class Tape:
@@ -96,7 +102,7 @@ def contest(case: Case, contestant: str, request: pytest.FixtureRequest, record_
     def run() -> None:
         params = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
         selected = tuple(chosen["contestant"] for chosen in params if chosen.get("case") == case)
-        result = measure(case, selected, torch.device(request.config.getoption("device")), request.config.getoption("quick"))
+        result = measure(case, selected, torch.device(request.config.getoption("device")), rounds(request.config))
         row = result.row(contestant)
         record_property("row", row)
         if row["absent"]:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from peers import load
+from peers import AbsentError, load
 from torch import Tensor, nn
 
 import regfast
@@ -59,8 +59,12 @@ Maker = Callable[[Case], Callable[..., Tensor]]
 
 @dataclass(frozen=True)
 class Operation:
-    """`inputs` draws a call's tensors, those that require grad being differentiated; `floor` takes them and the output."""
+    """`inputs` draws a call's tensors, those that require grad being differentiated; `floor` takes them and the output.
 
+    `function` is regfast's, and takes a case's arguments after the inputs. Of the shapes, those of "toy" are for tests.
+    """
+
+    function: Callable[..., Tensor]
     contestants: dict[str, Maker]
     arguments: Sequence[tuple[int, ...]]
     shapes: dict[str, Sequence[tuple[int, ...]]]
@@ -76,6 +80,23 @@ def images(case: Case, device: torch.device) -> tuple[Tensor, ...]:
 def compiled(make: Maker) -> Maker:
     # Static shapes: what the compiler can do at its best.
     return lambda case: torch.compile(make(case), dynamic=False)
+
+
+def compiled_reference(make: Maker) -> Maker:
+    """regfast's PyTorch reference, compiled: on CUDA shifted slices, which a compiler can fuse."""
+
+    def make_reference(case: Case) -> Callable[..., Tensor]:
+        if not torch.cuda.is_available():
+            raise AbsentError('without CUDA it is what "regfast compiled" is')
+        step = compiled(make)(case)
+
+        def reference(*inputs: Tensor) -> Tensor:
+            with regfast.backend("reference"):
+                return step(*inputs)
+
+        return reference
+
+    return make_reference
 
 
 class Blur(nn.Module):
@@ -112,6 +133,17 @@ def antialiased_cnns_blur(case: Case) -> nn.Module:
     return load("antialiased_cnns").BlurPool(case.shape[1], filt_size=size, stride=stride)
 
 
+def composer_blur(case: Case) -> nn.Module:
+    size, stride = case.arguments
+    if size != 3:
+        raise AbsentError("its blur has three taps")
+    return load("composer.algorithms.blurpool").BlurPool2d(stride)
+
+
+def composer_max_blur(case: Case) -> nn.Module:
+    return load("composer.algorithms.blurpool").BlurMaxPool2d(*case.arguments)
+
+
 def after_max(make_blur: Callable[[Case], nn.Module]) -> Callable[[Case], nn.Module]:
     """A stride-1 maximum before the blur that MaxPool2dAA would take: int(1.7 * stride) taps."""
 
@@ -139,17 +171,20 @@ def regfast_blur(case: Case) -> nn.Module:
 
 
 # On the CPU a call takes milliseconds and the two commands minutes at most; on CUDA x is several times any L2.
-IMAGES = {"cpu": [(8, 64, 112, 112)], "cuda": [(256, 64, 112, 112), (256, 256, 28, 28)]}
+IMAGES = {"cpu": [(8, 64, 112, 112)], "cuda": [(256, 64, 112, 112), (256, 256, 28, 28)], "toy": [(2, 4, 13, 12)]}
 
 OPERATIONS = {
     "max_blur_pool": Operation(
+        function=regfast.functional.max_blur_pool2d,
         contestants={
             "nn.MaxPool2d": lambda case: nn.MaxPool2d(*case.arguments),
             "regfast": regfast_max_blur,
             "regfast compiled": compiled(regfast_max_blur),
+            "reference compiled": compiled_reference(regfast_max_blur),
             "kornia": kornia_max_blur,
             "timm": after_max(timm_blur),
             "antialiased-cnns": after_max(antialiased_cnns_blur),
+            "composer": composer_max_blur,
             "eager composite": after_max(eager_blur),
             "composite compiled": compiled(after_max(eager_blur)),
         },
@@ -160,14 +195,17 @@ OPERATIONS = {
         floor=lambda inputs, y: Bytes(inputs[0].nbytes + y.nbytes, 2 * inputs[0].nbytes + y.nbytes),
     ),
     "blur_pool": Operation(
+        function=regfast.functional.blur_pool2d,
         contestants={
             # No layer of torch.nn blurs. This is its cheapest decimation: every input is read once, for one output.
             "nn.AvgPool2d": lambda case: nn.AvgPool2d(case.arguments[1], ceil_mode=True),
             "regfast": regfast_blur,
             "regfast compiled": compiled(regfast_blur),
+            "reference compiled": compiled_reference(regfast_blur),
             "kornia": kornia_blur,
             "timm": timm_blur,
             "antialiased-cnns": antialiased_cnns_blur,
+            "composer": composer_blur,
             "eager composite": eager_blur,
             "composite compiled": compiled(eager_blur),
         },

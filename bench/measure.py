@@ -21,6 +21,19 @@ INPUT_SETS = 2
 Call = Callable[[], Any]
 
 
+class Rounds(NamedTuple):
+    """How often each contestant of a case is timed: as often as there are seconds for, and at least `least` times."""
+
+    seconds: float
+    least: int
+
+    def count(self, turn_seconds: float) -> int:
+        return max(self.least, min(100, int(self.seconds / turn_seconds)))
+
+
+USUAL, QUICK = Rounds(3.0, 7), Rounds(0.3, 3)
+
+
 class Pass(NamedTuple):
     """One interleaved pass: each contestant's seconds, or why it has none; and the bytes that bound them."""
 
@@ -47,7 +60,7 @@ class Pass(NamedTuple):
 
 
 @lru_cache(maxsize=1)
-def measure(case: Case, names: tuple[str, ...], device: torch.device, quick: bool) -> Pass:
+def measure(case: Case, names: tuple[str, ...], device: torch.device, rounds: Rounds) -> Pass:
     """Times the named contestants, and the baseline and a device copy with them."""
     baseline = next(iter(OPERATIONS[case.operation].contestants))
     field = enter(case._replace(direction=""), tuple(dict.fromkeys((baseline, *names))), device)
@@ -59,14 +72,9 @@ def measure(case: Case, names: tuple[str, ...], device: torch.device, quick: boo
     with torch.set_grad_enabled(case.direction != "forward"):
         # The first call compiles and allocates; the second says how many there is time for.
         warm = interleave(prepare, watch, 2, errors)
-        turns = affordable(sum(seconds[-1] for seconds in warm.values()), quick)
+        turns = rounds.count(sum(seconds[-1] for seconds in warm.values()))
         seconds = interleave({name: prepare[name] for name in warm}, watch, turns, errors)
     return Pass(case, baseline, seconds, absent, errors, field.bytes.of(case.direction), 2 * source.nbytes)
-
-
-def affordable(turn_seconds: float, quick: bool) -> int:
-    budget, least = (0.3, 3) if quick else (3.0, 7)
-    return max(least, min(100, int(budget / turn_seconds)))
 
 
 class Field(NamedTuple):
@@ -175,4 +183,4 @@ def cuda_stopwatch(call: Call) -> float:
 def copy_tensors(device: torch.device) -> tuple[Tensor, Tensor]:
     """What the bandwidth of a copy is measured on."""
     count = 2**28 if device.type == "cuda" else 2**25
-    return torch.ones(count, device=device), torch.empty(count, device=device)
+    return torch.rand(count, device=device), torch.empty(count, device=device)

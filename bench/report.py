@@ -11,6 +11,7 @@ import shutil
 import statistics
 import subprocess
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from contestants import Case
 
 Row = dict[str, Any]
 
-PACKAGES = ("regfast", "torch", "triton", "kornia", "kornia_rs", "timm", "torchvision", "antialiased-cnns", "numpy")
+PACKAGES = ("regfast", "torch", "triton", "kornia", "kornia_rs", "timm", "torchvision", "antialiased-cnns", "mosaicml", "numpy")
 GROUP = ("operation", "input", "format", "dtype", "direction")
 COLUMNS = (*GROUP, "contestant", "median ms", "ratio", "of copy")
 
@@ -79,15 +80,16 @@ def table(rows: list[Row]) -> str:
         line = cells(row)
         group, above = line[: len(GROUP)] == above, line[: len(GROUP)]
         lines.append([""] * len(GROUP) + line[len(GROUP) :] if group else line)
-    return markdown(lines, len(GROUP) + 1)
+    return markdown(lines, right=COLUMNS[len(GROUP) + 1 :])
 
 
-def markdown(lines: list[list[str]], left: int) -> str:
-    """A table of the lines' cells, aligned: the first is the heading, and `left` columns of text come before the figures."""
+def markdown(lines: list[list[str]], right: Sequence[str] = ()) -> str:
+    """A table in Markdown, its cells aligned: the header first, and which of its columns are aligned at the right."""
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    rule = ["-" * width if column < left else "-" * (width - 1) + ":" for column, width in enumerate(widths)]
+    columns = [(width, name in right) for width, name in zip(widths, lines[0])]
+    rule = ["-" * (width - 1) + ":" if at_right else "-" * width for width, at_right in columns]
     aligned = [
-        [cell.ljust(w) if i < left else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths))]
+        [cell.rjust(width) if at_right else cell.ljust(width) for cell, (width, at_right) in zip(line, columns)]
         for line in (lines[0], rule, *lines[1:])
     ]
     return "\n".join(f"| {' | '.join(line)} |" for line in aligned)
@@ -109,10 +111,17 @@ def notes(rows: list[Row]) -> str:
     return "\n".join(f"- {line}" for line in lines)
 
 
+def keep(file: Path, results: Any, indent: int | None = None) -> None:
+    """Writes JSON so that whoever reads the file, whenever this process is killed, finds all of one version or of another."""
+    whole = file.with_suffix(".part")
+    whole.write_text(json.dumps(results, indent=indent) + "\n")
+    whole.replace(file)
+
+
 def write(rows: list[Row], found: dict[str, Any], out: Path) -> list[Path]:
     """report.json and report.md, and a plot for each operation where matplotlib is installed."""
     files = [out / "report.json", out / "report.md"]
-    files[0].write_text(json.dumps(found | {"rows": rows}, indent=1) + "\n")
+    keep(files[0], found | {"rows": rows}, indent=1)
     versions = "\n".join(f"- {name}: {value}" for name, value in found.items())
     files[1].write_text(f"# regfast's benchmark\n\n{table(rows)}\n\n{notes(rows)}\n\n{versions}\n")
     try:

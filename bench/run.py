@@ -11,6 +11,7 @@ import pytest
 import report
 from conftest import add_options
 from contestants import OPERATIONS
+from report import keep
 
 HERE = Path(__file__).parent
 
@@ -28,9 +29,13 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 class Collector:
-    """A pytest plugin that keeps the row of each test, whatever became of it, and whether regfast failed or a test had no row."""
+    """A pytest plugin that keeps the row of each test, whatever became of it, and whether regfast failed or a test had no row.
 
-    def __init__(self) -> None:
+    The rows are in `file` at once, for a run may be stopped.
+    """
+
+    def __init__(self, file: Path, found: dict[str, Any]) -> None:
+        self.file, self.found = file, found
         self.rows: list[dict[str, Any]] = []
         self.failed = False
 
@@ -38,6 +43,7 @@ class Collector:
         row = dict(report.user_properties).get("row")
         if row and report.when == "call":
             self.rows.append(row)
+            keep(self.file, self.found | {"rows": self.rows})
         self.failed |= report.failed and (row is None or row["contestant"].startswith("regfast"))
 
 
@@ -45,7 +51,8 @@ def main(argv: list[str]) -> int:
     """0, or 1 where nothing was timed or regfast failed: not where a peer did, nor for how long anything took."""
     options, shared = parse(argv)
     options.out.mkdir(parents=True, exist_ok=True)
-    found, collector = report.setting(options.device), Collector()
+    found = report.setting(options.device)
+    collector = Collector(options.out / "report.json", found)
     print(f"{found['device']}, load {found['load']}")
     files = [str(HERE / f"bench_{operation}.py") for operation in options.only]
     quiet = ["-q", "--no-header", "--disable-warnings", "--benchmark-quiet", "-p", "no:cacheprovider"]

@@ -327,7 +327,7 @@ def main(argv: list[str]) -> int:
                 parser.error(f"{case.call}: {error}")
             for same_direction in zip(*cuts):
                 rows += sorted(same_direction, key=rank)
-    print(report.markdown([list(COLUMNS), *map(cells, rows)], left=4))
+    print(report.markdown([list(COLUMNS), *map(cells, rows)], right=COLUMNS[4:]))
     if options.out:
         options.out.write_text(json.dumps(found | {"rows": rows}, indent=1) + "\n")
     return 0

@@ -6,7 +6,8 @@ the smallest that still have an interior and a border, and two samples have more
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,6 +47,24 @@ def as_format(x: Tensor, channels_last: bool) -> Tensor:
     return x.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
+def no_synchronisation() -> contextlib.AbstractContextManager[object]:
+    """A context in which it is an error that the host waits for the device. Without CUDA there is nothing to wait for."""
+    # Tracing launches nothing, and Dynamo cannot trace the switch.
+    if torch.compiler.is_compiling() or not torch.cuda.is_available():
+        return contextlib.nullcontext()
+    return _strict()
+
+
+@contextlib.contextmanager
+def _strict() -> Iterator[None]:
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
 @dataclass(frozen=True)
 class Operation:
     """What the suite needs of an operation on one tensor of images."""
@@ -62,7 +81,8 @@ class Operation:
         return self.name
 
     def __call__(self, x: Tensor, sample: Sample) -> Tensor:
-        return self.function(x, sample.rank, **sample.arguments)
+        with no_synchronisation():
+            return self.function(x, sample.rank, **sample.arguments)
 
     def group(self, name: str) -> list[Sample]:
         return [sample for sample in self.samples if name in sample.group.split()]

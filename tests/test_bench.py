@@ -137,7 +137,7 @@ def test_contestants_compute_the_same(operation: str, monkeypatch: pytest.Monkey
         case = Case(operation, arguments, (2, 3, 17, 16), "NCHW", "float32", "forward")
         (x,) = row.inputs(case, torch.device("cpu"))
         expected = row.contestants["regfast"](case)(x)
-        for name in ("kornia", "timm", "antialiased-cnns", "eager composite"):
+        for name in ("kornia", "timm", "antialiased-cnns", "composer", "eager composite"):
             try:
                 y = row.contestants[name](case)(x)
             except AbsentError:

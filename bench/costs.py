@@ -1,0 +1,213 @@
+"""What the benchmark's medians do not say: memory, the host's time, a first call's, and a whole network's training step.
+
+    python bench/costs.py [--only OP ...] [--device cpu|cuda] [--out FILE]
+
+Each figure is a row: cost, operation, contestant, case, value, unit; or "absent" or "error" in place of a value. The file is
+written anew after each row, so that what stops this loses nothing. On a CPU the sizes are toys, which test the code alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from contestants import OPERATIONS, Case
+from measure import Call, cuda_stopwatch, describe, enter, interleave, stopwatch
+from peers import AbsentError, load
+from report import keep
+from torch import Tensor, nn
+
+import regfast
+
+Row = dict[str, Any]
+
+
+def case_of(operation: str, device: str) -> Case:
+    """The case that costs are measured on: the operation's first arguments and shape."""
+    cuda, row = device == "cuda", OPERATIONS[operation]
+    shape = row.shapes["cuda" if cuda else "toy"][0]
+    return Case(operation, row.arguments[0], shape, "NHWC", "bfloat16" if cuda else "float32", "")
+
+
+def memory(operation: str, device: str) -> Iterator[Row]:
+    """What a forward saves for its backward beside x and y, and what a training step needs beside them and their gradients."""
+    case = case_of(operation, device)
+    names = tuple(name for name in OPERATIONS[operation].contestants if "compiled" not in name)
+    field = enter(case, names, torch.device(device))
+    of_case = {"operation": operation, "case": f"{case.call} {case.size} {case.format} {case.dtype}", "unit": "bytes"}
+    for problem, reasons in (("absent", field.absent), ("error", field.errors)):
+        yield from (of_case | {"cost": "saved beside x", "contestant": name, problem: why} for name, why in reasons.items())
+    for name, step in field.steps.items():
+        row = of_case | {"contestant": name}
+        yield row | {"cost": "saved beside x", "value": saved(step, field.inputs[0])}
+        if device == "cuda":
+            yield row | {"cost": "peak beside x, y and gradients", "value": peak(step, field.inputs[0], field.grads[0])}
+
+
+def saved(step: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> int:
+    """Bytes that autograd keeps after a forward, the inputs and the output not counted."""
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = step(*inputs)
+    known = {tensor.untyped_storage().data_ptr() for tensor in (*inputs, y)}
+    return sum(size for storage, size in kept.items() if storage not in known)
+
+
+def peak(step: Callable[..., Tensor], inputs: tuple[Tensor, ...], grad: Tensor) -> int:
+    """The most bytes asked of the device in a forward and a backward, the output and the gradients not counted."""
+
+    def requested(what: str) -> int:
+        return torch.cuda.memory_stats()[f"requested_bytes.all.{what}"]
+
+    gc.collect()
+    torch.cuda.reset_peak_memory_stats()
+    before = requested("current")
+    y = step(*inputs)
+    gradients = torch.autograd.grad(y, [tensor for tensor in inputs if tensor.requires_grad], grad)
+    return requested("peak") - before - y.nbytes - sum(gradient.nbytes for gradient in gradients)
+
+
+def host_time(operation: str, device: str) -> Iterator[Row]:
+    """What one call takes the host, without gradients: on toys, so that the device is never the slower of the two."""
+    calls, turns = (100, 50) if device == "cuda" else (10, 3)
+    row = OPERATIONS[operation]
+    case = case_of(operation, device)._replace(shape=row.shapes["toy"][0])
+    inputs, image = row.inputs(case, torch.device(device)), torch.rand(2, 4, 13, 12, device=device)
+    contestants = {"F.max_pool2d": partial(F.max_pool2d, image, 2), "regfast": partial(row.function, *inputs, *case.arguments)}
+
+    def preparation(call: Call) -> Callable[[int], Call]:
+        def repeat() -> None:
+            for _ in range(calls):
+                call()
+
+        def prepare(_turn: int) -> Call:
+            if device == "cuda":
+                torch.cuda.synchronize()
+            return repeat
+
+        return prepare
+
+    prepare, errors = {name: preparation(call) for name, call in contestants.items()}, {}
+    with torch.no_grad():
+        interleave(prepare, stopwatch, 2, errors)
+        seconds = interleave(prepare, stopwatch, turns, errors)
+    of_case = {"cost": "host time of a call", "operation": operation, "case": f"{case.call} {case.size}", "unit": "us"}
+    yield from (of_case | {"contestant": name, "error": why} for name, why in errors.items())
+    for name, times in seconds.items():
+        yield of_case | {"contestant": name, "value": 1e6 * statistics.median(times) / calls}
+
+
+def first_call(operation: str, device: str) -> Iterator[Row]:
+    """A first call's time and what it compiles, with nothing in Triton's cache: a process of its own finds out."""
+    command = [sys.executable, str(Path(__file__).with_name("first_call.py")), operation, "--device", device]
+    with tempfile.TemporaryDirectory() as cache:
+        environment = os.environ | {"TRITON_CACHE_DIR": cache}
+        if device == "cpu":
+            environment["TRITON_INTERPRET"] = "1"
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError((done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1])
+    yield from json.loads(done.stdout.splitlines()[-1])
+
+
+def networks(plain: str, blurred: str) -> dict[str, nn.Module]:
+    """timm's network, timm's anti-aliased one, and the latter with regfast's blurs and one max-blur pooling as its stem's.
+
+    regfast's stem reads cut windows beyond the border where timm's reflects: a network to train anew.
+    """
+    timm = load("timm")
+    ours = timm.create_model(plain, aa_layer=regfast.BlurPool2d)
+    ours.maxpool = regfast.MaxPool2dAA(3, 2, 1)
+    return {plain: timm.create_model(plain), blurred: timm.create_model(blurred), "regfast": ours}
+
+
+def training_step(device: str) -> Iterator[Row]:
+    """Forward, backward and SGD of a classifier of images, innermost channels, automatic mixed precision in bfloat16."""
+    plain, blurred, batch, side, turns = ("resnet50", "resnetblur50", 128, 224, 20)
+    if device == "cpu":
+        plain, blurred, batch, side, turns = ("resnet18", "resnetblur18", 2, 32, 1)
+    of_case = {"cost": "training step", "operation": plain, "case": f"{plain} {batch}x3x{side}x{side} NHWC AMP", "unit": "ms"}
+    torch.manual_seed(0)
+    torch.backends.cudnn.benchmark = True
+    image = torch.randn(batch, 3, side, side, device=device).contiguous(memory_format=torch.channels_last)
+    label = torch.randint(1000, (batch,), device=device)
+    try:
+        steps = {name: stepper(network, image, label) for name, network in networks(plain, blurred).items()}
+    except AbsentError as reason:
+        yield of_case | {"contestant": "regfast", "absent": str(reason)}
+        return
+    prepare, errors = {name: (lambda _turn, step=step: step) for name, step in steps.items()}, {}
+    watch = cuda_stopwatch if device == "cuda" else stopwatch
+    warm = interleave(prepare, watch, 3 if device == "cuda" else 1, errors)
+    seconds = interleave({name: prepare[name] for name in warm}, watch, turns, errors)
+    yield from (of_case | {"contestant": name, "error": why} for name, why in errors.items())
+    for name, times in seconds.items():
+        yield of_case | {"contestant": name, "value": 1e3 * statistics.median(times)}
+
+
+def stepper(network: nn.Module, image: Tensor, label: Tensor) -> Call:
+    """One training step of the network on these images."""
+    network = network.to(device=image.device, memory_format=torch.channels_last).train()
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        with torch.autocast(image.device.type, torch.bfloat16):
+            loss = F.cross_entropy(network(image), label)
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def rows_of(operations: list[str], device: str) -> Iterator[Row]:
+    """Everything measured. A measure that fails gives a row that says why, and the next one follows."""
+    for operation in operations:
+        yield from guarded("memory", operation, memory(operation, device))
+        yield from guarded("host time of a call", operation, host_time(operation, device))
+        yield from guarded("first call", operation, first_call(operation, device))
+    yield from guarded("training step", "network", training_step(device))
+
+
+def guarded(cost: str, operation: str, rows: Iterator[Row]) -> Iterator[Row]:
+    try:
+        yield from rows
+    except Exception as error:
+        yield {"cost": cost, "operation": operation, "contestant": "regfast", "case": "", "error": describe(error)}
+
+
+def main() -> int:
+    """0, or 1 where regfast has no figure that it should have."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=OPERATIONS, default=list(OPERATIONS), metavar="OP")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, default=Path("out/costs.json"))
+    options = parser.parse_args()
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    rows: list[Row] = []
+    for row in rows_of(options.only, options.device):
+        rows.append(row)
+        keep(options.out, rows, indent=1)
+        print(row, flush=True)
+    return int(any("error" in row for row in rows if row["contestant"] == "regfast"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

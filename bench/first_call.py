@@ -1,0 +1,94 @@
+"""One operation's first calls, in a process that has called nothing yet: what they take, and what they compile.
+
+    TRITON_CACHE_DIR=EMPTY_FOLDER python bench/first_call.py OPERATION --device cuda
+
+costs.py runs it, with a cold cache. It prints one row a figure, in JSON, on its last line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from contestants import FORMATS, OPERATIONS, Case
+from torch import Tensor
+
+import regfast
+
+
+@triton.jit
+def _nothing(_x):
+    pass
+
+
+class Clock:
+    """Times calls to their end on the device, and counts what Triton compiles in them."""
+
+    def __init__(self, device: str) -> None:
+        self.device, self.cache = device, Path(os.environ["TRITON_CACHE_DIR"])
+
+    def compiled(self) -> int:
+        """The kernels compiled so far: each leaves one file of Triton's first representation, whatever the target."""
+        return len(list(self.cache.rglob("*.ttir")))
+
+    def time(self, call: Callable[[], Any]) -> tuple[Any, float, int]:
+        """What the call returns, its seconds, and the kernels that it compiled."""
+        before, start = self.compiled(), time.perf_counter()
+        result = call()
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        return result, time.perf_counter() - start, self.compiled() - before
+
+
+def train(case: Case, step: Callable[..., Tensor], clock: Clock) -> dict[str, tuple[float, int]]:
+    """A forward and a backward: the seconds of each, and the kernels that it compiled."""
+    inputs = OPERATIONS[case.operation].inputs(case, torch.device(clock.device))
+    leaves = [tensor for tensor in inputs if tensor.requires_grad]
+    y, *forward = clock.time(lambda: step(*inputs))
+    grad = torch.randn_like(y)
+    _, *backward = clock.time(lambda: torch.autograd.grad(y, leaves, grad))
+    return {"forward": tuple(forward), "backward": tuple(backward)}
+
+
+def first_calls(case: Case, clock: Clock) -> list[dict[str, Any]]:
+    """The case's first calls, and how many kernels two other sizes of the image compile, the first aligned as the case's is."""
+    step = OPERATIONS[case.operation].contestants["regfast"](case)
+    rows = [
+        {"cost": f"first {direction}", "value": seconds / max(kernels, 1), "unit": "seconds a kernel"}
+        for direction, (seconds, kernels) in train(case, step, clock).items()
+    ]
+    for what, more in (("a new size", 16), ("a size of another alignment", 3)):
+        other = case._replace(shape=(*case.shape[:2], *(size + more for size in case.shape[2:])))
+        kernels = sum(kernels for _, kernels in train(other, step, clock).values())
+        rows.append({"cost": f"compiled for {what}", "value": kernels, "unit": "kernels"})
+    return [{"case": f"{case.call} {case.size} {case.format} {case.dtype}"} | row for row in rows]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("operation", choices=OPERATIONS)
+    parser.add_argument("--device", choices=("cpu", "cuda"), required=True)
+    options = parser.parse_args()
+    operation, clock = OPERATIONS[options.operation], Clock(options.device)
+    x = torch.zeros(1, device=options.device)
+    # Triton builds its driver for the first kernel of all, whichever that is.
+    _, seconds, _ = clock.time(lambda: _nothing[(1,)](x))
+    rows = [{"cost": "first launch of all, of an empty kernel", "case": "", "value": seconds, "unit": "seconds"}]
+    shape = operation.shapes["cuda" if options.device == "cuda" else "toy"][0]
+    with regfast.backend("triton"):
+        # One is enough for the interpreter, which compiles nothing.
+        for format in FORMATS if options.device == "cuda" else ["NHWC"]:
+            case = Case(options.operation, operation.arguments[0], shape, format, "float32", "")
+            rows += first_calls(case, clock)
+    print(json.dumps([{"operation": options.operation, "contestant": "regfast"} | row for row in rows]))
+
+
+if __name__ == "__main__":
+    main()
