@@ -1,4 +1,4 @@
-"""What the compiler makes of every kernel, with no GPU: registers, spills, stack, and how wide the loads and stores are.
+"""What the compiler makes of every kernel, with no GPU: registers, spills, the loop's instructions, and how wide accesses are.
 
     python bench/compiled.py [--target sm_90 ...] [--only 2d ...] [--write]
 
@@ -21,6 +21,7 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 import triton
@@ -29,7 +30,7 @@ from triton.compiler import ASTSource
 
 from regfast.geometry import Window, blur_window, max_blur_window
 from regfast.kernels import blur_pool, max_blur_pool
-from regfast.layout import CHANNELS_LAST, empty_output
+from regfast.layout import CHANNELS_LAST, empty_output, is_channels_last
 
 TABLE = Path(__file__).with_suffix(".csv")
 TARGETS = {
@@ -76,32 +77,52 @@ def tool(name: str) -> str:
     return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
 
 
-def nvidia_figures(cubin: bytes) -> dict[str, int]:
+def nvidia_figures(cubin: bytes) -> dict[str, int | str]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         usage = subprocess.run([tool("cuobjdump"), "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
         sass = subprocess.run([tool("nvdisasm"), "-c", file.name], capture_output=True, text=True, check=True).stdout
     figure = dict(re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage))
-    ops = re.findall(r"^\s+(?:/\*[0-9a-f]+\*/\s+)?(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", sass, flags=re.M)
+    ops = [op for _, op, _ in instructions(sass, SASS)]
     loads, stores = sass_bits(ops, "LDG"), sass_bits(ops, "STG")
     return dict(
         registers=int(figure["REG"]), stack=int(figure["STACK"]), shared=int(figure["SHARED"]),
-        spills=sum(op.startswith(("LDL", "STL")) for op in ops), instructions=len(ops),
-        loads=len(loads), load_bits=commonest(loads), store_bits=commonest(stores),
+        spills=sum(op.startswith(("LDL", "STL")) for op in ops), instructions=len(ops), loop=longest_loop(sass, SASS),
+        loads=widths(loads), stores=widths(stores),
     )  # fmt: skip
+
+
+# An instruction's name, and the label that it branches to if it does.
+SASS = r"^\s+(?:/\*[0-9a-f]+\*/\s+)?(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)[^;\n]*?(?:`\((\.L\w+)\))?\s*;"
+AMDGCN = r"^\s+([a-z][a-z0-9_]+)(?:[ \t]+(\.LBB\w+))?"
+
+
+def instructions(text: str, pattern: str) -> list[tuple[int, str, str]]:
+    """Every instruction of an assembly: where in the text it is, its name, and the label that it names, if any."""
+    return [(found.start(), found.group(1), found.group(2) or "") for found in re.finditer(pattern, text, flags=re.M)]
+
+
+def longest_loop(text: str, pattern: str) -> int:
+    """The instructions from a branch's label back to the branch, of the longest loop."""
+    found = instructions(text, pattern)
+    labels = {label.group(1): label.start() for label in re.finditer(r"^(\.L\w+):", text, flags=re.M)}
+    lengths = [
+        sum(labels[label] < place <= end for place, _, _ in found) for end, _, label in found if labels.get(label, end) < end
+    ]
+    return max(lengths, default=0)
 
 
 def sass_bits(ops: list[str], kind: str) -> list[int]:
     """The width of every access of a kind; one that names none is of 32 bits."""
-    widths = [re.search(r"\.[US]?(8|16|64|128)\b", op) for op in ops if op.startswith(kind)]
-    return [int(width.group(1)) if width else 32 for width in widths]
+    named = [re.search(r"\.[US]?(8|16|64|128)\b", op) for op in ops if op.startswith(kind)]
+    return [int(width.group(1)) if width else 32 for width in named]
 
 
-def amd_figures(text: str) -> dict[str, int]:
+def amd_figures(text: str) -> dict[str, int | str]:
     """Spills are those of vector registers, to memory. (Scalar registers spill into lanes of vector registers.)"""
     counts = {name: int(count) for name, count in re.findall(r"\.(\w+):\s+(\d+)$", text, flags=re.M)}
-    ops = re.findall(r"^\s+([a-z][a-z0-9_]+)", text, flags=re.M)
+    ops = [op for _, op, _ in instructions(text, AMDGCN)]
     bits = {"dword": 32, "dwordx2": 64, "dwordx3": 96, "dwordx4": 128}
     loads, stores = (
         [bits.get(width, 16) for op in ops for width in re.findall(rf"^(?:global|buffer)_{kind}_(\w+)", op)]
@@ -109,17 +130,17 @@ def amd_figures(text: str) -> dict[str, int]:
     )
     return dict(
         registers=counts["vgpr_count"], stack=counts["private_segment_fixed_size"], shared=counts["group_segment_fixed_size"],
-        spills=counts["vgpr_spill_count"], instructions=len(ops),
-        loads=len(loads), load_bits=commonest(loads), store_bits=commonest(stores),
+        spills=counts["vgpr_spill_count"], instructions=len(ops), loop=longest_loop(text, AMDGCN),
+        loads=widths(loads), stores=widths(stores),
     )  # fmt: skip
 
 
-def commonest(widths: list[int]) -> int:
-    """The width of the most accesses; of equals the widest."""
-    return max(set(widths), key=lambda width: (widths.count(width), width), default=0)
+def widths(bits: list[int]) -> str:
+    """How many accesses there are of each width in bits, the widest first: "2x128 4x16"."""
+    return " ".join(f"{bits.count(width)}x{width}" for width in sorted(set(bits), reverse=True))
 
 
-def figures(kernel, args, options, target: str) -> dict[str, int]:
+def figures(kernel, args, options, target: str) -> dict[str, int | str]:
     source, rest = source_of(kernel, args, options)
     compiled = triton.compile(source, target=TARGETS[target], options=rest)
     return amd_figures(compiled.asm["amdgcn"]) if target.startswith("gfx") else nvidia_figures(compiled.asm["cubin"])
@@ -133,20 +154,24 @@ class Launch(NamedTuple):
     case: str
     channels_last: bool
 
-    def record(self, dtype: torch.dtype) -> tuple[Any, tuple, dict[str, Any]]:
-        """The kernel, arguments and options that the launcher would give a GPU."""
+    def record(self, dtype: torch.dtype, target: str) -> tuple[Any, tuple, dict[str, Any]]:
+        """The kernel, arguments and options that the launcher would give a GPU of the target."""
         window, shape = CASES[self.operation, self.case]
         channels_last = CHANNELS_LAST[window.rank] if self.channels_last and window.rank > 1 else torch.contiguous_format
         x = torch.empty(shape, dtype=dtype, device="meta", memory_format=channels_last)
-        name = "_backward_kernel" if self.direction == "backward" else "_forward_kernel"
-        recorder = Recorder(getattr(max_blur_pool, name))
-        setattr(max_blur_pool, name, recorder)
-        try:
-            DIRECTIONS[self.operation, self.direction](x, window)
-        finally:
-            setattr(max_blur_pool, name, recorder.kernel)
-        ((_, args, options),) = recorder.launches
-        return recorder.kernel, args, options
+        return record(self.operation, self.direction, x, window, target)
+
+
+def record(
+    operation: str, direction: str, x: torch.Tensor, window: Window, target: str = "sm_90"
+) -> tuple[Any, tuple, dict[str, Any]]:
+    """The kernel, arguments and options of an operation's launch on x, a tensor without data."""
+    name = "_backward_kernel" if direction == "backward" else "_forward_kernel"
+    recorder = Recorder(getattr(max_blur_pool, name))
+    with patch.multiple(max_blur_pool, **{name: recorder}, warp_size=lambda device: TARGETS[target].warp_size):
+        DIRECTIONS[operation, direction](x, empty_output(x, window), window)
+    ((_, args, options),) = recorder.launches
+    return recorder.kernel, args, options
 
 
 def pool(rank: int, kernel_size: int, stride: int, padding: int, padding_mode: str = "partial") -> Window:
@@ -168,12 +193,18 @@ CASES = {
     ("blur_pool", "2d"): (blur(2), IMAGE),
     ("blur_pool", "3d"): (blur(3), VOLUME),
 }
-DIRECTIONS: dict[tuple[str, str], Callable[[torch.Tensor, Window], torch.Tensor]] = {
-    ("max_blur_pool", "forward"): max_blur_pool.max_blur_pool,
-    ("max_blur_pool", "backward"): lambda x, w: max_blur_pool.max_blur_pool_backward(empty_output(x, w), x, w),
-    ("max_blur_pool", "tangent"): lambda x, w: max_blur_pool.max_blur_pool_tangent(x, x, w),
-    ("blur_pool", "forward"): blur_pool.blur_pool,
-    ("blur_pool", "backward"): lambda x, w: blur_pool.blur_pool_backward(empty_output(x, w), list(x.shape), x.stride(1) == 1, w),
+# Of an input, a gradient and a window.
+DIRECTIONS: dict[tuple[str, str], Callable[[torch.Tensor, torch.Tensor, Window], torch.Tensor]] = {
+    ("max_blur_pool", "forward"): lambda x, g, w: max_blur_pool.max_blur_pool(x, w),
+    ("max_blur_pool", "backward"): lambda x, g, w: max_blur_pool.max_blur_pool_backward(g, x, w),
+    ("max_blur_pool", "tangent"): lambda x, g, w: max_blur_pool.max_blur_pool_tangent(x, x, w),
+    ("blur_pool", "forward"): lambda x, g, w: blur_pool.blur_pool(x, w),
+    ("blur_pool", "backward"): lambda x, g, w: blur_pool.blur_pool_backward(g, list(x.shape), is_channels_last(x), w),
+}
+# Of the benchmark's arguments.
+WINDOWS: dict[str, Callable[..., Window]] = {
+    "max_blur_pool": lambda k, s, p: pool(2, k, s, p),
+    "blur_pool": lambda k, s: blur_window(2, k, s, "same", "binomial", "reflect"),
 }
 LAUNCHES = [
     Launch(operation, direction, case, channels_last)
@@ -189,7 +220,7 @@ def row_of(launch: Launch, dtype: torch.dtype, target: str) -> dict[str, str]:
     """A row of the table: what was compiled, and its figures."""
     layout = "channels last" if launch.channels_last else "contiguous"
     key = dict(zip(KEYS, (launch.operation, launch.direction, launch.case, layout, TYPES[dtype], target)))
-    return {name: str(value) for name, value in (key | figures(*launch.record(dtype), target)).items()}
+    return {name: str(value) for name, value in (key | figures(*launch.record(dtype, target), target)).items()}
 
 
 def rows_for(targets: list[str], only: list[str]) -> list[dict[str, str]]:

@@ -1,6 +1,6 @@
 """What a launch asks of memory, counted with no GPU: a model of its traffic at L1, at L2 and at device memory.
 
-    python bench/traffic.py OP [OP ...] [--candidates w=8,c=64 rows=4 ...] [--out FILE]
+    python bench/traffic.py OP [OP ...] [--candidates own=2,vector=8 rows=4 ...] [--out FILE]
 
 An operation's own launchers run in Triton's interpreter on a toy problem. What their loads and stores touch where the mask is
 true is counted: the elements, and the distinct lines of 128 bytes. (Atomics are not. A GPU also moves parts of lines, 32 bytes at
@@ -20,7 +20,7 @@ The L2 is empty at first, drops what was used least recently and is sized in byt
 many small ones have the same. It holds the floor of --l2 samples, by default one, which is more than lies between neighbouring
 blocks and less than the batch, as on a GPU: an H100's 50 MB hold 25 of 256 samples of (64, 112, 112), pooled in bfloat16.
 
-A candidate changes fields of what the launchers' `blocks_for` answers. It is ranked with the pinned cut, by device, then L1, then
+A candidate changes fields of what the launchers' `cut_for` answers. It is ranked with the pinned cut, by device, then L1, then
 L2, each to a hundredth of the floor. The pinned cut is the answer for the toy; a large batch may be cut otherwise, and what it
 gets can be given as a candidate. The number of warps changes nothing here.
 """
@@ -172,15 +172,15 @@ def recording() -> Iterator[list[Launch]]:
 
 @contextlib.contextmanager
 def cut_by(candidate: dict[str, int]) -> Iterator[list[Any]]:
-    """Within the block every `blocks_for` of the kernels answers with the candidate's fields. Yields what was answered."""
+    """Within the block every `cut_for` of the kernels answers with the candidate's fields. Yields what was answered."""
     answers: list[Any] = []
 
-    def changed(blocks_for: Callable[..., Any]) -> Callable[..., Any]:
+    def changed(cut_for: Callable[..., Any]) -> Callable[..., Any]:
         def answer(*args, **kwargs):
-            blocks = blocks_for(*args, **kwargs)
-            if not candidate.keys() <= set(blocks._fields):
-                raise CandidateError(f"{written(candidate)}: the fields of a cut are {', '.join(blocks._fields)}")
-            answers.append(blocks._replace(**candidate))
+            cut = cut_for(*args, **kwargs)
+            if not candidate.keys() <= set(cut._fields):
+                raise CandidateError(f"{written(candidate)}: the fields of a cut are {', '.join(cut._fields)}")
+            answers.append(cut._replace(**candidate))
             return answers[-1]
 
         return answer
@@ -188,8 +188,8 @@ def cut_by(candidate: dict[str, int]) -> Iterator[list[Any]]:
     with contextlib.ExitStack() as patches:
         for found in pkgutil.iter_modules(regfast.kernels.__path__, "regfast.kernels."):
             module = importlib.import_module(found.name)
-            if hasattr(module, "blocks_for"):
-                patches.enter_context(patch.object(module, "blocks_for", changed(module.blocks_for)))
+            if hasattr(module, "cut_for"):
+                patches.enter_context(patch.object(module, "cut_for", changed(module.cut_for)))
         yield answers
 
 
@@ -219,7 +219,7 @@ def record(call: Callable[[], Any], candidate: dict[str, int]) -> Record:
                 raise CandidateError(f"{written(candidate)}: {error}") from error
             raise
     if candidate and not cuts:
-        raise CandidateError(f"{written(candidate)}: no launcher asks a blocks_for for its cut")
+        raise CandidateError(f"{written(candidate)}: no launcher asks a cut_for for its cut")
     return Record(result, launches, cuts)
 
 
@@ -240,7 +240,7 @@ def rows_of(case: Case, directions: list[str], candidate: dict[str, int], sample
     for direction in directions:
         floor = operation.floor(inputs, y).of(direction)
         sizes = {"inputs": inputs[0].numel(), "floor": floor, "l2": int(samples * floor / case.shape[0])}
-        cut = "; ".join(dict.fromkeys(written(blocks._asdict()) for blocks in records[direction].cuts))
+        cut = "; ".join(dict.fromkeys(written(cut._asdict()) for cut in records[direction].cuts))
         key = case._replace(direction=direction)._asdict() | {"cut": cut, "pinned": not candidate}
         rows.append(key | sizes | figures_of(records[direction].launches, sizes["l2"]))
     return rows
@@ -289,7 +289,7 @@ def candidate(text: str) -> dict[str, int]:
     try:
         return {field: int(value) for field, value in (pair.split("=") for pair in text.split(","))}
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not of the form w=8,c=64") from error
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form own=2,rows=8") from error
 
 
 def toy(operation: str) -> tuple[int, ...]:

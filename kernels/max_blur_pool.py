@@ -1,23 +1,22 @@
 """Anti-aliased max pooling in one pass: a maximum at every position, then a strided blur of the maxima.
 
 Every kernel sees an image as (N, C, A, B, W): A is the axis its programs stream down (the rows of a 2-d image, the
-slices of a 3-d one), W the innermost axis and B the one between (the rows of a 3-d image); an axis that an image has
-not got has extent 1. Windows, strides, taps and border modes are compile-time, sizes and memory strides are not: one
-binary serves every image size.
+slices of a 3-d one), W the innermost axis and B the one between (the rows of a 3-d image); an axis that an image has not
+got has extent 1. Windows, strides, taps and border modes are compile-time, sizes and memory strides are not: one
+binary serves every image size of an alignment (lanes.py).
 
-An input row is turned, once, into its horizontal maxima under each tap; they are held in registers and serve every
-window below that needs them. So the forward asks L1 for (b + k - 1) / s loads an input element (2 for k=2, b=3, s=2),
-whatever the window's height. Nothing is saved for the backward: it streams down x again, recomputes which element each
-maximum came from, and gathers. No atomics, so two runs give the same bits.
+An input row is turned, once, into its horizontal maxima; they are held in registers and serve every window below that
+needs them. A lane's `group` columns share the maxima of the windows that overlap. Nothing is saved for the backward: it
+streams down x again, finds which element each maximum came from, and gathers: first among the rows of a window, then
+along the row, so that a window of k*k costs 2k selections. No atomics, so two runs give the same bits.
 
-Two numbers, 2-d, k=2, b=3, s=2, per input element of e bytes:
-    forward    1.25 e bytes; 2 loads, 1.75 maxima, 1.5 multiply-adds
-    backward   2.25 e bytes; 2.75 loads, 3.5 maxima with their places, 2.25 multiply-adds, 4 selects and adds
+Two numbers, 2-d, k=2, b=3, s=2, G columns a lane, per input element of e bytes:
+    forward    1.25 e bytes; 1 + 2/G loads, 2 + 2/G maxima, 2.25 multiply-adds
+    backward   2.25 e bytes; 1.25 + 3/G loads, 2 + 2/G maxima with their places, 2.25 + 2/G multiply-adds, 4 + 2/G selects, adds
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from typing import NamedTuple
 
@@ -28,13 +27,29 @@ import triton.language as tl
 from regfast.geometry import Window, blur_window, map_limits
 from regfast.layout import empty_output
 
+from .lanes import (
+    Access,
+    device_guard,
+    five_axes,
+    image_of,
+    is_aligned,
+    is_innermost_channels,
+    lane_of,
+    load_column,
+    load_columns,
+    store_columns,
+    warp_size,
+)
+
 
 class Axis(NamedTuple):
     """One axis of a window, known at compile time and whatever the image's size.
 
-    `b` counts the taps, `span` is d*(k - 1), and s + span are the `windows` that touch a group of s elements. `edge` says where
-    a position beyond the map's limits is found: "clamp", "reflect", "zeros", or "none" where no output of any size reads there;
-    `low` is the first limit, and of the `n_edge` outputs that may read beyond a limit, `n_low` are at the low end.
+    `b` counts the taps, `span` is d*(k - 1). A group is `own` outputs and the `group` = s*own elements that begin at a multiple
+    of that. The outputs read `maps` maxima. `windows` windows touch the elements; those are read by `outputs` outputs, the
+    first at `first` from the group's own, which reads window e with tap `origin` + e - s*first. `edge` says where a position
+    beyond the map's limits is found: "clamp", "reflect", "zeros", or "none" where no output of any size reads there; `low` is
+    the first limit, and of the `n_edge` outputs that may read beyond a limit and are sent back, `n_low` are at the low end.
     """
 
     k: int
@@ -45,7 +60,13 @@ class Axis(NamedTuple):
     taps: tuple[float, ...]
     lead: int
     span: int
+    own: int
+    group: int
     windows: int
+    maps: int
+    origin: int
+    first: int
+    outputs: int
     edge: str
     low: int
     n_low: int
@@ -87,81 +108,97 @@ def _border(q, high, AXIS: tl.constexpr):
 
 
 @triton.jit
-def _load(plane, a, b, w, other: tl.constexpr, ACC: tl.constexpr):
-    """Elements (a, b, w) of every channel of a tile: a and b scalars, w a scalar or a tile's columns.
-
-    plane: the tile's pointers, its mask, the sizes and the strides of A, B and W. Beyond the image, `other`.
-    """
-    ptr, keep, size_a, size_b, size_w, stride_a, stride_b, stride_w = plane
-    inside = ((a >= 0) & (a < size_a) & (b >= 0) & (b < size_b)) & (keep & (w >= 0) & (w < size_w))
-    row = ptr + (tl.cast(a, tl.int64) * stride_a + tl.cast(b, tl.int64) * stride_b)
-    return tl.load(row + w * stride_w, mask=inside, other=other).to(ACC)
+def _samples(
+    x, t, a, b, FIRST: tl.constexpr, COUNT: tl.constexpr,
+    AXIS_W: tl.constexpr, CARRY: tl.constexpr, ACCESS: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """COUNT samples of each lane from its column FIRST on: x's value and, with CARRY, t's."""
+    OWN: tl.constexpr = AXIS_W.group
+    values = load_columns(x, a, b, FIRST, COUNT, OWN, float("-inf"), ACCESS, ACC)
+    if CARRY:
+        carried = load_columns(t, a, b, FIRST, COUNT, OWN, 0.0, ACCESS, ACC)
+    samples = ()
+    for i in tl.static_range(COUNT):
+        if CARRY:
+            samples = samples + ((values[i], carried[i]),)
+        else:
+            samples = samples + ((values[i],),)
+    return samples
 
 
 @triton.jit
-def _sample(x, t, a, b, w, CARRY: tl.constexpr, ACC: tl.constexpr):
-    """The sample at (a, b, w): x's value and, with CARRY, t's."""
-    value = _load(x, a, b, w, float("-inf"), ACC)
+def _sample(x, t, a, b, w, AXIS_W: tl.constexpr, CARRY: tl.constexpr, ACCESS: tl.constexpr, ACC: tl.constexpr):
+    """The sample at column w."""
+    OWN: tl.constexpr = AXIS_W.group
+    value = load_column(x, a, b, w, OWN, float("-inf"), ACCESS, ACC)
     if CARRY:
-        return (value, _load(t, a, b, w, 0.0, ACC))
+        return (value, load_column(t, a, b, w, OWN, 0.0, ACCESS, ACC))
     else:
         return (value,)
 
 
 @triton.jit
-def _row_maxima(x, t, a, b, w, high_w, AXIS_W: tl.constexpr, CARRY: tl.constexpr, ACC: tl.constexpr):
-    """One input row's maxima under each tap of the outputs `w`: len(taps) samples."""
+def _row_maxima(x, t, a, b, high_w, AXIS_W: tl.constexpr, CARRY: tl.constexpr, ACCESS: tl.constexpr, ACC: tl.constexpr):
+    """One input row's maxima under the taps of a lane's outputs: `maps` samples."""
     K: tl.constexpr = AXIS_W.k
     D: tl.constexpr = AXIS_W.d
-    TAPS: tl.constexpr = AXIS_W.b
-    first = w * AXIS_W.s - AXIS_W.lead
+    MAPS: tl.constexpr = AXIS_W.maps
+    FIRST: tl.constexpr = -AXIS_W.lead - AXIS_W.p
+    first = x[1] * AXIS_W.group + FIRST
     maxima = ()
     if AXIS_W.edge == "clamp" or AXIS_W.edge == "reflect":
-        for j in tl.static_range(TAPS):
-            column = _border(first + j, high_w, AXIS_W) - AXIS_W.p
-            best = _sample(x, t, a, b, column, CARRY, ACC)
-            for i in tl.static_range(1, K):
-                best = _later(best, _sample(x, t, a, b, column + D * i, CARRY, ACC), column + D * (i - 1) < 0, CARRY)
-            maxima = maxima + (best,)
+        # A plain blur's own columns lie within the limits, if the image ends where a lane ends.
+        WITHIN: tl.constexpr = ACCESS.whole and K == 1 and AXIS_W.p == 0
+        if WITHIN:
+            own = _samples(x, t, a, b, 0, AXIS_W.group, AXIS_W, CARRY, ACCESS, ACC)
+        for j in tl.static_range(MAPS):
+            if WITHIN and FIRST + j >= 0 and FIRST + j < AXIS_W.group:
+                maxima = maxima + (own[FIRST + j],)
+            else:
+                column = _border(first + AXIS_W.p + j, high_w, AXIS_W) - AXIS_W.p
+                best = _sample(x, t, a, b, column, AXIS_W, CARRY, ACCESS, ACC)
+                for i in tl.static_range(1, K):
+                    new = _sample(x, t, a, b, column + D * i, AXIS_W, CARRY, ACCESS, ACC)
+                    best = _later(best, new, column + D * (i - 1) < 0, CARRY)
+                maxima = maxima + (best,)
     else:
-        columns = ()
-        for offset in tl.static_range(TAPS + D * (K - 1)):
-            columns = columns + (_sample(x, t, a, b, first - AXIS_W.p + offset, CARRY, ACC),)
-        for j in tl.static_range(TAPS):
+        columns = _samples(x, t, a, b, FIRST, MAPS + AXIS_W.span, AXIS_W, CARRY, ACCESS, ACC)
+        for j in tl.static_range(MAPS):
             best = columns[j]
             for i in tl.static_range(1, K):
-                best = _later(best, columns[j + D * i], first - AXIS_W.p + j + D * (i - 1) < 0, CARRY)
+                best = _later(best, columns[j + D * i], first + j + D * (i - 1) < 0, CARRY)
             maxima = maxima + (best,)
     return maxima
 
 
 @triton.jit
 def _plane_maxima(
-    x, t, a, b, w, high_b, high_w, AXIS_B: tl.constexpr, AXIS_W: tl.constexpr, CARRY: tl.constexpr, ACC: tl.constexpr
+    x, t, a, b, high_b, high_w, AXIS_B: tl.constexpr, AXIS_W: tl.constexpr, CARRY: tl.constexpr, ACCESS: tl.constexpr,
+    ACC: tl.constexpr,
 ):  # fmt: skip
-    """One input plane's maxima under each pair of taps of the outputs (b, w): len(taps_b) * len(taps_w) samples."""
+    """One input plane's maxima under the taps of the outputs at row b: maps_b * maps_w samples."""
     K: tl.constexpr = AXIS_B.k
     D: tl.constexpr = AXIS_B.d
-    TAPS: tl.constexpr = AXIS_B.b
-    TAPS_W: tl.constexpr = AXIS_W.b
+    MAPS: tl.constexpr = AXIS_B.maps
+    MAPS_W: tl.constexpr = AXIS_W.maps
     first = b * AXIS_B.s - AXIS_B.lead
     maxima = ()
     if AXIS_B.edge == "clamp" or AXIS_B.edge == "reflect":
-        for j in tl.static_range(TAPS):
+        for j in tl.static_range(MAPS):
             row = _border(first + j, high_b, AXIS_B) - AXIS_B.p
-            best = _row_maxima(x, t, a, row, w, high_w, AXIS_W, CARRY, ACC)
+            best = _row_maxima(x, t, a, row, high_w, AXIS_W, CARRY, ACCESS, ACC)
             for i in tl.static_range(1, K):
-                new = _row_maxima(x, t, a, row + D * i, w, high_w, AXIS_W, CARRY, ACC)
-                best = _later_each(best, new, row + D * (i - 1) < 0, TAPS_W, CARRY)
+                new = _row_maxima(x, t, a, row + D * i, high_w, AXIS_W, CARRY, ACCESS, ACC)
+                best = _later_each(best, new, row + D * (i - 1) < 0, MAPS_W, CARRY)
             maxima = maxima + best
     else:
         rows = ()
-        for offset in tl.static_range(TAPS + D * (K - 1)):
-            rows = rows + (_row_maxima(x, t, a, first - AXIS_B.p + offset, w, high_w, AXIS_W, CARRY, ACC),)
-        for j in tl.static_range(TAPS):
+        for offset in tl.static_range(MAPS + AXIS_B.span):
+            rows = rows + (_row_maxima(x, t, a, first - AXIS_B.p + offset, high_w, AXIS_W, CARRY, ACCESS, ACC),)
+        for j in tl.static_range(MAPS):
             best = rows[j]
             for i in tl.static_range(1, K):
-                best = _later_each(best, rows[j + D * i], first - AXIS_B.p + j + D * (i - 1) < 0, TAPS_W, CARRY)
+                best = _later_each(best, rows[j + D * i], first - AXIS_B.p + j + D * (i - 1) < 0, MAPS_W, CARRY)
             maxima = maxima + best
     return maxima
 
@@ -177,207 +214,269 @@ def _window_maxima(planes, a, AXIS_A: tl.constexpr, COUNT: tl.constexpr, CARRY: 
 
 
 @triton.jit
-def _blur_plane(maxima, b, w, high_b, high_w, AXIS_B: tl.constexpr, AXIS_W: tl.constexpr, CARRY: tl.constexpr):
-    """The maxima (or, with CARRY, what came with them) weighted by the taps of B and W and summed: one tile."""
+def _blur_plane(maxima, b, g, high_b, high_w, AXIS_B: tl.constexpr, AXIS_W: tl.constexpr, CARRY: tl.constexpr):
+    """The maxima (or, with CARRY, what came with them) weighted by the taps of B and W and summed: a tile for each own output."""
     TAPS_B: tl.constexpr = AXIS_B.b
     TAPS_W: tl.constexpr = AXIS_W.b
-    total = 0.0
-    for j in tl.static_range(TAPS_B):
-        row = 0.0
-        for i in tl.static_range(TAPS_W):
-            value = maxima[j * TAPS_W + i][CARRY]
-            if AXIS_W.edge == "zeros":
-                q = w * AXIS_W.s - AXIS_W.lead + i
-                value = tl.where((q >= 0) & (q <= high_w), value, 0.0)
-            row += AXIS_W.taps[i] * value
-        if AXIS_B.edge == "zeros":
-            q = b * AXIS_B.s - AXIS_B.lead + j
-            row = tl.where((q >= 0) & (q <= high_b), row, 0.0)
-        total += AXIS_B.taps[j] * row
-    return total
+    OWN: tl.constexpr = AXIS_W.own
+    blurred = ()
+    for u in tl.static_range(OWN):
+        total = 0.0
+        for j in tl.static_range(TAPS_B):
+            row = 0.0
+            for i in tl.static_range(TAPS_W):
+                value = maxima[j * AXIS_W.maps + u * AXIS_W.s + i][CARRY]
+                if AXIS_W.edge == "zeros":
+                    q = g * AXIS_W.group - AXIS_W.lead + u * AXIS_W.s + i
+                    value = tl.where((q >= 0) & (q <= high_w), value, 0.0)
+                row = _add_product(row, AXIS_W.taps[i], value, i == 0)
+            if AXIS_B.edge == "zeros":
+                q = b * AXIS_B.s - AXIS_B.lead + j
+                row = tl.where((q >= 0) & (q <= high_b), row, 0.0)
+            total = _add_product(total, AXIS_B.taps[j], row, j == 0)
+        blurred = blurred + (total,)
+    return blurred
+
+
+@triton.jit
+def _add_product(total, weight: tl.constexpr, value, FIRST: tl.constexpr):
+    """total + weight * value; the first product stands for itself."""
+    if FIRST:
+        return weight * value
+    else:
+        return total + weight * value
+
+
+@triton.jit
+def _blur_rows(rows, AXIS_A: tl.constexpr, COUNT: tl.constexpr):
+    """Successive rows of the blurred map weighted by the taps of A and summed: COUNT tiles."""
+    TAPS: tl.constexpr = AXIS_A.b
+    blurred = ()
+    for u in tl.static_range(COUNT):
+        total = 0.0
+        for j in tl.static_range(TAPS):
+            total = _add_product(total, AXIS_A.taps[j], rows[j][u], j == 0)
+        blurred = blurred + (total,)
+    return blurred
 
 
 @triton.jit
 def _next_map_row(
-    held, x, t, q, b, w, high_a, high_b, high_w,
-    AXIS_A: tl.constexpr, AXIS_B: tl.constexpr, AXIS_W: tl.constexpr, CARRY: tl.constexpr, ACC: tl.constexpr,
+    held, x, t, q, b, high_a, high_b, high_w, AXIS_A: tl.constexpr, AXIS_B: tl.constexpr, AXIS_W: tl.constexpr,
+    CARRY: tl.constexpr, ACCESS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Row q of the max map, blurred along B and W, and the plane maxima to hold for row q + 1."""
-    COUNT: tl.constexpr = AXIS_B.b * AXIS_W.b
-    K: tl.constexpr = AXIS_A.k
-    D: tl.constexpr = AXIS_A.d
+    COUNT: tl.constexpr = AXIS_B.maps * AXIS_W.maps
+    OWN: tl.constexpr = AXIS_W.own
     first = q - AXIS_A.p
-    held = held + (_plane_maxima(x, t, first + D * (K - 1), b, w, high_b, high_w, AXIS_B, AXIS_W, CARRY, ACC),)
+    held = held + (_plane_maxima(x, t, first + AXIS_A.span, b, high_b, high_w, AXIS_B, AXIS_W, CARRY, ACCESS, ACC),)
     maxima = _window_maxima(held, first, AXIS_A, COUNT, CARRY)
     if AXIS_A.edge == "clamp" or AXIS_A.edge == "reflect":
         if (q < AXIS_A.low) | (q > high_a):
             first = _border(q, high_a, AXIS_A) - AXIS_A.p
             planes = ()
-            for offset in tl.static_range(D * (K - 1) + 1):
-                planes = planes + (_plane_maxima(x, t, first + offset, b, w, high_b, high_w, AXIS_B, AXIS_W, CARRY, ACC),)
+            for offset in tl.static_range(AXIS_A.span + 1):
+                plane = _plane_maxima(x, t, first + offset, b, high_b, high_w, AXIS_B, AXIS_W, CARRY, ACCESS, ACC)
+                planes = planes + (plane,)
             maxima = _window_maxima(planes, first, AXIS_A, COUNT, CARRY)
-    blurred = _blur_plane(maxima, b, w, high_b, high_w, AXIS_B, AXIS_W, CARRY)
+    blurred = _blur_plane(maxima, b, x[1], high_b, high_w, AXIS_B, AXIS_W, CARRY)
     if AXIS_A.edge == "zeros":
-        blurred = tl.where((q >= 0) & (q <= high_a), blurred, 0.0)
+        blurred = _keep_each(blurred, (q >= 0) & (q <= high_a), OWN)
     return blurred, held[1:]
 
 
 @triton.jit
-def _tile(CHANNELS_LAST: tl.constexpr, block_w, block_c, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr, INDEX: tl.constexpr):
-    """The columns and channels of a tile, shaped to broadcast with the contiguous axis last."""
-    w = (block_w * BLOCK_W + tl.arange(0, BLOCK_W)).to(INDEX)
-    c = (block_c * BLOCK_C + tl.arange(0, BLOCK_C)).to(INDEX)
-    if CHANNELS_LAST:
-        return w[:, None], c[None, :]
-    else:
-        return w[None, :], c[:, None]
-
-
-@triton.jit
-def _blank_tiles(like, COUNT: tl.constexpr, ACC: tl.constexpr):
+def _blank_tiles(COUNT: tl.constexpr, LANES: tl.constexpr, ACCESS: tl.constexpr, ACC: tl.constexpr):
     """COUNT tiles of zeros."""
+    VECTOR: tl.constexpr = ACCESS.vector
     tiles = ()
     for t in tl.static_range(COUNT):
-        tiles = tiles + (tl.zeros(like.shape, ACC),)
+        tiles = tiles + (tl.zeros((LANES, VECTOR), ACC),)
     return tiles
 
 
 @triton.jit
-def _blank_planes(like, PLANES: tl.constexpr, COUNT: tl.constexpr, CARRY: tl.constexpr, ACC: tl.constexpr):
-    """PLANES planes of COUNT samples of zeros."""
-    planes = ()
-    for p in tl.static_range(PLANES):
-        plane = ()
-        for t in tl.static_range(COUNT):
-            plane = plane + (_blank_tiles(like, CARRY + 1, ACC),)
-        planes = planes + (plane,)
-    return planes
+def _blank_samples(COUNT: tl.constexpr, CARRY: tl.constexpr, LANES: tl.constexpr, ACCESS: tl.constexpr, ACC: tl.constexpr):
+    """COUNT samples of zeros."""
+    samples = ()
+    for t in tl.static_range(COUNT):
+        samples = samples + (_blank_tiles(CARRY + 1, LANES, ACCESS, ACC),)
+    return samples
 
 
-@triton.jit(do_not_specialize=["size_a", "size_b", "size_w", "out_a", "out_b", "out_w", "high_a", "high_b", "high_w", "rows"])
+@triton.jit
+def _program(others, chunks, per_chunk):
+    """What this program processes: a block of lanes, a position of B, and of the positions of A the first.
+
+    Programs that follow each other in A do so in launch order: they read each other's borders while those are in a cache.
+    """
+    pid = tl.program_id(0)
+    chunk, pid = pid % chunks, pid // chunks
+    return pid // others, pid % others, chunk * per_chunk
+
+
+@triton.jit(
+    do_not_specialize=[
+        "lanes", "channels", "groups", "rows",
+        "size_a", "size_b", "size_w", "out_a", "out_b", "out_w", "high_a", "high_b", "high_w",
+        "x_stride_n", "x_stride_c", "x_stride_a", "x_stride_b", "x_stride_w",
+        "t_stride_n", "t_stride_c", "t_stride_a", "t_stride_b", "t_stride_w",
+        "y_stride_n", "y_stride_c", "y_stride_a", "y_stride_b", "y_stride_w",
+    ]
+)  # fmt: skip
 def _forward_kernel(
-    x_ptr, t_ptr, y_ptr, channels, size_a, size_b, size_w, out_a, out_b, out_w, high_a, high_b, high_w, rows,
+    x_ptr, t_ptr, y_ptr, lanes, channels, groups, size_a, size_b, size_w, out_a, out_b, out_w, high_a, high_b, high_w, rows,
     x_stride_n, x_stride_c, x_stride_a, x_stride_b, x_stride_w,
     t_stride_n, t_stride_c, t_stride_a, t_stride_b, t_stride_w,
     y_stride_n, y_stride_c, y_stride_a, y_stride_b, y_stride_w,
-    AXIS_A: tl.constexpr, AXIS_B: tl.constexpr, AXIS_W: tl.constexpr, TANGENT: tl.constexpr, INDEX: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
+    AXIS_A: tl.constexpr, AXIS_B: tl.constexpr, AXIS_W: tl.constexpr, TANGENT: tl.constexpr, ACCESS: tl.constexpr,
+    LANES: tl.constexpr,
 ):  # fmt: skip
     """Shapes: x and t (N, channels, size_a, size_b, size_w); y (N, channels, out_a, out_b, out_w). t is read with TANGENT only.
 
-    This program processes `rows` successive output rows of A, at one position of B, for a tile of BLOCK_W outputs by
-    BLOCK_C channels of one image.
+    This program processes `rows` successive output rows of A, at one position of B, for LANES lanes of `own` outputs of W.
     """
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
-    pid = tl.program_id(0)
-    blocks_w, blocks_c, chunks = tl.cdiv(out_w, BLOCK_W), tl.cdiv(channels, BLOCK_C), tl.cdiv(out_a, rows)
-    block_w, pid = pid % blocks_w, pid // blocks_w
-    block_c, pid = pid % blocks_c, pid // blocks_c
-    b, pid = pid % out_b, pid // out_b
-    chunk, n = pid % chunks, (pid // chunks).to(tl.int64)
-    w, c = _tile(CHANNELS_LAST, block_w, block_c, BLOCK_W, BLOCK_C, INDEX)
-
-    x = (x_ptr + n * x_stride_n + c * x_stride_c, c < channels, size_a, size_b, size_w, x_stride_a, x_stride_b, x_stride_w)
-    t = (t_ptr + n * t_stride_n + c * t_stride_c, c < channels, size_a, size_b, size_w, t_stride_a, t_stride_b, t_stride_w)
-    y = y_ptr + n * y_stride_n + c * y_stride_c + tl.cast(b, tl.int64) * y_stride_b + w * y_stride_w
-    keep = (c < channels) & (w < out_w)
+    block, b, start = _program(out_b, tl.cdiv(out_a, rows), rows)
+    lane = lane_of(lanes, channels, groups, block, LANES, ACCESS)
+    sizes = (size_a, size_b, size_w)
+    x_strides = (x_stride_n, x_stride_c, x_stride_a, x_stride_b, x_stride_w)
+    t_strides = (t_stride_n, t_stride_c, t_stride_a, t_stride_b, t_stride_w)
+    y_strides = (y_stride_n, y_stride_c, y_stride_a, y_stride_b, y_stride_w)
+    x = image_of(x_ptr, lane, AXIS_W.group, sizes, x_strides, ACCESS)
+    t = image_of(t_ptr, lane, AXIS_W.group, sizes, t_strides, ACCESS)
+    y = image_of(y_ptr, lane, AXIS_W.own, (out_a, out_b, out_w), y_strides, ACCESS)
 
     S: tl.constexpr = AXIS_A.s
     TAPS: tl.constexpr = AXIS_A.b
     SPAN: tl.constexpr = AXIS_A.span
-    COUNT: tl.constexpr = AXIS_B.b * AXIS_W.b
+    OWN: tl.constexpr = AXIS_W.own
     # Successive outputs share TAPS - S rows of the map, and successive rows of it SPAN planes of maxima. The first
     # outputs of a program find neither: it begins WARM_UP outputs early, and does not store those.
     SHARED: tl.constexpr = max(TAPS - S, 0)
     WARM_UP: tl.constexpr = -(-(SHARED + SPAN) // S)
-    held = _blank_planes(w + c, SPAN, COUNT, TANGENT, ACC)
-    shared = _blank_tiles(w + c, SHARED, ACC)
-    start = chunk * rows
-    for o in range(start - WARM_UP, tl.minimum(start + rows, out_a)):
+    held = ()
+    for p in tl.static_range(SPAN):
+        held = held + (_blank_samples(AXIS_B.maps * AXIS_W.maps, TANGENT, LANES, ACCESS, ACC),)
+    shared = ()
+    for r in tl.static_range(SHARED):
+        shared = shared + (_blank_tiles(OWN, LANES, ACCESS, ACC),)
+    for step in range(WARM_UP + tl.minimum(rows, out_a - start)):
+        o = start - WARM_UP + step
         q = o * S - AXIS_A.lead + SHARED
         for j in tl.static_range(S):
-            row, held = _next_map_row(held, x, t, q + j, b, w, high_a, high_b, high_w, AXIS_A, AXIS_B, AXIS_W, TANGENT, ACC)
+            row, held = _next_map_row(held, x, t, q + j, b, high_a, high_b, high_w, AXIS_A, AXIS_B, AXIS_W, TANGENT, ACCESS, ACC)
             shared = shared + (row,)
-        total = 0.0
-        for j in tl.static_range(TAPS):
-            total += AXIS_A.taps[j] * shared[j]
-        tl.store(y + tl.cast(o, tl.int64) * y_stride_a, total.to(y_ptr.dtype.element_ty), mask=keep & (o >= start))
+        store_columns(y, o, b, _blur_rows(shared, AXIS_A, OWN), OWN, o >= start, ACCESS)
         shared = shared[S:]
 
 
 @triton.jit
-def _row_places(x, a, b, g, AXIS_W: tl.constexpr, ACC: tl.constexpr):
-    """One row's maxima, with the slot each came from, of every window that touches the columns of the groups `g`.
+def _row_windows(columns, AXIS_W: tl.constexpr):
+    """The maxima of every window that touches a lane's columns, from those and `span` on either side.
 
-    Group g is columns s*g to s*g + s - 1; window e of it starts at column s*g - d*(k - 1) + e.
+    Window e starts `span` columns before the lane's column e.
     """
-    S_W: tl.constexpr = AXIS_W.s
     K: tl.constexpr = AXIS_W.k
-    D: tl.constexpr = AXIS_W.d
-    SPAN: tl.constexpr = D * (K - 1)
-    first = g * S_W - SPAN
-    columns = ()
-    for offset in tl.static_range(S_W + 2 * SPAN):
-        columns = columns + (_load(x, a, b, first + offset, float("-inf"), ACC),)
-    places = ()
-    for e in tl.static_range(S_W + SPAN):
-        best = (columns[e], tl.zeros(columns[e].shape, tl.int32))
+    WINDOWS: tl.constexpr = AXIS_W.windows
+    maxima = ()
+    for e in tl.static_range(WINDOWS):
+        best = columns[e]
         for i in tl.static_range(1, K):
-            best = _later(best, (columns[e + D * i], i), first + e + D * (i - 1) < 0, True)
-        places = places + (best,)
-    return places
+            best = tl.maximum(best, columns[e + AXIS_W.d * i], propagate_nan=tl.PropagateNan.ALL)
+        maxima = maxima + (best,)
+    return maxima
 
 
 @triton.jit
-def _shift_slots(places, by: tl.constexpr, COUNT: tl.constexpr):
-    """Samples whose slots begin at `by`."""
-    shifted = ()
-    for e in tl.static_range(COUNT):
-        shifted = shifted + ((places[e][0], places[e][1] + by),)
-    return shifted
-
-
-@triton.jit
-def _plane_places(x, a, g_b, g_w, AXIS_B: tl.constexpr, AXIS_W: tl.constexpr, ACC: tl.constexpr):
-    """`_row_places` over the windows of B too, those of W varying fastest. Slots count row-major."""
+def _plane_windows(x, a, g_b, AXIS_B: tl.constexpr, AXIS_W: tl.constexpr, ACCESS: tl.constexpr, ACC: tl.constexpr):
+    """One plane's rows, and the maxima of every window of B and W that touches a group: those of W vary fastest."""
     S_B: tl.constexpr = AXIS_B.s
     K: tl.constexpr = AXIS_B.k
-    D: tl.constexpr = AXIS_B.d
-    SPAN: tl.constexpr = D * (K - 1)
+    SPAN: tl.constexpr = AXIS_B.span
+    SPAN_W: tl.constexpr = AXIS_W.span
+    GROUP: tl.constexpr = AXIS_W.group
+    WINDOWS_B: tl.constexpr = AXIS_B.windows
     WINDOWS_W: tl.constexpr = AXIS_W.windows
-    first = g_b * S_B - SPAN
     rows = ()
+    row_maxima = ()
     for offset in tl.static_range(S_B + 2 * SPAN):
-        rows = rows + (_row_places(x, a, first + offset, g_w, AXIS_W, ACC),)
-    places = ()
-    for e in tl.static_range(S_B + SPAN):
-        best = rows[e]
+        b = g_b * S_B - SPAN + offset
+        row = load_columns(x, a, b, -SPAN_W, GROUP + 2 * SPAN_W, GROUP, float("-inf"), ACCESS, ACC)
+        rows = rows + (row,)
+        row_maxima = row_maxima + (_row_windows(row, AXIS_W),)
+    maxima = ()
+    for e in tl.static_range(WINDOWS_B):
+        for t in tl.static_range(WINDOWS_W):
+            best = row_maxima[e][t]
+            for i in tl.static_range(1, K):
+                best = tl.maximum(best, row_maxima[e + AXIS_B.d * i][t], propagate_nan=tl.PropagateNan.ALL)
+            maxima = maxima + (best,)
+    return rows, maxima
+
+
+@triton.jit
+def _route(values, gradient, group, LEAST: tl.constexpr, start: tl.constexpr, AXIS: tl.constexpr):
+    """The gradient of a group's window, given to the greatest of its k values: k tiles, zeros but where a value is.
+
+    The greatest is the first of equals, the last of NaNs. The window starts at element `start` of the group, which is LEAST or
+    a later one; where that is before the image, the greatest is not one of those before it, even where all are -inf.
+    """
+    K: tl.constexpr = AXIS.k
+    best = (values[0],)
+    for i in tl.static_range(1, K - 1):
+        best = best + (tl.maximum(best[i - 1], values[i], propagate_nan=tl.PropagateNan.ALL),)
+    given = ()
+    for j in tl.static_range(1, K):
+        # Later and greater, or NaN. A NaN before it counts as inf, which nothing but NaN beats.
+        take = (values[K - j] <= tl.minimum(best[K - j - 1], float("inf"))) == 0
+        if LEAST * AXIS.group + start + AXIS.d * (K - j - 1) < 0:
+            take = take | (group * AXIS.group + (start + AXIS.d * (K - j - 1)) < 0)
+        given = (tl.where(take, gradient, 0.0),) + given
+        gradient = tl.where(take, 0.0, gradient)
+    return (gradient,) + given
+
+
+@triton.jit
+def _slots(values, start: tl.constexpr, AXIS: tl.constexpr):
+    """What the k slots of window `start` hold: values[start], values[start + d], ..."""
+    K: tl.constexpr = AXIS.k
+    slots = ()
+    for i in tl.static_range(K):
+        slots = slots + (values[start + AXIS.d * i],)
+    return slots
+
+
+@triton.jit
+def _each(tuples, t: tl.constexpr):
+    """The t-th of every tuple."""
+    COUNT: tl.constexpr = len(tuples)
+    values = ()
+    for i in tl.static_range(COUNT):
+        values = values + (tuples[i][t],)
+    return values
+
+
+@triton.jit
+def _gather(given, AXIS: tl.constexpr):
+    """What a group's s * own elements receive, from what each of its windows gives its k slots: a tile an element."""
+    K: tl.constexpr = AXIS.k
+    GROUP: tl.constexpr = AXIS.group
+    elements = ()
+    for f in tl.static_range(GROUP):
+        # Element f is in slot i of the window that starts d*i before it.
+        total = given[f + AXIS.span][0]
         for i in tl.static_range(1, K):
-            new = _shift_slots(rows[e + D * i], AXIS_W.k * i, WINDOWS_W)
-            best = _later_each(best, new, first + e + D * (i - 1) < 0, WINDOWS_W, True)
-        places = places + best
-    return places
+            total += given[f + AXIS.span - AXIS.d * i][i]
+        elements = elements + (total,)
+    return elements
 
 
 @triton.jit
-def _window_places(planes, a, AXIS_A: tl.constexpr, SLOTS: tl.constexpr, COUNT: tl.constexpr):
-    """The maxima, with their slots, of the windows that start at row a, from the COUNT of each plane they cover."""
-    K_A: tl.constexpr = AXIS_A.k
-    best = planes[0]
-    for i in tl.static_range(1, K_A):
-        new = _shift_slots(planes[AXIS_A.d * i], SLOTS * i, COUNT)
-        best = _later_each(best, new, a + AXIS_A.d * (i - 1) < 0, COUNT, True)
-    return best
-
-
-@triton.jit
-def _edge_output(n: tl.constexpr, outputs, AXIS: tl.constexpr):
+def _edge_output(n, outputs, AXIS: tl.constexpr):
     """The n-th output that may read beyond a limit, and whether there is one: the low ones first, then those at the high end."""
-    if n < AXIS.n_low:
-        return n, n < outputs
-    else:
-        o = outputs - 1 - (n - AXIS.n_low)
-        return o, o >= AXIS.n_low
+    o = tl.where(n < AXIS.n_low, n, outputs - 1 - (n - AXIS.n_low))
+    return o, (n < AXIS.n_low) & (n < outputs) | (n >= AXIS.n_low) & (o >= AXIS.n_low)
 
 
 @triton.jit
@@ -393,59 +492,48 @@ def _edge_weight(o, exists, q, high, AXIS: tl.constexpr, ACC: tl.constexpr):
 
 
 @triton.jit
-def _row_adjoint(grad, oa, ob, g, out_w, high_w, AXIS_W: tl.constexpr, ACC: tl.constexpr):
-    """One row of grad_y, taken back through the blur of W to every window that touches the groups `g`: a tuple of tiles."""
-    EDGES_W: tl.constexpr = AXIS_W.n_edge
-    S: tl.constexpr = AXIS_W.s
-    TAPS: tl.constexpr = AXIS_W.b
-    SPAN: tl.constexpr = AXIS_W.span
-    # Output g + u reads window e with tap ORIGIN + e - s*u.
-    ORIGIN: tl.constexpr = AXIS_W.p - SPAN + AXIS_W.lead
-    FIRST: tl.constexpr = -((TAPS - 1 - ORIGIN) // S)
-    LAST: tl.constexpr = (ORIGIN + S + SPAN - 1) // S
-    columns = ()
-    for u in tl.static_range(FIRST, LAST + 1):
-        columns = columns + (_load(grad, oa, ob, g + u, 0.0, ACC),)
-    adjoint = ()
-    for e in tl.static_range(S + SPAN):
-        total = tl.zeros(columns[0].shape, ACC)
-        for u in tl.static_range(FIRST, LAST + 1):
-            if ORIGIN + e - S * u >= 0 and ORIGIN + e - S * u < TAPS:
-                total += AXIS_W.taps[ORIGIN + e - S * u] * columns[u - FIRST]
-        if AXIS_W.edge != "none":
-            q = g * S + (AXIS_W.p - SPAN + e)
-            total = tl.where((q >= AXIS_W.low) & (q <= high_w), total, 0.0)
-            if AXIS_W.edge != "zeros":
-                for n in tl.static_range(EDGES_W):
-                    o, exists = _edge_output(n, out_w, AXIS_W)
-                    total += _edge_weight(o, exists, q, high_w, AXIS_W, ACC) * _load(grad, oa, ob, o, 0.0, ACC)
-        adjoint = adjoint + (total,)
-    return adjoint
+def _row_gradients(grad, oa, ob, out_w, AXIS_W: tl.constexpr, ACCESS: tl.constexpr, ACC: tl.constexpr):
+    """One row of grad_y: the outputs that read a lane's windows, then those that read beyond W's limits."""
+    EDGES: tl.constexpr = AXIS_W.n_edge
+    columns = load_columns(grad, oa, ob, AXIS_W.first, AXIS_W.outputs, AXIS_W.own, 0.0, ACCESS, ACC)
+    for n in tl.static_range(EDGES):
+        o, _ = _edge_output(n, out_w, AXIS_W)
+        columns = columns + (load_column(grad, oa, ob, o, AXIS_W.own, 0.0, ACCESS, ACC),)
+    return columns
 
 
 @triton.jit
-def _weighted_sum(rows, e: tl.constexpr, FIRST: tl.constexpr, AXIS: tl.constexpr, COUNT: tl.constexpr):
-    """Window e's gradient from the adjoint rows of the outputs g + FIRST, g + FIRST + 1, ...: COUNT tiles."""
-    TAPS: tl.constexpr = AXIS.b
-    ROWS: tl.constexpr = len(rows)
-    TAP: tl.constexpr = AXIS.p - AXIS.span + AXIS.lead + e
+def _weighted_sum(rows, e: tl.constexpr, AXIS: tl.constexpr, COUNT: tl.constexpr):
+    """Window e's gradient from those of the outputs that read a group's windows, `COUNT` tiles each."""
+    OUTPUTS: tl.constexpr = AXIS.outputs
+    # The first output that reads window e; the one before it would with a tap beyond the last.
+    START: tl.constexpr = max(-((AXIS.b - 1 - AXIS.origin - e) // AXIS.s) - AXIS.first, 0)
     total = ()
     for t in tl.static_range(COUNT):
         tile = tl.zeros_like(rows[0][t])
-        for r in tl.static_range(ROWS):
-            if TAP - AXIS.s * (FIRST + r) >= 0 and TAP - AXIS.s * (FIRST + r) < TAPS:
-                tile += AXIS.taps[TAP - AXIS.s * (FIRST + r)] * rows[r][t]
+        for r in tl.static_range(START, OUTPUTS):
+            if AXIS.origin + e - AXIS.s * (AXIS.first + r) >= 0:
+                tile = _add_product(tile, AXIS.taps[AXIS.origin + e - AXIS.s * (AXIS.first + r)], rows[r][t], r == START)
         total = total + (tile,)
     return total
 
 
 @triton.jit
-def _add_each(total, weight, new, COUNT: tl.constexpr):
-    """total + weight * new, tile by tile."""
+def _add_each(total, new, COUNT: tl.constexpr):
+    """total + new, tile by tile."""
     added = ()
     for t in tl.static_range(COUNT):
-        added = added + (total[t] + weight * new[t],)
+        added = added + (total[t] + new[t],)
     return added
+
+
+@triton.jit
+def _scale_each(tiles, weight, COUNT: tl.constexpr):
+    """The tiles times `weight`."""
+    scaled = ()
+    for t in tl.static_range(COUNT):
+        scaled = scaled + (weight * tiles[t],)
+    return scaled
 
 
 @triton.jit
@@ -458,265 +546,303 @@ def _keep_each(tiles, keep, COUNT: tl.constexpr):
 
 
 @triton.jit
-def _plane_adjoint(
-    grad, oa, g_b, g_w, out_b, out_w, high_b, high_w, AXIS_B: tl.constexpr, AXIS_W: tl.constexpr, ACC: tl.constexpr
+def _plane_gradients(
+    grad, oa, g_b, out_b, out_w, high_b, AXIS_B: tl.constexpr, AXIS_W: tl.constexpr, ACCESS: tl.constexpr, ACC: tl.constexpr
 ):  # fmt: skip
-    """One plane of grad_y taken back through the blurs of B and W: a tile for each window, those of W varying fastest."""
-    EDGES_B: tl.constexpr = AXIS_B.n_edge
-    S: tl.constexpr = AXIS_B.s
-    SPAN: tl.constexpr = AXIS_B.span
-    ORIGIN: tl.constexpr = AXIS_B.p - SPAN + AXIS_B.lead
-    FIRST: tl.constexpr = -((AXIS_B.b - 1 - ORIGIN) // S)
-    LAST: tl.constexpr = (ORIGIN + S + SPAN - 1) // S
-    WINDOWS_W: tl.constexpr = AXIS_W.windows
+    """One plane of grad_y taken back through the blur of B: `_row_gradients` for each window of a group, one after the other."""
+    EDGES: tl.constexpr = AXIS_B.n_edge
+    OUTPUTS: tl.constexpr = AXIS_B.outputs
+    WINDOWS: tl.constexpr = AXIS_B.windows
+    COUNT: tl.constexpr = AXIS_W.outputs + AXIS_W.n_edge
     rows = ()
-    for u in tl.static_range(FIRST, LAST + 1):
-        rows = rows + (_row_adjoint(grad, oa, g_b + u, g_w, out_w, high_w, AXIS_W, ACC),)
-    adjoint = ()
-    for e in tl.static_range(S + SPAN):
-        total = _weighted_sum(rows, e, FIRST, AXIS_B, WINDOWS_W)
+    for u in tl.static_range(OUTPUTS):
+        rows = rows + (_row_gradients(grad, oa, g_b + AXIS_B.first + u, out_w, AXIS_W, ACCESS, ACC),)
+    plane = ()
+    for e in tl.static_range(WINDOWS):
+        total = _weighted_sum(rows, e, AXIS_B, COUNT)
         if AXIS_B.edge != "none":
-            q = g_b * S + (AXIS_B.p - SPAN + e)
-            total = _keep_each(total, (q >= AXIS_B.low) & (q <= high_b), WINDOWS_W)
-            if AXIS_B.edge != "zeros":
-                for n in tl.static_range(EDGES_B):
-                    o, exists = _edge_output(n, out_b, AXIS_B)
-                    weight = _edge_weight(o, exists, q, high_b, AXIS_B, ACC)
-                    if weight != 0.0:
-                        row = _row_adjoint(grad, oa, o, g_w, out_w, high_w, AXIS_W, ACC)
-                        total = _add_each(total, weight, row, WINDOWS_W)
-        adjoint = adjoint + total
-    return adjoint
+            q = g_b * AXIS_B.s + (AXIS_B.p - AXIS_B.span + e)
+            total = _keep_each(total, (q >= AXIS_B.low) & (q <= high_b), COUNT)
+            # Seldom taken: a loop, so that there is one copy of it to compile.
+            for n in range(EDGES):
+                o, exists = _edge_output(n, out_b, AXIS_B)
+                weight = _edge_weight(o, exists, q, high_b, AXIS_B, ACC)
+                if weight != 0.0:
+                    row = _row_gradients(grad, oa, o, out_w, AXIS_W, ACCESS, ACC)
+                    total = _add_each(total, _scale_each(row, weight, COUNT), COUNT)
+        plane = plane + total
+    return plane
 
 
 @triton.jit
-def _window_adjoint(
-    planes, FIRST: tl.constexpr, e: tl.constexpr, grad, g_a, g_b, g_w, out_a, out_b, out_w, high_a, high_b, high_w,
-    AXIS_A: tl.constexpr, AXIS_B: tl.constexpr, AXIS_W: tl.constexpr, ACC: tl.constexpr,
+def _window_gradients(
+    planes, e: tl.constexpr, grad, g_a, g_b, out_a, out_b, out_w, high_a, high_b, high_w,
+    AXIS_A: tl.constexpr, AXIS_B: tl.constexpr, AXIS_W: tl.constexpr, ACCESS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of row e of group g_a's windows, from the adjoint planes of the outputs g_a + FIRST onwards."""
-    EDGES_A: tl.constexpr = AXIS_A.n_edge
-    COUNT: tl.constexpr = AXIS_B.windows * AXIS_W.windows
-    total = _weighted_sum(planes, e, FIRST, AXIS_A, COUNT)
+    """The gradients of row e of group g_a's windows, from the planes of the outputs that read them: those of W vary fastest."""
+    EDGES: tl.constexpr = AXIS_A.n_edge
+    WINDOWS_B: tl.constexpr = AXIS_B.windows
+    COUNT_W: tl.constexpr = AXIS_W.outputs + AXIS_W.n_edge
+    COUNT: tl.constexpr = WINDOWS_B * COUNT_W
+    total = _weighted_sum(planes, e, AXIS_A, COUNT)
     if AXIS_A.edge != "none":
         q = g_a * AXIS_A.s + (AXIS_A.p - AXIS_A.span + e)
         total = _keep_each(total, (q >= AXIS_A.low) & (q <= high_a), COUNT)
-        if AXIS_A.edge != "zeros":
-            for n in tl.static_range(EDGES_A):
-                o, exists = _edge_output(n, out_a, AXIS_A)
-                weight = _edge_weight(o, exists, q, high_a, AXIS_A, ACC)
-                if weight != 0.0:
-                    plane = _plane_adjoint(grad, o, g_b, g_w, out_b, out_w, high_b, high_w, AXIS_B, AXIS_W, ACC)
-                    total = _add_each(total, weight, plane, COUNT)
-    return total
+        for n in range(EDGES):
+            o, exists = _edge_output(n, out_a, AXIS_A)
+            weight = _edge_weight(o, exists, q, high_a, AXIS_A, ACC)
+            if weight != 0.0:
+                plane = _plane_gradients(grad, o, g_b, out_b, out_w, high_b, AXIS_B, AXIS_W, ACCESS, ACC)
+                total = _add_each(total, _scale_each(plane, weight, COUNT), COUNT)
+    gradients = ()
+    for b in tl.static_range(WINDOWS_B):
+        gradients = gradients + _unblur_row(total[b * COUNT_W : (b + 1) * COUNT_W], grad[1], out_w, high_w, AXIS_W, ACC)
+    return gradients
 
 
 @triton.jit
-def _gather(places, adjoint, slot_a: tl.constexpr, AXIS_B: tl.constexpr, AXIS_W: tl.constexpr):
-    """What a row of windows gives to the elements in its slot `slot_a` of A: a tile for each of a group's s_b * s_w elements."""
+def _unblur_row(outputs, g, out_w, high_w, AXIS_W: tl.constexpr, ACC: tl.constexpr):
+    """`_row_gradients` taken back through the blur of W: a tile for each window that touches a lane's columns."""
+    EDGES: tl.constexpr = AXIS_W.n_edge
+    WINDOWS: tl.constexpr = AXIS_W.windows
+    OUTPUTS: tl.constexpr = AXIS_W.outputs
+    columns = ()
+    for u in tl.static_range(OUTPUTS):
+        columns = columns + ((outputs[u],),)
+    windows = ()
+    for e in tl.static_range(WINDOWS):
+        total = _weighted_sum(columns, e, AXIS_W, 1)[0]
+        if AXIS_W.edge != "none":
+            q = g * AXIS_W.group + (AXIS_W.p - AXIS_W.span + e)
+            total = tl.where((q >= AXIS_W.low) & (q <= high_w), total, 0.0)
+            for n in tl.static_range(EDGES):
+                o, exists = _edge_output(n, out_w, AXIS_W)
+                total += _edge_weight(o, exists, q, high_w, AXIS_W, ACC) * outputs[OUTPUTS + n]
+        windows = windows + (total,)
+    return windows
+
+
+@triton.jit
+def _route_plane(rows, gradients, g_b, g_w, AXIS_B: tl.constexpr, AXIS_W: tl.constexpr):
+    """The gradients of a plane's windows, given to the elements of a group: a tile for each, those of W varying fastest."""
     S_B: tl.constexpr = AXIS_B.s
-    S_W: tl.constexpr = AXIS_W.s
-    K_B: tl.constexpr = AXIS_B.k
-    K_W: tl.constexpr = AXIS_W.k
-    gathered = ()
+    ROWS: tl.constexpr = len(rows)
+    WINDOWS_B: tl.constexpr = AXIS_B.windows
+    WINDOWS_W: tl.constexpr = AXIS_W.windows
+    row_maxima = ()
+    for r in tl.static_range(ROWS):
+        row_maxima = row_maxima + (_row_windows(rows[r], AXIS_W),)
+    row_gradients = ()
+    for t in tl.static_range(WINDOWS_W):
+        given = ()
+        for e in tl.static_range(WINDOWS_B):
+            values = _slots(_each(row_maxima, t), e, AXIS_B)
+            given = given + (_route(values, gradients[e * WINDOWS_W + t], g_b, 0, e - AXIS_B.span, AXIS_B),)
+        row_gradients = row_gradients + (_gather(given, AXIS_B),)
+    elements = ()
     for f_b in tl.static_range(S_B):
-        for f_w in tl.static_range(S_W):
-            total = tl.zeros_like(adjoint[0])
-            for i_b in tl.static_range(K_B):
-                for i_w in tl.static_range(K_W):
-                    # Element f is in slot i of the window that starts d*i before it.
-                    total += _given(
-                        places,
-                        adjoint,
-                        (f_b + AXIS_B.span - AXIS_B.d * i_b) * AXIS_W.windows + f_w + AXIS_W.span - AXIS_W.d * i_w,
-                        (slot_a * K_B + i_b) * K_W + i_w,
-                    )
-            gathered = gathered + (total,)
-    return gathered
+        given = ()
+        for e in tl.static_range(WINDOWS_W):
+            values = _slots(rows[f_b + AXIS_B.span], e, AXIS_W)
+            given = given + (_route(values, row_gradients[e][f_b], g_w, 0, e - AXIS_W.span, AXIS_W),)
+        elements = elements + _gather(given, AXIS_W)
+    return elements
 
 
 @triton.jit
-def _given(places, adjoint, window: tl.constexpr, slot: tl.constexpr):
-    """The window's gradient where its maximum came from `slot`, else zero."""
-    return tl.where(places[window][1] == slot, adjoint[window], 0.0)
+def _route_windows(held, sums, gradients, group, start: tl.constexpr, AXIS_A: tl.constexpr, COUNT: tl.constexpr):
+    """Adds the gradients of the windows that start at row `start` of a group to those of the planes held: COUNT tiles a plane."""
+    D: tl.constexpr = AXIS_A.d
+    SPAN: tl.constexpr = AXIS_A.span
+    given = ()
+    for t in tl.static_range(COUNT):
+        # A program begins before its first group, by no more groups than these.
+        given = given + (_route(_slots(_each(_each(held, 1), t), 0, AXIS_A), gradients[t], group, -2 * SPAN, start, AXIS_A),)
+    added = ()
+    for r in tl.static_range(SPAN + 1):
+        if r % D == 0:
+            plane = ()
+            for t in tl.static_range(COUNT):
+                if r == SPAN:
+                    plane = plane + (given[t][r // D],)
+                else:
+                    plane = plane + (sums[r][t] + given[t][r // D],)
+            added = added + (plane,)
+        else:
+            added = added + (sums[r],)
+    return added
 
 
 @triton.jit
 def _next_gradient_row(
-    held, sums, x, adjoint, e: tl.constexpr, g_a, g_b, g_w,
-    AXIS_A: tl.constexpr, AXIS_B: tl.constexpr, AXIS_W: tl.constexpr, TAKES_MAX: tl.constexpr, ACC: tl.constexpr,
+    held, sums, x, gradients, e: tl.constexpr, g_a, g_b, AXIS_A: tl.constexpr, AXIS_B: tl.constexpr, AXIS_W: tl.constexpr,
+    TAKES_MAX: tl.constexpr, ACCESS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Adds row e of group g_a's windows. Gives the finished row of grad_x, the plane maxima to hold and the sums under way."""
-    K: tl.constexpr = AXIS_A.k
-    D: tl.constexpr = AXIS_A.d
-    SPAN: tl.constexpr = D * (K - 1)
-    WINDOWS: tl.constexpr = AXIS_B.windows * AXIS_W.windows
+    """Adds row e of group g_a's windows. Gives the finished row of grad_x, the planes to hold and the sums under way.
+
+    The sums are the gradients of the maxima of the planes held, from the windows so far.
+    """
+    SPAN: tl.constexpr = AXIS_A.span
+    COUNT: tl.constexpr = AXIS_B.windows * AXIS_W.windows
     if TAKES_MAX:
-        held = held + (_plane_places(x, g_a * AXIS_A.s + e, g_b, g_w, AXIS_B, AXIS_W, ACC),)
-        places = _window_places(held, g_a * AXIS_A.s + e - SPAN, AXIS_A, AXIS_B.k * AXIS_W.k, WINDOWS)
-        added = ()
-        for r in tl.static_range(SPAN + 1):
-            if r == SPAN:
-                added = added + (_gather(places, adjoint, K - 1, AXIS_B, AXIS_W),)
-            elif r % D == 0:
-                added = added + (_add_each(sums[r], 1.0, _gather(places, adjoint, r // D, AXIS_B, AXIS_W), AXIS_B.s * AXIS_W.s),)
-            else:
-                added = added + (sums[r],)
-        return added[0], held[1:], added[1:]
+        held = held + (_plane_windows(x, g_a * AXIS_A.s + e, g_b, AXIS_B, AXIS_W, ACCESS, ACC),)
+        sums = _route_windows(held, sums, gradients, g_a, e - SPAN, AXIS_A, COUNT)
+        return _route_plane(held[0][0], sums[0], g_b, x[1], AXIS_B, AXIS_W), held[1:], sums[1:]
     else:
-        return adjoint, held, sums
+        return gradients, held, sums
 
 
-@triton.jit
-def _blank_places(like, PLANES: tl.constexpr, COUNT: tl.constexpr, ACC: tl.constexpr):
-    """PLANES planes of COUNT maxima and slots of zeros."""
-    planes = ()
-    for p in tl.static_range(PLANES):
-        plane = ()
-        for t in tl.static_range(COUNT):
-            plane = plane + ((tl.zeros(like.shape, ACC), tl.zeros(like.shape, tl.int32)),)
-        planes = planes + (plane,)
-    return planes
-
-
-@triton.jit(do_not_specialize=["size_a", "size_b", "size_w", "out_a", "out_b", "out_w", "high_a", "high_b", "high_w", "groups"])
+@triton.jit(
+    do_not_specialize=[
+        "lanes", "channels", "groups", "rows",
+        "size_a", "size_b", "size_w", "out_a", "out_b", "out_w", "high_a", "high_b", "high_w",
+        "g_stride_n", "g_stride_c", "g_stride_a", "g_stride_b", "g_stride_w",
+        "x_stride_n", "x_stride_c", "x_stride_a", "x_stride_b", "x_stride_w",
+        "dx_stride_n", "dx_stride_c", "dx_stride_a", "dx_stride_b", "dx_stride_w",
+    ]
+)  # fmt: skip
 def _backward_kernel(
-    g_ptr, x_ptr, dx_ptr, channels, size_a, size_b, size_w, out_a, out_b, out_w, high_a, high_b, high_w, groups,
+    g_ptr, x_ptr, dx_ptr, lanes, channels, groups, size_a, size_b, size_w, out_a, out_b, out_w, high_a, high_b, high_w, rows,
     g_stride_n, g_stride_c, g_stride_a, g_stride_b, g_stride_w,
     x_stride_n, x_stride_c, x_stride_a, x_stride_b, x_stride_w,
     dx_stride_n, dx_stride_c, dx_stride_a, dx_stride_b, dx_stride_w,
-    AXIS_A: tl.constexpr, AXIS_B: tl.constexpr, AXIS_W: tl.constexpr, TAKES_MAX: tl.constexpr, INDEX: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
+    AXIS_A: tl.constexpr, AXIS_B: tl.constexpr, AXIS_W: tl.constexpr, TAKES_MAX: tl.constexpr, ACCESS: tl.constexpr,
+    LANES: tl.constexpr,
 ):  # fmt: skip
     """Shapes: x and dx (N, channels, size_a, size_b, size_w); g (N, channels, out_a, out_b, out_w). x is read if TAKES_MAX.
 
-    A group is the s input rows (columns) that begin at a multiple of the stride s: within it every window, tap and
-    weight is known at compile time. This program processes `groups` successive groups of A, at one group of B, for a tile of
-    BLOCK_W groups of W by BLOCK_C channels of one image.
+    Within a group every window, tap and weight is known at compile time. This program processes `rows` successive groups of A,
+    at one group of B, for LANES lanes of a group of W.
     """
     ACC: tl.constexpr = tl.float64 if g_ptr.dtype.element_ty == tl.float64 else tl.float32
     S: tl.constexpr = AXIS_A.s
     S_B: tl.constexpr = AXIS_B.s
-    S_W: tl.constexpr = AXIS_W.s
     SPAN: tl.constexpr = AXIS_A.span
-    pid = tl.program_id(0)
-    groups_a, groups_b, groups_w = tl.cdiv(size_a, S), tl.cdiv(size_b, S_B), tl.cdiv(size_w, S_W)
-    blocks_w, blocks_c, chunks = tl.cdiv(groups_w, BLOCK_W), tl.cdiv(channels, BLOCK_C), tl.cdiv(groups_a, groups)
-    block_w, pid = pid % blocks_w, pid // blocks_w
-    block_c, pid = pid % blocks_c, pid // blocks_c
-    g_b, pid = pid % groups_b, pid // groups_b
-    chunk, n = pid % chunks, (pid // chunks).to(tl.int64)
-    g_w, c = _tile(CHANNELS_LAST, block_w, block_c, BLOCK_W, BLOCK_C, INDEX)
+    GROUP: tl.constexpr = AXIS_W.group
+    groups_a = tl.cdiv(size_a, S)
+    block, g_b, start = _program(tl.cdiv(size_b, S_B), tl.cdiv(groups_a, rows), rows)
+    lane = lane_of(lanes, channels, groups, block, LANES, ACCESS)
+    sizes = (size_a, size_b, size_w)
+    g_strides = (g_stride_n, g_stride_c, g_stride_a, g_stride_b, g_stride_w)
+    x_strides = (x_stride_n, x_stride_c, x_stride_a, x_stride_b, x_stride_w)
+    dx_strides = (dx_stride_n, dx_stride_c, dx_stride_a, dx_stride_b, dx_stride_w)
+    grad = image_of(g_ptr, lane, AXIS_W.own, (out_a, out_b, out_w), g_strides, ACCESS)
+    x = image_of(x_ptr, lane, GROUP, sizes, x_strides, ACCESS)
+    dx = image_of(dx_ptr, lane, GROUP, sizes, dx_strides, ACCESS)
 
-    grad = (g_ptr + n * g_stride_n + c * g_stride_c, c < channels, out_a, out_b, out_w, g_stride_a, g_stride_b, g_stride_w)
-    x = (x_ptr + n * x_stride_n + c * x_stride_c, c < channels, size_a, size_b, size_w, x_stride_a, x_stride_b, x_stride_w)
-    dx = dx_ptr + n * dx_stride_n + c * dx_stride_c
-
-    # Output g + u reads row e of group g's windows with tap ORIGIN + e - s*u; rows SPAN to SPAN + s - 1 of them finish the
-    # group's own rows. Windows that begin before a program's first row reach into it, and hold planes from before themselves: it
-    # begins WARM_UP groups early, and does not store those.
+    # Rows SPAN to SPAN + s - 1 of a group's windows finish its own rows. Windows that begin before a program's first row reach
+    # into it, and hold planes from before themselves: it begins WARM_UP groups early, and does not store those.
     WINDOWS: tl.constexpr = AXIS_B.windows * AXIS_W.windows
-    ORIGIN: tl.constexpr = AXIS_A.p - SPAN + AXIS_A.lead
-    FIRST: tl.constexpr = -((AXIS_A.b - 1 - ORIGIN - SPAN) // S)
-    LAST: tl.constexpr = (ORIGIN + S + SPAN - 1) // S
+    LAST: tl.constexpr = AXIS_A.first + AXIS_A.outputs - 1
     WARM_UP: tl.constexpr = -(-2 * SPAN // S)
-    held = _blank_places(g_w + c, SPAN, WINDOWS, ACC)
+    ROWS_B: tl.constexpr = S_B + 2 * AXIS_B.span
+    held = ()
     sums = ()
     for r in tl.static_range(SPAN):
-        sums = sums + (_blank_tiles(g_w + c, S_B * S_W, ACC),)
-    start = chunk * groups
+        blank = ()
+        for row in tl.static_range(ROWS_B):
+            blank = blank + (_blank_tiles(GROUP + 2 * AXIS_W.span, LANES, ACCESS, ACC),)
+        held = held + ((blank, _blank_tiles(WINDOWS, LANES, ACCESS, ACC)),)
+        sums = sums + (_blank_tiles(WINDOWS, LANES, ACCESS, ACC),)
+    FIRST: tl.constexpr = AXIS_A.first
     planes = ()
     for u in tl.static_range(FIRST, LAST):
-        planes = planes + (
-            _plane_adjoint(grad, start - WARM_UP + u, g_b, g_w, out_b, out_w, high_b, high_w, AXIS_B, AXIS_W, ACC),
-        )
-    for g_a in range(start - WARM_UP, tl.minimum(start + groups, groups_a)):
-        planes = planes + (_plane_adjoint(grad, g_a + LAST, g_b, g_w, out_b, out_w, high_b, high_w, AXIS_B, AXIS_W, ACC),)
+        planes = planes + (_plane_gradients(grad, start - WARM_UP + u, g_b, out_b, out_w, high_b, AXIS_B, AXIS_W, ACCESS, ACC),)
+    for step in range(WARM_UP + tl.minimum(rows, groups_a - start)):
+        g_a = start - WARM_UP + step
+        planes = planes + (_plane_gradients(grad, g_a + LAST, g_b, out_b, out_w, high_b, AXIS_B, AXIS_W, ACCESS, ACC),)
         for f in tl.static_range(S):
-            adjoint = _window_adjoint(
-                planes, FIRST, SPAN + f, grad, g_a, g_b, g_w, out_a, out_b, out_w, high_a, high_b, high_w,
-                AXIS_A, AXIS_B, AXIS_W, ACC,
-            )  # fmt: skip
-            row, held, sums = _next_gradient_row(
-                held, sums, x, adjoint, SPAN + f, g_a, g_b, g_w, AXIS_A, AXIS_B, AXIS_W, TAKES_MAX, ACC
+            gradients = _window_gradients(
+                planes, SPAN + f, grad, g_a, g_b, out_a, out_b, out_w, high_a, high_b, high_w, AXIS_A, AXIS_B, AXIS_W, ACCESS, ACC
             )
-            a = g_a * S + f
+            elements, held, sums = _next_gradient_row(
+                held, sums, x, gradients, SPAN + f, g_a, g_b, AXIS_A, AXIS_B, AXIS_W, TAKES_MAX, ACCESS, ACC
+            )
             for f_b in tl.static_range(S_B):
-                b = g_b * S_B + f_b
-                to = dx + (tl.cast(a, tl.int64) * dx_stride_a + tl.cast(b, tl.int64) * dx_stride_b)
-                for f_w in tl.static_range(S_W):
-                    w = g_w * S_W + f_w
-                    keep = (g_a >= start) & (a < size_a) & (b < size_b) & (c < channels) & (w < size_w)
-                    tl.store(to + w * dx_stride_w, row[f_b * S_W + f_w].to(dx_ptr.dtype.element_ty), mask=keep)
+                columns = elements[f_b * GROUP : (f_b + 1) * GROUP]
+                store_columns(dx, g_a * S + f, g_b * S_B + f_b, columns, GROUP, g_a >= start, ACCESS)
         planes = planes[1:]
 
 
 @functools.cache
-def axes_of(window: Window) -> tuple[Axis, Axis, Axis]:
-    """The window's axes as the kernels see them: A, B and W."""
-    axes = [axis_of(window, axis) for axis in range(window.rank)]
-    absent = axis_of(blur_window(1, 1, 1, 0, "binomial", "zeros"), 0)
-    if window.rank == 1:
-        return absent, absent, axes[0]
-    if window.rank == 2:
-        return axes[0], absent, axes[1]
-    return axes[0], axes[1], axes[2]
+def axes_of(window: Window, own: int) -> tuple[Axis, Axis, Axis]:
+    """The window's axes as the kernels see them, A, B and W, with `own` outputs a group of W."""
+    axes = [axis_of(window, axis, own if axis == window.rank - 1 else 1) for axis in range(window.rank)]
+    absent = axis_of(blur_window(1, 1, 1, 0, "binomial", "zeros"), 0, 1)
+    return (*axes[:-1], *[absent] * (3 - window.rank), axes[-1])
 
 
-def axis_of(window: Window, axis: int) -> Axis:
+def axis_of(window: Window, axis: int, own: int) -> Axis:
     """One axis of `window`; its bounds on reading beyond the border hold for every size, so that no size compiles anew."""
     k, s, p, d = window.kernel_size[axis], window.stride[axis], window.padding[axis], window.dilation[axis]
     taps, lead, trail = window.taps[axis], window.lead[axis], window.trail[axis]
-    span = d * (k - 1)
+    b, span, group = len(taps), d * (k - 1), s * own
+    origin = p - span + lead
+    first = -((b - 1 - origin) // s)
+    outputs = (origin + group + span - 1) // s - first + 1
     low = p - span if window.padding_mode == "partial" else 0
     # The last output's centre is at most s*(outputs - 1) <= size - 1 + p in ceil_mode, size + 2p - 1 - span without.
     slack = span - p if window.ceil_mode else 0
     over = trail + slack if window.padding_mode != "partial" else trail + slack - (span - p)
     mode = "clamp" if window.padding_mode in ("partial", "replicate") else window.padding_mode
     edge = mode if lead + low > 0 or over > 0 else "none"
-    n_low, n_high = max(-(-(lead + low) // s), 0), max(-(-over // s), 0)
-    return Axis(k, s, p, d, len(taps), taps, lead, span, s + span, edge, low, n_low, n_low + n_high)
+    sent_back = edge not in ("zeros", "none")
+    n_low, n_high = (max(-(-beyond // s), 0) if sent_back else 0 for beyond in (lead + low, over))
+    return Axis(
+        k=k, s=s, p=p, d=d, b=b, taps=taps, lead=lead, span=span, own=own, group=group, windows=group + span, maps=group - s + b,
+        origin=origin, first=first, outputs=outputs, edge=edge, low=low, n_low=n_low, n_edge=n_low + n_high,
+    )  # fmt: skip
 
 
-def five_axes(t: torch.Tensor) -> torch.Tensor:
-    """A batched tensor of 1 to 3 spatial axes as (N, C, A, B, W), a view."""
-    if t.ndim == 3:
-        return t[:, :, None, None]
-    if t.ndim == 4:
-        return t.unsqueeze(3)
-    return t
+class Cut(NamedTuple):
+    """How a launch is cut: outputs and channels a lane, positions of A that a program streams at most, its warps.
 
+    `programs` are what a large device wants: a launch with fewer streams fewer positions a program, but four at least.
+    """
 
-class Blocks(NamedTuple):
-    """How a launch is cut: a tile of w columns by c channels, `rows` rows (groups, in the backward) a program, warps."""
-
-    w: int
-    c: int
+    own: int
+    vector: int
     rows: int
     num_warps: int
+    programs: int = 2048
 
 
-def blocks_for(columns: int, channels: int, rows: int, others: int, channels_last: bool, tiles: int) -> Blocks:
-    """The cut for a shape class; `others` counts what else the grid runs over, `tiles` how many tiles a thread's state holds.
+# The pinned cuts: of signals and images, and of volumes, whose B axis multiplies a lane's state; with innermost columns, and with
+# innermost channels. `own` and `vector` are upper bounds: tensors that are not aligned to them have smaller ones. They balance
+# the loads and maxima that a lane's columns share against registers, of which spilling is the end.
+CUTS = {
+    #            contiguous          channels last       volumes: contiguous  channels last
+    "forward": (Cut(4, 1, 16, 4), Cut(2, 4, 16, 4), Cut(2, 1, 8, 4), Cut(1, 4, 8, 4)),
+    "tangent": (Cut(2, 1, 16, 4), Cut(1, 4, 16, 4), Cut(1, 1, 8, 4), Cut(1, 2, 8, 4)),
+    "backward": (Cut(4, 1, 16, 4), Cut(2, 2, 16, 4), Cut(2, 1, 8, 4), Cut(1, 2, 8, 4)),
+    "blur": (Cut(4, 1, 16, 4), Cut(2, 4, 16, 4), Cut(4, 1, 8, 4), Cut(1, 4, 8, 4)),
+    "blur backward": (Cut(4, 1, 16, 4), Cut(2, 4, 16, 4), Cut(2, 1, 8, 8), Cut(1, 4, 8, 4)),
+}
 
-    With innermost channels, four elements a thread keep a 2-d state in registers and make 64-bit loads of half precision.
-    Innermost columns are read at the stride, which makes no wide loads, so that fewer elements and more warps do as well; and
-    states of many tiles leave room for fewer. A program streams all rows, unless that leaves a large device without programs.
+
+def cut_for(kernel: str, rank: int, channels_last: bool) -> Cut:
+    """The pinned cut of a kernel of CUTS for images of a rank and format."""
+    return CUTS[kernel][2 * (rank == 3) + channels_last]
+
+
+def access_for(cut: Cut, stride: int, inputs: list[torch.Tensor], outputs: list[torch.Tensor]) -> tuple[int, Access]:
+    """The outputs a lane, and how tensors of an input's and of an output's size are read and written: within a cut, as aligned.
+
+    All are taken to be laid out as the last input is.
     """
-    elements = 128 * max(4 // -(-tiles // 8) if channels_last else 2 // -(-tiles // 4), 1)
-    fast, slow = (channels, columns) if channels_last else (columns, channels)
-    block_fast = min(triton.next_power_of_2(fast), elements, 128)
-    block_slow = min(triton.next_power_of_2(slow), elements // block_fast)
-    block_w, block_c = (block_slow, block_fast) if channels_last else (block_fast, block_slow)
-    programs = others * -(-columns // block_w) * -(-channels // block_c)
-    chunks = min(max(16384 // max(programs, 1), 1), max(rows // 8, 1))
-    return Blocks(block_w, block_c, -(-rows // chunks), num_warps=4)
-
-
-def index_type(*tensors: torch.Tensor) -> tl.dtype:
-    """What counts elements within a tile's row: int64 where the channels and columns of a tensor span 2^31 elements or more."""
-    spans = ((t.shape[1] - 1) * t.stride(1) + (t.shape[-1] - 1) * t.stride(-1) for t in tensors)
-    return tl.int64 if any(span >= 2**31 - 2**16 for span in spans) else tl.int32
+    if is_innermost_channels(inputs[-1]):
+        vector = cut.vector
+        while vector > 1 and not all(is_aligned(t, 1, vector) for t in (*inputs, *outputs)):
+            vector //= 2
+        return cut.own, Access(True, vector, False)
+    own = cut.own
+    while own:
+        group = stride * own
+        powers = group & (group - 1) == 0
+        if powers and all(is_aligned(t, 4, group) for t in inputs) and all(is_aligned(t, 4, own) for t in outputs):
+            return own, Access(False, 1, True)
+        own //= 2
+    return 1, Access(False, 1, False)
 
 
 def launch_forward(x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, window: Window, tangent: bool) -> torch.Tensor:
@@ -724,20 +850,18 @@ def launch_forward(x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, window: Wi
     if y.numel() == 0:
         return y
     x5, t5, y5 = five_axes(x), five_axes(t), five_axes(y)
-    axes = axes_of(window)
+    kernel = "tangent" if tangent else "forward" if window.takes_max else "blur"
+    cut = cut_for(kernel, window.rank, is_innermost_channels(x5))
+    own, access = access_for(cut, window.stride[-1], [t5, x5], [y5])
     n, channels, out_a, out_b, out_w = y5.shape
-    channels_last = x5.stride(1) < x5.stride(4)
-    # A border that sends positions elsewhere shares no loads among windows, and so holds more at a time.
-    remapped = window.takes_max and any(axis.edge in ("clamp", "reflect") for axis in axes)
-    tiles = axes[1].b * axes[2].b * (1 + tangent) * (1 + remapped)
-    blocks = blocks_for(out_w, channels, out_a, n * out_b, channels_last, tiles)
-    grid = (n * -(-out_a // blocks.rows) * out_b * -(-channels // blocks.c) * -(-out_w // blocks.w),)
+    groups = -(-out_w // own)
+    lanes, lanes_a_program = n * channels // access.vector * groups, warp_size(x.device) * cut.num_warps
+    rows, grid = _grid(-(-lanes // lanes_a_program) * out_b, out_a, cut)
     with device_guard(x):
         _forward_kernel[grid](
-            x5, t5, y5, channels, *x5.shape[2:], *y5.shape[2:], *_highs(window, x), blocks.rows,
+            x5, t5, y5, lanes, channels, groups, *x5.shape[2:], *y5.shape[2:], *_highs(window, x), rows,
             *x5.stride(), *t5.stride(), *y5.stride(),
-            *axes, TANGENT=tangent, INDEX=index_type(x5, t5, y5), CHANNELS_LAST=channels_last,
-            BLOCK_W=blocks.w, BLOCK_C=blocks.c, num_warps=blocks.num_warps,
+            *axes_of(window, own), TANGENT=tangent, ACCESS=access, LANES=lanes_a_program, num_warps=cut.num_warps,
         )  # fmt: skip
     return y
 
@@ -747,32 +871,33 @@ def launch_backward(g: torch.Tensor, x: torch.Tensor, dx: torch.Tensor, window: 
     if dx.numel() == 0:
         return dx
     g5, x5, dx5 = five_axes(g), five_axes(x), five_axes(dx)
-    axes = axes_of(window)
+    cut = cut_for("backward" if window.takes_max else "blur backward", window.rank, is_innermost_channels(dx5))
+    own, access = access_for(cut, window.stride[-1], [x5, dx5], [g5])
+    axes = axes_of(window, own)
     n, channels, *sizes = dx5.shape
-    groups_a, groups_b, groups_w = (-(-size // axis.s) for size, axis in zip(sizes, axes))
-    channels_last = dx5.stride(1) < dx5.stride(4)
-    tiles = axes[1].windows * axes[2].windows * 2
-    blocks = blocks_for(groups_w, channels, groups_a, n * groups_b, channels_last, tiles)
-    grid = (n * -(-groups_a // blocks.rows) * groups_b * -(-channels // blocks.c) * -(-groups_w // blocks.w),)
+    groups_a, groups_b, groups = (-(-size // axis.group) for size, axis in zip(sizes, axes))
+    lanes, lanes_a_program = n * channels // access.vector * groups, warp_size(dx.device) * cut.num_warps
+    rows, grid = _grid(-(-lanes // lanes_a_program) * groups_b, groups_a, cut)
     with device_guard(dx):
         _backward_kernel[grid](
-            g5, x5, dx5, channels, *sizes, *g5.shape[2:], *_highs(window, dx), blocks.rows,
+            g5, x5, dx5, lanes, channels, groups, *sizes, *g5.shape[2:], *_highs(window, dx), rows,
             *g5.stride(), *x5.stride(), *dx5.stride(),
-            *axes, TAKES_MAX=window.takes_max, INDEX=index_type(g5, x5, dx5), CHANNELS_LAST=channels_last,
-            BLOCK_W=blocks.w, BLOCK_C=blocks.c, num_warps=blocks.num_warps,
+            *axes, TAKES_MAX=window.takes_max, ACCESS=access, LANES=lanes_a_program, num_warps=cut.num_warps,
         )  # fmt: skip
     return dx
+
+
+def _grid(blocks: int, positions: int, cut: Cut) -> tuple[int, tuple[int]]:
+    """The positions of A that a program streams, and how many programs there are for so many blocks of lanes."""
+    chunks = max(-(-positions // cut.rows), min(cut.programs // blocks, positions // 4))
+    rows = -(-positions // chunks)
+    return rows, (blocks * -(-positions // rows),)
 
 
 def _highs(window: Window, x: torch.Tensor) -> tuple[int, int, int]:
     """The last limit of the max map along A, B and W."""
     highs = [map_limits(window, axis, x.shape[axis + 2])[1] for axis in range(window.rank)]
-    return (*highs[:-1], *[0] * (3 - window.rank), highs[-1]) if window.rank > 1 else (0, 0, highs[0])
-
-
-def device_guard(x: torch.Tensor):
-    """Makes x's device the current one while a kernel is launched on it; nothing to guard on the CPU (the interpreter)."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+    return (*highs[:-1], *[0] * (3 - window.rank), highs[-1])
 
 
 def max_blur_pool(x: torch.Tensor, window: Window) -> torch.Tensor:

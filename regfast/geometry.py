@@ -176,16 +176,3 @@ def map_limits(window: Window, axis: int, size: int) -> tuple[int, int]:
         return p - k_reach + 1, size - 1 + p
     last = size + 2 * p - k_reach
     return 0, last if last > 0 else 0
-
-
-def map_span(window: Window, axis: int, outputs: int) -> tuple[int, int]:
-    """The first and last position, border included, that the blurs of `outputs` outputs read."""
-    first = -window.lead[axis]
-    return first, (outputs - 1) * window.stride[axis] + first + len(window.taps[axis]) - 1
-
-
-def crosses_border(window: Window, axis: int, size: int) -> bool:
-    """Whether any output on this axis reads beyond the map's limits."""
-    low, high = map_limits(window, axis, size)
-    first, last = map_span(window, axis, output_size(window, axis, size))
-    return first < low or last > high

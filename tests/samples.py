@@ -141,18 +141,19 @@ def blur_op_calls(x: Tensor, y: Tensor, window: tuple) -> list[tuple[Any, tuple]
     ]
 
 
-# core: forward, backward and tangent in the core suite. main: every dtype, format, layout and transform as well. special: with
-# infinities and NaN too.
+# core: forward, backward and tangent in the core suite; formats: with innermost channels too. main: every dtype, layout and
+# transform as well. special: with infinities and NaN too. Sizes of 4, 8 and 16 are aligned to the kernels' vectors.
 POOL = [
-    Sample((2, 3, 9, 10), {}, "core main special"),
+    Sample((2, 3, 9, 10), {}, "core formats main special"),
+    Sample((2, 4, 5, 16), {"kernel_size": 3, "stride": 2, "padding": 1}, "core formats special"),
     Sample((2, 3, 8, 7), {"kernel_size": 3, "stride": 2, "padding": 1}, "core"),
     Sample((1, 2, 11, 9), {"kernel_size": (2, 3), "stride": (3, 1), "padding": (0, 1), "dilation": (2, 3)}, "core special"),
     Sample((1, 2, 7, 8), {"kernel_size": 3, "stride": 2, "padding": 1, "ceil_mode": True, "blur_size": 6}, "core"),
     Sample((1, 2, 6, 5), {"kernel_size": 2, "padding_mode": "reflect", "filter": (0.5, -0.25, 1.0, 0.125)}, "core"),
     Sample((1, 2, 7, 6), {"kernel_size": 3, "stride": 3, "padding": 1, "padding_mode": "replicate"}, "core special"),
     Sample((1, 2, 7, 6), {"kernel_size": 3, "stride": 2, "padding": 1, "padding_mode": "zeros", "filter": "hamming"}, "core"),
-    Sample((2, 2, 11), {"kernel_size": 3, "stride": 2}, "core main"),
-    Sample((1, 2, 5, 4, 6), {"kernel_size": 2}, "core main"),
+    Sample((2, 2, 11), {"kernel_size": 3, "stride": 2}, "core formats main"),
+    Sample((1, 2, 5, 4, 6), {"kernel_size": 2}, "core formats main"),
     Sample((1, 1, 1, 1), {"kernel_size": 2, "padding": 1, "dilation": 2}, "core"),
     Sample((1, 2, 6, 6), {"kernel_size": 3, "stride": 1, "padding": 1}, "core"),
     Sample((1, 2, 3, 2), {"padding": 1, "dilation": 3, "ceil_mode": True, "blur_size": 7, "padding_mode": "reflect"}, "core"),
@@ -172,11 +173,12 @@ POOL = [
     Sample((1, 2, 1, 8), {"kernel_size": (1, 2)}),
 ]
 BLUR = [
-    Sample((2, 3, 9, 10), {}, "core main"),
+    Sample((2, 3, 9, 10), {}, "core formats main"),
+    Sample((2, 4, 5, 16), {}, "core formats"),
     Sample((1, 2, 8, 8), {"kernel_size": 4, "stride": 3, "padding_mode": "replicate"}, "core"),
     Sample((1, 2, 8, 8), {"kernel_size": 5, "padding": (2, 1), "padding_mode": "zeros"}, "core"),
-    Sample((2, 2, 11), {"kernel_size": 5}, "core main"),
-    Sample((1, 2, 5, 4, 6), {}, "core main"),
+    Sample((2, 2, 11), {"kernel_size": 5}, "core formats main"),
+    Sample((1, 2, 5, 4, 6), {}, "core formats main"),
     Sample((1, 2, 3, 1), {"kernel_size": 7, "stride": 1}, "core"),
     Sample((1, 1, 40, 6), {"kernel_size": 5}, "core"),
     Sample((1, 2, 2, 3), {"kernel_size": 5, "padding": 7}),

@@ -93,7 +93,7 @@ def test_kernels_agree_with_the_reference_on_odd_samples(operation, sample, devi
     check_against_reference(operation, sample, sample.input(device=device))
 
 
-@pairs("main")
+@pairs("formats")
 def test_kernels_agree_with_the_reference_channels_last(operation, sample, device, kernels, poisoned):
     check_against_reference(operation, sample, sample.input(device=device, channels_last=True))
 
