@@ -1,0 +1,227 @@
+"""The best cut of every launch of an operation: a sweep over tiles, warps and rows a program streams.
+
+    python bench/tune.py OP [--try own=2,4 rows=8,16 ...] [--formats NHWC] [--dtypes bfloat16] [--device cuda] [--out DIR]
+
+For each class of launches (arguments, shape, format, dtype, direction) the candidates are all combinations of `SPACE`. They are
+compiled first, side by side and without the GPU; one that spills or has a stack is never launched. The others are timed turn by
+turn, the best of them again for longer and with the pinned cut. What it prints is the best of a class and how it compares with
+the pinned one; that table, kernels/<op>.py's, is changed by hand. DIR has tune-OP.json, with every candidate, and tune-OP.md.
+
+On a CPU the kernels are compiled for sm_90 and run in Triton's interpreter, on toys: that tests this program, and says nothing.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+if __name__ == "__main__" and not torch.cuda.is_available():
+    # Triton reads it where a kernel is defined.
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import argparse
+import itertools
+import statistics
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import compiled
+import report
+from conftest import some_of
+from contestants import DTYPES, FORMATS, OPERATIONS, Case
+from measure import COPY, copy_tensors, cuda_stopwatch, interleave, stopwatch
+
+from regfast.geometry import Window
+from regfast.kernels import max_blur_pool
+from regfast.kernels.max_blur_pool import Cut
+from regfast.layout import empty_output
+
+SPACE = {"own": (1, 2, 4), "vector": (2, 4, 8), "rows": (8, 16, 32, 64), "num_warps": (2, 4, 8)}
+TOY = {"own": (1, 2), "vector": (1, 2), "rows": (2, 4), "num_warps": (1,)}
+DIRECTIONS = ("forward", "backward")
+COLUMNS = ("input", "format", "dtype", "direction", "best", "median ms", "of copy", "pinned", "its time", "tried", "spill")
+
+
+class Candidate(NamedTuple):
+    """A cut, and what the compiler made of it: the figures of compiled.py."""
+
+    cut: Cut
+    figures: dict[str, int | str]
+
+    @property
+    def launchable(self) -> bool:
+        return not (self.figures["spills"] or self.figures["stack"])
+
+
+def figures(case: Case, cut: Cut, target: str) -> tuple[str, dict[str, int | str]]:
+    """The launch that a cut comes to, which cuts beyond a tensor's alignment share, and the compiler's figures for it."""
+    with patch.object(max_blur_pool, "cut_for", lambda *_: cut):
+        kernel, args, options = compiled.record(case.operation, case.direction, meta(case), window_of(case), target)
+    given = [arg for arg in args if not isinstance(arg, torch.Tensor)]
+    return repr((given, options)), compiled.figures(kernel, args, options, target)
+
+
+def window_of(case: Case) -> Window:
+    return compiled.WINDOWS[case.operation](*case.arguments)
+
+
+def meta(case: Case) -> torch.Tensor:
+    """A tensor of the case without data."""
+    return torch.empty(case.shape, dtype=getattr(torch, case.dtype), device="meta", memory_format=FORMATS[case.format])
+
+
+def compile_all(case: Case, space: dict[str, tuple[int, ...]], target: str, processes: ProcessPoolExecutor) -> list[Candidate]:
+    """The candidates of a class, those that come to the same launch once. (No rows are compiled for: they are an argument.)"""
+    # Innermost columns: a lane is of one channel.
+    vectors = space["vector"] if case.format == "NHWC" else (1,)
+    rows = space["rows"]
+    choices = itertools.product(space["own"], vectors, space["num_warps"])
+    cuts = [Cut(own, vector, rows[0], num_warps) for own, vector, num_warps in choices]
+    with patch.dict(os.environ):
+        # The processes that this starts are to define kernels that can be compiled.
+        os.environ.pop("TRITON_INTERPRET", None)
+        found = processes.map(partial(figures, case, target=target), cuts)
+    launches = {launch: (cut, figures) for cut, (launch, figures) in reversed(list(zip(cuts, found)))}
+    return [Candidate(cut._replace(rows=count), figures) for cut, figures in launches.values() for count in rows]
+
+
+def time_all(case: Case, cuts: dict[str, Cut | None], device: torch.device, turns: int) -> dict[str, float]:
+    """Median seconds of each cut, None being the pinned one, and of a device copy; one that fails has none."""
+    window = window_of(case)
+    x = torch.randn(case.shape, device=device, dtype=getattr(torch, case.dtype)).contiguous(memory_format=FORMATS[case.format])
+    g = torch.randn_like(empty_output(x, window))
+    call = compiled.DIRECTIONS[case.operation, case.direction]
+    source, target = copy_tensors(device)
+
+    def launch(cut: Cut | None) -> Any:
+        if cut is None:
+            return call(x, g, window)
+        with patch.object(max_blur_pool, "cut_for", lambda *_: cut):
+            return call(x, g, window)
+
+    prepare = {name: (lambda _turn, cut=cut: partial(launch, cut)) for name, cut in cuts.items()}
+    prepare[COPY] = lambda _turn: lambda: target.copy_(source)
+    watch, errors = cuda_stopwatch if device.type == "cuda" else stopwatch, {}
+    # The first turn compiles.
+    interleave(prepare, watch, 1, errors)
+    seconds = interleave({name: prepare[name] for name in prepare if name not in errors}, watch, turns, errors)
+    for name, why in errors.items():
+        print(f"{case}: {name}: {why}")
+    return {name: statistics.median(times) for name, times in seconds.items() if times}
+
+
+def tune(case: Case, candidates: list[Candidate], device: torch.device) -> dict[str, Any]:
+    """The class's row: its best cut, the pinned one beside it, and every candidate."""
+    allowed = {written(each.cut): each.cut for each in candidates if each.launchable}
+    few, many = (5, 30) if device.type == "cuda" else (1, 1)
+    first = time_all(case, allowed, device, few)
+    best = sorted(first.keys() - {COPY}, key=first.__getitem__)[:6]
+    again = time_all(case, {"pinned": None} | {name: allowed[name] for name in best}, device, many)
+    winner = min(again.keys() - {COPY, "pinned"}, key=again.__getitem__)
+    source, _ = copy_tensors(device)
+    x = torch.empty(case.shape, dtype=getattr(torch, case.dtype), device="meta")
+    y = empty_output(x, window_of(case))
+    floor = OPERATIONS[case.operation].floor((x,), y).of(case.direction)
+    return case._asdict() | {
+        "best": written(allowed[winner]),
+        "median_ms": 1e3 * again[winner],
+        "of_copy": floor / again[winner] / (2 * source.nbytes / again[COPY]),
+        "pinned": written(pinned(case)),
+        "pinned_ms": 1e3 * again["pinned"],
+        "candidates": [
+            {"cut": written(each.cut), "launched": written(each.cut) in first}
+            | ({"median_ms": 1e3 * first[written(each.cut)]} if written(each.cut) in first else {})
+            | each.figures
+            for each in candidates
+        ],
+    }
+
+
+def pinned(case: Case) -> Cut:
+    """The cut that the launcher asks for."""
+    asked = []
+    original = max_blur_pool.cut_for
+    with patch.object(max_blur_pool, "cut_for", lambda *args: asked.append(original(*args)) or asked[0]):
+        compiled.record(case.operation, case.direction, meta(case), window_of(case))
+    return asked[0]
+
+
+def written(cut: Cut) -> str:
+    return ",".join(f"{field}={value}" for field, value in cut._asdict().items())
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    case = Case(*(row[field] for field in Case._fields))
+    tried = row["candidates"]
+    spill = sum(bool(each["spills"] or each["stack"]) for each in tried)
+    times = [f"{row['median_ms']:.3f}", f"{row['of_copy']:.0%}", row["pinned"], f"{row['pinned_ms'] / row['median_ms']:.2f}x"]
+    return [f"{case.call} {case.size}", case.format, case.dtype, case.direction, row["best"], *times, str(len(tried)), str(spill)]
+
+
+def field(text: str) -> tuple[str, tuple[int, ...]]:
+    name, _, values = text.partition("=")
+    if name not in SPACE:
+        raise argparse.ArgumentTypeError(f"{name!r} is not one of {', '.join(SPACE)}")
+    try:
+        return name, tuple(map(int, values.split(",")))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form rows=8,16") from error
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("operation", choices=[operation for operation, _ in compiled.DIRECTIONS], metavar="OP")
+    parser.add_argument("--try", dest="fields", type=field, nargs="+", default=[], metavar="FIELD=INTEGER,...", help="of SPACE")
+    parser.add_argument("--formats", type=some_of(tuple(FORMATS)), default=list(FORMATS), help="default: all")
+    parser.add_argument("--dtypes", type=some_of(DTYPES), default=["bfloat16", "float32"], help="default: bfloat16,float32")
+    parser.add_argument("--directions", type=some_of(DIRECTIONS), default=list(DIRECTIONS), help="default: all")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=device, help="default: %(default)s")
+    parser.add_argument("--out", type=Path, default=Path("out/tune"), help="default: %(default)s")
+    return parser.parse_args(argv)
+
+
+def cases(options: argparse.Namespace) -> Iterator[Case]:
+    row, toy = OPERATIONS[options.operation], options.device == "cpu"
+    choices = itertools.product(
+        row.arguments[: 1 if toy else None], [(1, 4, 8, 16)] if toy else row.shapes["cuda"], options.formats,
+        options.dtypes[: 1 if toy else None], options.directions,
+    )  # fmt: skip
+    return (Case(options.operation, *choice) for choice in choices)
+
+
+def main(argv: list[str]) -> int:
+    """0, or 1 where some class has no candidate that can be launched."""
+    options = parse(argv)
+    options.out.mkdir(parents=True, exist_ok=True)
+    device, found, rows = torch.device(options.device), report.setting(options.device), []
+    cuda = device.type == "cuda"
+    space = (SPACE if cuda else TOY) | dict(options.fields)
+    target = "sm_{}{}".format(*torch.cuda.get_device_capability()) if cuda else "sm_90"
+    results = options.out / f"tune-{options.operation}.json"
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as processes:
+        for case in cases(options):
+            candidates = compile_all(case, space, target, processes)
+            if not any(each.launchable for each in candidates):
+                print(f"{case}: every candidate spills")
+                return 1
+            rows.append(tune(case, candidates, device))
+            report.keep(results, found | {"rows": rows}, indent=1)
+            print(" | ".join(cells(rows[-1])), flush=True)
+    table = report.markdown([list(COLUMNS), *map(cells, rows)], right=("median ms", "of copy", "its time", "tried", "spill"))
+    results.with_suffix(".md").write_text(table + "\n")
+    print(f"\n{table}\n\nwritten: {results} {results.with_suffix('.md')}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
