@@ -3,6 +3,7 @@
 from . import filters, functional
 from .dispatch import backend
 from .pooling import BlurLayer, BlurPool1d, BlurPool2d, BlurPool3d, MaxPool1dAA, MaxPool2dAA, MaxPool3dAA
+from .warmup import warm_up
 
 __version__ = "0.1.0"
 
@@ -17,4 +18,5 @@ __all__ = [
     "backend",
     "filters",
     "functional",
+    "warm_up",
 ]

@@ -1,0 +1,84 @@
+"""After `warm_up` no image size compiles anything: what a kernel is specialised on has been met."""
+
+from __future__ import annotations
+
+import random
+from unittest.mock import patch
+
+import pytest
+import torch
+from samples import as_format
+from torch import nn
+
+import regfast
+from regfast.kernels import max_blur_pool as kernels
+
+NAMES = ("_forward_kernel", "_backward_kernel")
+
+
+class Recorder:
+    """Stands in for a kernel: notes what Triton would compile for, and launches nothing."""
+
+    def __init__(self, name: str, met: set) -> None:
+        self.name, self.met = name, met
+
+    def __getitem__(self, grid: tuple[int, ...]):
+        return self.launch
+
+    def launch(self, *args, **options) -> None:
+        # Tensors count by their dtype and alignment, integers by their width; tuples and options are constants.
+        given = [
+            (a.dtype, a.data_ptr() % 16 == 0) if isinstance(a, torch.Tensor) else a if isinstance(a, tuple) else a >= 2**31
+            for a in args
+        ]
+        self.met.add((self.name, repr(given), repr(options)))
+
+
+@pytest.fixture
+def met():
+    """What has been compiled for."""
+    met: set = set()
+    with patch.multiple(kernels, **{name: Recorder(name, met) for name in NAMES}), regfast.backend("triton"):
+        yield met
+
+
+LAYERS = [
+    regfast.MaxPool2dAA(2),
+    regfast.MaxPool2dAA(3, 2, 1),
+    regfast.MaxPool2dAA(3, 2),
+    regfast.MaxPool2dAA(3, 3),
+    regfast.BlurPool2d(3),
+    regfast.BlurPool2d(3, stride=1),
+    regfast.MaxPool1dAA(2),
+    regfast.MaxPool3dAA(2),
+]
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=repr)
+def test_no_size_compiles_what_warm_up_has_not(layer, met, device):
+    regfast.warm_up(nn.Sequential(layer, nn.ReLU()), device=device, dtypes=[torch.bfloat16])
+    known, draw = set(met), random.Random(0)
+    assert {name for name, *_ in known} == set(NAMES)
+    for _ in range(60):
+        shape = (draw.randint(1, 3), draw.randint(2, 40), *(draw.randint(8, 70) for _ in range(layer.rank)))
+        x = as_format(torch.empty(shape, dtype=torch.bfloat16, device=device), draw.random() < 0.5).requires_grad_()
+        y = layer(x)
+        torch.autograd.grad(y, x, torch.empty_like(y))
+        assert met == known, shape
+
+
+def test_what_is_not_asked_for_is_not_compiled(met, device):
+    layer = regfast.MaxPool2dAA(2)
+    regfast.warm_up(layer, device=device, memory_formats=[torch.channels_last], backward=False)
+    assert {name for name, *_ in met} == {"_forward_kernel"}
+    assert all("channels_last=True" in options for *_, options in met)
+    # By alignment: channels by 4, 2 and 1.
+    assert len(met) == 3
+
+
+def test_a_model_is_left_as_it_was(device):
+    model = nn.Sequential(nn.Conv2d(1, 1, 1), regfast.MaxPool2dAA(2)).eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    regfast.warm_up(model, device="cpu", memory_formats=[torch.contiguous_format])
+    assert not model.training and all(parameter.grad is None for parameter in model.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
