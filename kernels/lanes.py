@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import operator
 from typing import NamedTuple
 
 import torch
@@ -144,25 +145,38 @@ def _join(slices, COUNT: tl.constexpr):
         return joined.reshape(joined.shape[0], joined.shape[1], COUNT)
 
 
-def five_axes(t: torch.Tensor) -> torch.Tensor:
-    """A batched tensor of 1 to 3 spatial axes as (N, C, A, B, W), a view."""
-    if t.ndim == 3:
-        return t[:, :, None, None]
-    if t.ndim == 4:
-        return t.unsqueeze(3)
-    return t
+class Layout(NamedTuple):
+    """A tensor as a launch sees it, without its data: five entries each, of N, C, A, B and W."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    @property
+    def is_channels_last(self) -> bool:
+        """Whether the channels lie closer together than the columns."""
+        return self.strides[1] < self.strides[4]
+
+    def is_cut(self, axis: int, count: int) -> bool:
+        """Whether the tensor is cut into vectors of `count` successive elements along an axis."""
+        others = (stride for dim, stride in enumerate(self.strides) if dim != axis and self.shape[dim] > 1)
+        dense = self.strides[axis] == 1 or self.shape[axis] == 1
+        return dense and self.shape[axis] % count == 0 and all(stride % count == 0 for stride in others)
 
 
-def is_innermost_channels(t: torch.Tensor) -> bool:
-    """Whether the channels of t, (N, C, A, B, W), lie closer together than its columns."""
-    return t.stride(1) < t.stride(4)
+def layout_of(t: torch.Tensor) -> Layout:
+    """The layout of a batched tensor of 1 to 3 spatial axes."""
+    (n, c, *sizes), (stride_n, stride_c, *strides) = t.shape, t.stride()
+    absent = 3 - len(sizes)
+    return Layout(
+        (n, c, *sizes[:-1], *(1,) * absent, sizes[-1]),
+        (stride_n, stride_c, *strides[:-1], *(0,) * absent, strides[-1]),
+    )  # fmt: skip
 
 
-def is_aligned(t: torch.Tensor, axis: int, count: int) -> bool:
-    """Whether t is cut into vectors of `count` successive elements along an axis, all of them aligned to their own size."""
-    others = (t.stride(dim) for dim in range(t.ndim) if dim != axis and t.shape[dim] > 1)
-    multiples = (t.shape[axis], t.data_ptr() // t.element_size(), *others)
-    return (t.stride(axis) == 1 or t.shape[axis] == 1) and all(number % count == 0 for number in multiples)
+def alignment_of(*tensors: torch.Tensor) -> int:
+    """The greatest power of two, in elements and up to 128 bytes, of which all the tensors' addresses are multiples."""
+    address = functools.reduce(operator.or_, (t.data_ptr() for t in tensors), 128)
+    return max((address & -address) // tensors[0].element_size(), 1)
 
 
 @functools.cache

@@ -18,7 +18,7 @@ Two numbers, 2-d, k=2, b=3, s=2, G columns a lane, per input element of e bytes:
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -29,12 +29,12 @@ from regfast.layout import empty_output
 
 from .lanes import (
     Access,
+    Layout,
+    alignment_of,
     device_guard,
-    five_axes,
     image_of,
-    is_aligned,
-    is_innermost_channels,
     lane_of,
+    layout_of,
     load_column,
     load_columns,
     store_columns,
@@ -825,44 +825,90 @@ def cut_for(kernel: str, rank: int, channels_last: bool) -> Cut:
     return CUTS[kernel][2 * (rank == 3) + channels_last]
 
 
-def access_for(cut: Cut, stride: int, inputs: list[torch.Tensor], outputs: list[torch.Tensor]) -> tuple[int, Access]:
+def access_for(cut: Cut, stride: int, alignment: int, inputs: tuple[Layout, ...], output: Layout) -> tuple[int, Access]:
     """The outputs a lane, and how tensors of an input's and of an output's size are read and written: within a cut, as aligned.
 
-    All are taken to be laid out as the last input is.
+    `alignment` is that of their addresses, in elements. All are taken to be laid out as the first input is.
     """
-    if is_innermost_channels(inputs[-1]):
-        vector = cut.vector
-        while vector > 1 and not all(is_aligned(t, 1, vector) for t in (*inputs, *outputs)):
+    if inputs[0].is_channels_last:
+        vector = min(cut.vector, alignment)
+        while vector > 1 and not all(layout.is_cut(1, vector) for layout in (*inputs, output)):
             vector //= 2
         return cut.own, Access(True, vector, False)
     own = cut.own
     while own:
         group = stride * own
-        powers = group & (group - 1) == 0
-        if powers and all(is_aligned(t, 4, group) for t in inputs) and all(is_aligned(t, 4, own) for t in outputs):
+        whole = group & (group - 1) == 0 and group <= alignment and output.is_cut(4, own)
+        if whole and all(layout.is_cut(4, group) for layout in inputs):
             return own, Access(False, 1, True)
         own //= 2
     return 1, Access(False, 1, False)
+
+
+class Plan(NamedTuple):
+    """All of a launch but its tensors: the grid, the kernel's numbers in their order, its constants and options."""
+
+    grid: tuple[int]
+    numbers: tuple[int, ...]
+    options: dict[str, Any]
+
+
+# In training the same few layouts come again and again.
+@functools.lru_cache(maxsize=1024)
+def plan_forward(window: Window, tangent: bool, x: Layout, t: Layout, y: Layout, alignment: int, cut: Cut, warp: int) -> Plan:
+    """The forward's plan, or the tangent's."""
+    own, access = access_for(cut, window.stride[-1], alignment, (x, t), y)
+    *positions, out_w = y.shape[2:]
+    covered = (*positions, -(-out_w // own))
+    return _plan(window, own, access, (x, t, y), x, y, covered, cut, warp, {"TANGENT": tangent})
+
+
+@functools.lru_cache(maxsize=1024)
+def plan_backward(window: Window, g: Layout, x: Layout, dx: Layout, alignment: int, cut: Cut, warp: int) -> Plan:
+    """The backward's plan."""
+    own, access = access_for(cut, window.stride[-1], alignment, (dx, x), g)
+    covered = tuple(-(-size // axis.group) for size, axis in zip(dx.shape[2:], axes_of(window, own)))
+    return _plan(window, own, access, (g, x, dx), dx, g, covered, cut, warp, {"TAKES_MAX": window.takes_max})
+
+
+def _plan(
+    window: Window, own: int, access: Access, layouts: tuple[Layout, ...], x: Layout, y: Layout, covered: tuple[int, ...],
+    cut: Cut, warp: int, constants: dict[str, Any],
+) -> Plan:  # fmt: skip
+    """What the plans share. `layouts` are the arguments'; x is the input's and y the output's; `covered` are the positions of A
+    and B and the groups of W that there are programs for."""
+    n, channels, *sizes = x.shape
+    positions_a, positions_b, groups = covered
+    lanes, lanes_a_program = n * channels // access.vector * groups, warp * cut.num_warps
+    blocks = -(-lanes // lanes_a_program) * positions_b
+    chunks = max(-(-positions_a // cut.rows), min(cut.programs // blocks, positions_a // 4))
+    rows = -(-positions_a // chunks)
+    strides = (stride for layout in layouts for stride in layout.strides)
+    axes = dict(zip(("AXIS_A", "AXIS_B", "AXIS_W"), axes_of(window, own)))
+    return Plan(
+        grid=(blocks * -(-positions_a // rows),),
+        numbers=(lanes, channels, groups, *sizes, *y.shape[2:], *_highs(window, x), rows, *strides),
+        options=axes | constants | {"ACCESS": access, "LANES": lanes_a_program, "num_warps": cut.num_warps},
+    )
+
+
+def _highs(window: Window, x: Layout) -> tuple[int, ...]:
+    """The last limit of the max map along A, B and W."""
+    spatial = [size for axis, size in enumerate(x.shape[2:]) if axis == 2 or axis < window.rank - 1]
+    highs = [map_limits(window, axis, size)[1] for axis, size in enumerate(spatial)]
+    return (*highs[:-1], *(0,) * (3 - window.rank), highs[-1])
 
 
 def launch_forward(x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, window: Window, tangent: bool) -> torch.Tensor:
     """Fills y, (N, C, *out), with the blurred maxima of x, or with t, (N, C, *size) like x, read where they came from."""
     if y.numel() == 0:
         return y
-    x5, t5, y5 = five_axes(x), five_axes(t), five_axes(y)
-    kernel = "tangent" if tangent else "forward" if window.takes_max else "blur"
-    cut = cut_for(kernel, window.rank, is_innermost_channels(x5))
-    own, access = access_for(cut, window.stride[-1], [t5, x5], [y5])
-    n, channels, out_a, out_b, out_w = y5.shape
-    groups = -(-out_w // own)
-    lanes, lanes_a_program = n * channels // access.vector * groups, warp_size(x.device) * cut.num_warps
-    rows, grid = _grid(-(-lanes // lanes_a_program) * out_b, out_a, cut)
+    layout = layout_of(x)
+    cut = cut_for("tangent" if tangent else "forward" if window.takes_max else "blur", window.rank, layout.is_channels_last)
+    layouts, alignment = (layout, layout_of(t), layout_of(y)), alignment_of(x, t, y)
+    plan = plan_forward(window, tangent, *layouts, alignment, cut, warp_size(x.device))
     with device_guard(x):
-        _forward_kernel[grid](
-            x5, t5, y5, lanes, channels, groups, *x5.shape[2:], *y5.shape[2:], *_highs(window, x), rows,
-            *x5.stride(), *t5.stride(), *y5.stride(),
-            *axes_of(window, own), TANGENT=tangent, ACCESS=access, LANES=lanes_a_program, num_warps=cut.num_warps,
-        )  # fmt: skip
+        _forward_kernel[plan.grid](x, t, y, *plan.numbers, **plan.options)
     return y
 
 
@@ -870,34 +916,13 @@ def launch_backward(g: torch.Tensor, x: torch.Tensor, dx: torch.Tensor, window: 
     """Fills dx with the gradient that g, (N, C, *out), sends back to x; x is not read where the window takes no maximum."""
     if dx.numel() == 0:
         return dx
-    g5, x5, dx5 = five_axes(g), five_axes(x), five_axes(dx)
-    cut = cut_for("backward" if window.takes_max else "blur backward", window.rank, is_innermost_channels(dx5))
-    own, access = access_for(cut, window.stride[-1], [x5, dx5], [g5])
-    axes = axes_of(window, own)
-    n, channels, *sizes = dx5.shape
-    groups_a, groups_b, groups = (-(-size // axis.group) for size, axis in zip(sizes, axes))
-    lanes, lanes_a_program = n * channels // access.vector * groups, warp_size(dx.device) * cut.num_warps
-    rows, grid = _grid(-(-lanes // lanes_a_program) * groups_b, groups_a, cut)
+    layout = layout_of(dx)
+    cut = cut_for("backward" if window.takes_max else "blur backward", window.rank, layout.is_channels_last)
+    layouts, alignment = (layout_of(g), layout_of(x), layout), alignment_of(g, x, dx)
+    plan = plan_backward(window, *layouts, alignment, cut, warp_size(dx.device))
     with device_guard(dx):
-        _backward_kernel[grid](
-            g5, x5, dx5, lanes, channels, groups, *sizes, *g5.shape[2:], *_highs(window, dx), rows,
-            *g5.stride(), *x5.stride(), *dx5.stride(),
-            *axes, TAKES_MAX=window.takes_max, ACCESS=access, LANES=lanes_a_program, num_warps=cut.num_warps,
-        )  # fmt: skip
+        _backward_kernel[plan.grid](g, x, dx, *plan.numbers, **plan.options)
     return dx
-
-
-def _grid(blocks: int, positions: int, cut: Cut) -> tuple[int, tuple[int]]:
-    """The positions of A that a program streams, and how many programs there are for so many blocks of lanes."""
-    chunks = max(-(-positions // cut.rows), min(cut.programs // blocks, positions // 4))
-    rows = -(-positions // chunks)
-    return rows, (blocks * -(-positions // rows),)
-
-
-def _highs(window: Window, x: torch.Tensor) -> tuple[int, int, int]:
-    """The last limit of the max map along A, B and W."""
-    highs = [map_limits(window, axis, x.shape[axis + 2])[1] for axis in range(window.rank)]
-    return (*highs[:-1], *[0] * (3 - window.rank), highs[-1])
 
 
 def max_blur_pool(x: torch.Tensor, window: Window) -> torch.Tensor:
