@@ -88,22 +88,35 @@ def load_columns(
     """Columns FIRST, FIRST + 1, ... of each lane, counted from its own first: COUNT tiles; beyond the image, `other`."""
     row, inside = _row(image, a, b)
     g, size, stride = image[1], image[3][2], image[4][2]
-    if ACCESS.whole and OWN > 1:
-        # OWN divides the width: a lane that begins within the image ends within it.
-        ptr = row[:, :, None] + tl.arange(0, OWN)[None, None, :]
-        own = _split(tl.load(ptr, mask=(inside & (g * OWN < size))[:, :, None], other=other).to(ACC), OWN)
+    # OWN is a power of two and divides the width: of an aligned vector of as many columns, or of two, all exist or none.
+    VECTORS: tl.constexpr = ACCESS.whole and OWN > 1
+    # Two columns beside them are read at once in half precision. (Wider ones Triton would send through shared memory.)
+    PAIRS: tl.constexpr = VECTORS and row.dtype.element_ty.primitive_bitwidth == 16
+    if VECTORS:
+        own = _load_vector(row, inside & (g * OWN < size), 0, OWN, other, ACC)
     columns = ()
     for i in tl.static_range(FIRST, FIRST + COUNT):
-        if ACCESS.whole and OWN > 1 and i >= 0 and i < OWN:
+        w = g * OWN + i
+        exists = inside & (w >= 0) & (w < size)
+        if VECTORS and i >= 0 and i < OWN:
             columns = columns + (own[i],)
+        elif PAIRS and i % 2 == 0 and i + 1 < FIRST + COUNT:
+            columns = columns + _load_vector(row, exists, i, 2, other, ACC)
+        elif PAIRS and i % 2 == 1 and i > FIRST:
+            # It came with the one before.
+            columns = columns
+        elif VECTORS:
+            columns = columns + (tl.load(row + i, mask=exists, other=other).to(ACC),)
         else:
-            w = g * OWN + i
-            if ACCESS.whole:
-                ptr = row + i
-            else:
-                ptr = row + tl.cast(i, tl.int64) * stride
-            columns = columns + (tl.load(ptr, mask=inside & (w >= 0) & (w < size), other=other).to(ACC),)
+            columns = columns + (tl.load(row + tl.cast(i, tl.int64) * stride, mask=exists, other=other).to(ACC),)
     return columns
+
+
+@triton.jit
+def _load_vector(row, exists, first: tl.constexpr, COUNT: tl.constexpr, other: tl.constexpr, ACC: tl.constexpr):
+    """Successive columns from a lane's column `first` on, read at once: COUNT tiles."""
+    ptr = (row + first)[:, :, None] + tl.arange(0, COUNT)[None, None, :]
+    return _split(tl.load(ptr, mask=exists[:, :, None], other=other).to(ACC), COUNT)
 
 
 @triton.jit

@@ -141,8 +141,8 @@ def blur_op_calls(x: Tensor, y: Tensor, window: tuple) -> list[tuple[Any, tuple]
     ]
 
 
-# core: forward, backward and tangent in the core suite; formats: with innermost channels too. main: every dtype, layout and
-# transform as well. special: with infinities and NaN too. Sizes of 4, 8 and 16 are aligned to the kernels' vectors.
+# core: forward, backward and tangent in the core suite; formats: with innermost channels and in half precision too. main: every
+# dtype, layout and transform as well. special: with infinities and NaN too. Sizes of 4, 8 and 16 are aligned to the kernels' vectors.
 POOL = [
     Sample((2, 3, 9, 10), {}, "core formats main special"),
     Sample((2, 4, 5, 16), {"kernel_size": 3, "stride": 2, "padding": 1}, "core formats special"),

@@ -103,7 +103,7 @@ def test_kernels_compute_float64_in_float64(operation, sample, device, kernels):
     check_against_reference(operation, sample, sample.input(torch.float64, device))
 
 
-@pairs("main", slow_ranks=(3,))
+@pairs("formats", slow_ranks=(3,))
 @pytest.mark.parametrize("dtype", UNIT, ids=str)
 def test_kernels_round_half_precision_once(operation, sample, dtype, device, kernels):
     x = sample.input(dtype, device)
