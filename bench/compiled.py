@@ -33,13 +33,15 @@ from regfast.kernels import blur_pool, max_blur_pool
 from regfast.layout import CHANNELS_LAST, empty_output, is_channels_last
 
 TABLE = Path(__file__).with_suffix(".csv")
-TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-}
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
+
+
+def target_of(name: str) -> GPUTarget:
+    """Triton's target of an architecture: "sm_90", "gfx942"."""
+    if name.startswith("sm_"):
+        return GPUTarget("cuda", int(name.removeprefix("sm_")), 32)
+    return GPUTarget("hip", name, 64 if name.startswith("gfx9") else 32)
 
 
 class Recorder:
@@ -142,7 +144,7 @@ def widths(bits: list[int]) -> str:
 
 def figures(kernel, args, options, target: str) -> dict[str, int | str]:
     source, rest = source_of(kernel, args, options)
-    compiled = triton.compile(source, target=TARGETS[target], options=rest)
+    compiled = triton.compile(source, target=target_of(target), options=rest)
     return amd_figures(compiled.asm["amdgcn"]) if target.startswith("gfx") else nvidia_figures(compiled.asm["cubin"])
 
 
@@ -168,7 +170,7 @@ def record(
     """The kernel, arguments and options of an operation's launch on x, a tensor without data."""
     name = "_backward_kernel" if direction == "backward" else "_forward_kernel"
     recorder = Recorder(getattr(max_blur_pool, name))
-    with patch.multiple(max_blur_pool, **{name: recorder}, warp_size=lambda device: TARGETS[target].warp_size):
+    with patch.multiple(max_blur_pool, **{name: recorder}, warp_size=lambda device: target_of(target).warp_size):
         DIRECTIONS[operation, direction](x, empty_output(x, window), window)
     ((_, args, options),) = recorder.launches
     return recorder.kernel, args, options
@@ -251,7 +253,7 @@ def read_table() -> dict[tuple[str, ...], dict[str, str]]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--target", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--target", nargs="+", choices=TARGETS, default=TARGETS)
     parser.add_argument("--only", nargs="+", metavar="CASE", default=[""], help="cases by the beginning of their name: 2d")
     parser.add_argument("--write", action="store_true", help="make the figures the table")
     arguments = parser.parse_args()

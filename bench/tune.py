@@ -120,13 +120,19 @@ def time_all(case: Case, cuts: dict[str, Cut | None], device: torch.device, turn
 
 
 def tune(case: Case, candidates: list[Candidate], device: torch.device) -> dict[str, Any]:
-    """The class's row: its best cut, the pinned one beside it, and every candidate."""
+    """The class's row: its best cut, the pinned one beside it, and every candidate.
+
+    Raises:
+        RuntimeError: where no candidate runs, because all spill or fail, or the pinned cut does not.
+    """
     allowed = {written(each.cut): each.cut for each in candidates if each.launchable}
     few, many = (5, 30) if device.type == "cuda" else (1, 1)
     first = time_all(case, allowed, device, few)
     best = sorted(first.keys() - {COPY}, key=first.__getitem__)[:6]
     again = time_all(case, {"pinned": None} | {name: allowed[name] for name in best}, device, many)
-    winner = min(again.keys() - {COPY, "pinned"}, key=again.__getitem__)
+    if not again.keys() & best or "pinned" not in again:
+        raise RuntimeError("no candidate runs, or not the pinned cut")
+    winner = min(again.keys() & best, key=again.__getitem__)
     source, _ = copy_tensors(device)
     x = torch.empty(case.shape, dtype=getattr(torch, case.dtype), device="meta")
     y = empty_output(x, window_of(case))
@@ -167,6 +173,13 @@ def cells(row: dict[str, Any]) -> list[str]:
     return [f"{case.call} {case.size}", case.format, case.dtype, case.direction, row["best"], *times, str(len(tried)), str(spill)]
 
 
+def architecture() -> str:
+    """The device's, as compiled.py names it."""
+    if torch.version.hip:
+        return torch.cuda.get_device_properties().gcnArchName.split(":")[0]
+    return "sm_{}{}".format(*torch.cuda.get_device_capability())
+
+
 def field(text: str) -> tuple[str, tuple[int, ...]]:
     name, _, values = text.partition("=")
     if name not in SPACE:
@@ -200,27 +213,29 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
 
 
 def main(argv: list[str]) -> int:
-    """0, or 1 where some class has no candidate that can be launched."""
+    """0, or 1 where some class has no candidate that runs: the others have their rows."""
     options = parse(argv)
     options.out.mkdir(parents=True, exist_ok=True)
     device, found, rows = torch.device(options.device), report.setting(options.device), []
+    status = 0
     cuda = device.type == "cuda"
     space = (SPACE if cuda else TOY) | dict(options.fields)
-    target = "sm_{}{}".format(*torch.cuda.get_device_capability()) if cuda else "sm_90"
+    target = architecture() if cuda else "sm_90"
     results = options.out / f"tune-{options.operation}.json"
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as processes:
         for case in cases(options):
-            candidates = compile_all(case, space, target, processes)
-            if not any(each.launchable for each in candidates):
-                print(f"{case}: every candidate spills")
-                return 1
-            rows.append(tune(case, candidates, device))
+            try:
+                rows.append(tune(case, compile_all(case, space, target, processes), device))
+            except RuntimeError as error:
+                print(f"{case}: {error}", flush=True)
+                status = 1
+                continue
             report.keep(results, found | {"rows": rows}, indent=1)
             print(" | ".join(cells(rows[-1])), flush=True)
     table = report.markdown([list(COLUMNS), *map(cells, rows)], right=("median ms", "of copy", "its time", "tried", "spill"))
     results.with_suffix(".md").write_text(table + "\n")
     print(f"\n{table}\n\nwritten: {results} {results.with_suffix('.md')}")
-    return 0
+    return status
 
 
 if __name__ == "__main__":

@@ -54,6 +54,8 @@ def image_of(ptr, lane, OWN: tl.constexpr, sizes, strides, ACCESS: tl.constexpr)
     stride_c, stride_w = strides[1], strides[4]
     column = g.to(tl.int64) * OWN
     if ACCESS.whole:
+        # A width of one may come with any stride.
+        stride_w = 1
         start = ptr + n * stride_n + c * (stride_c // ALIGN * ALIGN) + column
     elif VECTOR > 1:
         stride_w = stride_w // ALIGN * ALIGN

@@ -48,8 +48,9 @@ class Axis(NamedTuple):
     `b` counts the taps, `span` is d*(k - 1). A group is `own` outputs and the `group` = s*own elements that begin at a multiple
     of that. The outputs read `maps` maxima. `windows` windows touch the elements; those are read by `outputs` outputs, the
     first at `first` from the group's own, which reads window e with tap `origin` + e - s*first. `edge` says where a position
-    beyond the map's limits is found: "clamp", "reflect", "zeros", or "none" where no output of any size reads there; `low` is
-    the first limit, and of the `n_edge` outputs that may read beyond a limit and are sent back, `n_low` are at the low end.
+    beyond the map's limits is found: "clamp", "reflect", "zeros", or "none" where no output of any size reads there;
+    `ends_within`, whether a plain blur's last output begins within the image. `low` is the first limit, and of the `n_edge`
+    outputs that may read beyond a limit and are sent back, `n_low` are at the low end.
     """
 
     k: int
@@ -68,6 +69,7 @@ class Axis(NamedTuple):
     first: int
     outputs: int
     edge: str
+    ends_within: bool
     low: int
     n_low: int
     n_edge: int
@@ -148,7 +150,7 @@ def _row_maxima(x, t, a, b, high_w, AXIS_W: tl.constexpr, CARRY: tl.constexpr, A
     maxima = ()
     if AXIS_W.edge == "clamp" or AXIS_W.edge == "reflect":
         # A plain blur's own columns lie within the limits, if the image ends where a lane ends.
-        WITHIN: tl.constexpr = ACCESS.whole and K == 1 and AXIS_W.p == 0
+        WITHIN: tl.constexpr = ACCESS.whole and K == 1 and AXIS_W.p == 0 and AXIS_W.ends_within
         if WITHIN:
             own = _samples(x, t, a, b, 0, AXIS_W.group, AXIS_W, CARRY, ACCESS, ACC)
         for j in tl.static_range(MAPS):
@@ -617,7 +619,9 @@ def _unblur_row(outputs, g, out_w, high_w, AXIS_W: tl.constexpr, ACC: tl.constex
             total = tl.where((q >= AXIS_W.low) & (q <= high_w), total, 0.0)
             for n in tl.static_range(EDGES):
                 o, exists = _edge_output(n, out_w, AXIS_W)
-                total += _edge_weight(o, exists, q, high_w, AXIS_W, ACC) * outputs[OUTPUTS + n]
+                weight = _edge_weight(o, exists, q, high_w, AXIS_W, ACC)
+                # Not 0 * inf where an output does not read the window.
+                total += tl.where(weight != 0.0, weight * outputs[OUTPUTS + n], 0.0)
         windows = windows + (total,)
     return windows
 
@@ -790,7 +794,8 @@ def axis_of(window: Window, axis: int, own: int) -> Axis:
     n_low, n_high = (max(-(-beyond // s), 0) if sent_back else 0 for beyond in (lead + low, over))
     return Axis(
         k=k, s=s, p=p, d=d, b=b, taps=taps, lead=lead, span=span, own=own, group=group, windows=group + span, maps=group - s + b,
-        origin=origin, first=first, outputs=outputs, edge=edge, low=low, n_low=n_low, n_edge=n_low + n_high,
+        origin=origin, first=first, outputs=outputs, edge=edge, ends_within=lead + trail < b,
+        low=low, n_low=n_low, n_edge=n_low + n_high,
     )  # fmt: skip
 
 
@@ -899,10 +904,21 @@ def _highs(window: Window, x: Layout) -> tuple[int, ...]:
     return (*highs[:-1], *(0,) * (3 - window.rank), highs[-1])
 
 
+def check_sizes(x: torch.Tensor) -> None:
+    """Refuses what the kernels, which count positions along an axis in 32 bits, cannot count twice over.
+
+    Raises:
+        ValueError: for a spatial size of 2^30 or more.
+    """
+    if max(x.shape[2:]) >= 2**30:
+        raise ValueError(f"the kernels take spatial sizes below 2^30, got {tuple(x.shape[2:])}: take backend 'reference'")
+
+
 def launch_forward(x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, window: Window, tangent: bool) -> torch.Tensor:
     """Fills y, (N, C, *out), with the blurred maxima of x, or with t, (N, C, *size) like x, read where they came from."""
     if y.numel() == 0:
         return y
+    check_sizes(x)
     layout = layout_of(x)
     cut = cut_for("tangent" if tangent else "forward" if window.takes_max else "blur", window.rank, layout.is_channels_last)
     layouts, alignment = (layout, layout_of(t), layout_of(y)), alignment_of(x, t, y)
@@ -916,6 +932,7 @@ def launch_backward(g: torch.Tensor, x: torch.Tensor, dx: torch.Tensor, window: 
     """Fills dx with the gradient that g, (N, C, *out), sends back to x; x is not read where the window takes no maximum."""
     if dx.numel() == 0:
         return dx
+    check_sizes(dx)
     layout = layout_of(dx)
     cut = cut_for("backward" if window.takes_max else "blur backward", window.rank, layout.is_channels_last)
     layouts, alignment = (layout_of(g), layout_of(x), layout), alignment_of(g, x, dx)

@@ -29,7 +29,7 @@ def warm_up(
 
     A kernel is compiled for a window, a dtype, a memory format and an alignment, and never for a size. The alignments are, of
     contiguous images, whether the width is a multiple of 4, 2 or 1 times the stride, and the output's width of 4, 2 or 1; of
-    channels-last ones, whether the channels are a multiple of 4, 2 or 1. This runs each layer on small random images of all of
+    channels-last ones, whether the channels are a multiple of 4, 2 or 1. This runs each layer on small images of all of
     them. What it leaves out compiles when it is met: tensors that begin at an address which is no multiple of 16 bytes, whose
     strides are 2^31 elements or more, or that are sliced or expanded along the innermost axis. On a CPU nothing is compiled.
 
@@ -43,16 +43,16 @@ def warm_up(
     for window, layer in layers.items():
         for channels_last, shape in _shapes(window):
             for dtype in dtypes if channels_last in wanted else ():
-                x = with_format(torch.randn(shape, device=device, dtype=dtype), channels_last)
+                x = with_format(torch.zeros(shape, device=device, dtype=dtype), channels_last)
                 with torch.set_grad_enabled(backward):
                     y = layer(x.requires_grad_(backward))
                 if backward:
-                    torch.autograd.grad(y, x, torch.randn_like(y))
+                    torch.autograd.grad(y, x, torch.zeros_like(y))
 
 
 def _shapes(window: Window) -> Iterator[tuple[bool, tuple[int, ...]]]:
     """Small images of every alignment, and whether they are channels-last."""
-    sizes = [window.reach(axis) + 4 * window.stride[axis] for axis in range(window.rank)]
+    sizes = [window.reach(axis) + len(window.taps[axis]) + 4 * window.stride[axis] for axis in range(window.rank)]
     period = OUTPUTS * window.stride[-1]
     for width in range(sizes[-1], sizes[-1] + period):
         yield False, (2, 3, *sizes[:-1], width)

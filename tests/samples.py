@@ -142,7 +142,7 @@ def blur_op_calls(x: Tensor, y: Tensor, window: tuple) -> list[tuple[Any, tuple]
 
 
 # core: forward, backward and tangent in the core suite; formats: with innermost channels and in half precision too. main: every
-# dtype, layout and transform as well. special: with infinities and NaN too. Sizes of 4, 8 and 16 are aligned to the kernels' vectors.
+# dtype, layout and transform as well. special: with infinities and NaN too. Sizes of 4, 8 and 16 are aligned to the vectors.
 POOL = [
     Sample((2, 3, 9, 10), {}, "core formats main special"),
     Sample((2, 4, 5, 16), {"kernel_size": 3, "stride": 2, "padding": 1}, "core formats special"),
@@ -182,6 +182,7 @@ BLUR = [
     Sample((1, 2, 3, 1), {"kernel_size": 7, "stride": 1}, "core"),
     Sample((1, 1, 40, 6), {"kernel_size": 5}, "core"),
     Sample((1, 2, 2, 3), {"kernel_size": 5, "padding": 7}),
+    Sample((1, 2, 3, 8), {"kernel_size": 3, "padding": 2}, "core"),
     Sample((1, 2, 8, 7), {"kernel_size": 1, "stride": 2}),
     Sample((1, 2, 8, 7), {"kernel_size": (3, 2), "stride": (1, 4), "filter": ((1.0, 0.0, -1.0), "boxcar")}),
     Sample((1, 1, 5, 4, 6), {"kernel_size": 4, "stride": (2, 1, 3), "padding_mode": "replicate"}),

@@ -125,3 +125,14 @@ def test_a_backend_lasts_as_long_as_its_block():
     with pytest.raises(KeyError), regfast.backend("reference"):
         raise KeyError
     assert _chosen.backend == before
+
+
+def test_the_kernels_refuse_what_they_cannot_count():
+    from regfast.kernels import max_blur_pool as kernels
+
+    signal = torch.empty(1, 1, 2**30, dtype=torch.float16, device="meta")
+    window = regfast.MaxPool1dAA(2)._window
+    with pytest.raises(ValueError, match=r"below 2\^30, got \(1073741824,\)"):
+        kernels.max_blur_pool(signal, window)
+    with pytest.raises(ValueError, match="reference"):
+        kernels.max_blur_pool_backward(signal[..., ::2], signal, window)

@@ -17,7 +17,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from samples import OPERATIONS, Operation, Sample, as_format, no_synchronisation, pool
+from samples import OPERATIONS, Operation, Sample, as_format, blur, no_synchronisation, pool
 from torch import Tensor
 
 import regfast
@@ -159,6 +159,37 @@ def test_any_strides_in_and_the_memory_format_out(operation, sample, device, ker
         other = x.contiguous().requires_grad_()
         (expected_dx,) = torch.autograd.grad(reference(operation, sample, other).sum(), other)
         torch.testing.assert_close(dx, expected_dx, msg=lambda m, n=name: f"{n}: {m}", **FLOAT32)
+
+
+def test_a_width_of_one_may_have_any_stride(device, kernels):
+    x = torch.randn(1, 2, 4, 4, device=device, requires_grad=True)
+    y, expected = (backend_pool(x, path, kernel_size=3) for path in ("triton", "reference"))
+    for grad in (torch.randn(1, device=device).expand_as(y), torch.randn(1, 2, 1, 8, device=device)[..., ::8]):
+        found, wanted = (torch.autograd.grad(output, x, grad, retain_graph=True)[0] for output in (y, expected))
+        torch.testing.assert_close(found, wanted, **FLOAT32)
+    narrow = torch.randn(1, 2, 4, 8, device=device)[..., ::8]
+    arguments = dict(kernel_size=2, stride=1, padding=1, blur_size=(3, 3), padding_mode="replicate")
+    found, wanted = (backend_pool(narrow, path, **arguments) for path in ("triton", "reference"))
+    torch.testing.assert_close(found, wanted, **FLOAT32)
+
+
+def backend_pool(x: Tensor, path: str, **arguments) -> Tensor:
+    with regfast.backend(path):
+        return pool(x, 2, **arguments)
+
+
+@pytest.mark.parametrize("function,arguments", [(blur, {}), (pool, {"blur_size": 5})], ids=["blur", "pool"])
+def test_an_infinite_gradient_stays_where_its_output_reads(function, arguments, device, kernels):
+    x = torch.randn(1, 1, 10, device=device, requires_grad=True)
+    gradients = []
+    for path in ("triton", "reference"):
+        with regfast.backend(path):
+            y = function(x, 1, **arguments)
+        grad = torch.ones_like(y)
+        grad[..., 0] = math.inf
+        gradients += torch.autograd.grad(y, x, grad)
+    torch.testing.assert_close(*gradients, equal_nan=True, **FLOAT32)
+    assert gradients[0].isinf().any() and gradients[0].isfinite().any()
 
 
 @pairs("main", slow_ranks=(3,))

@@ -49,6 +49,7 @@ LAYERS = [
     regfast.MaxPool2dAA(3, 3),
     regfast.BlurPool2d(3),
     regfast.BlurPool2d(3, stride=1),
+    regfast.BlurPool2d(7, stride=1, padding=0),
     regfast.MaxPool1dAA(2),
     regfast.MaxPool3dAA(2),
 ]
@@ -78,7 +79,8 @@ def test_what_is_not_asked_for_is_not_compiled(met, device):
 
 def test_a_model_is_left_as_it_was(device):
     model = nn.Sequential(nn.Conv2d(1, 1, 1), regfast.MaxPool2dAA(2)).eval()
-    before = {name: value.clone() for name, value in model.state_dict().items()}
+    before, state = {name: value.clone() for name, value in model.state_dict().items()}, torch.random.get_rng_state()
     regfast.warm_up(model, device="cpu", memory_formats=[torch.contiguous_format])
+    assert torch.equal(torch.random.get_rng_state(), state)
     assert not model.training and all(parameter.grad is None for parameter in model.parameters())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
