@@ -24,7 +24,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from contestants import OPERATIONS, Case
-from measure import Call, cuda_stopwatch, describe, enter, interleave, stopwatch
+from measure import Call, describe, enter, interleave, stopwatch, stopwatch_of
 from peers import AbsentError, load
 from report import keep
 from torch import Tensor, nn
@@ -154,7 +154,7 @@ def training_step(device: str) -> Iterator[Row]:
         yield of_case | {"contestant": "regfast", "absent": str(reason)}
         return
     prepare, errors = {name: (lambda _turn, step=step: step) for name, step in steps.items()}, {}
-    watch = cuda_stopwatch if device == "cuda" else stopwatch
+    watch = stopwatch_of(device)
     warm = interleave(prepare, watch, 3 if device == "cuda" else 1, errors)
     seconds = interleave({name: prepare[name] for name in warm}, watch, turns, errors)
     yield from (of_case | {"contestant": name, "error": why} for name, why in errors.items())

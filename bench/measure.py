@@ -68,7 +68,7 @@ def measure(case: Case, names: tuple[str, ...], device: torch.device, rounds: Ro
     source, target = copy_tensors(device)
     prepare = {name: preparation(step, case.direction, field) for name, step in field.steps.items()}
     prepare[COPY] = lambda _turn: lambda: target.copy_(source)
-    watch = cuda_stopwatch if device.type == "cuda" else stopwatch
+    watch = stopwatch_of(device.type)
     with torch.set_grad_enabled(case.direction != "forward"):
         # The first call compiles and allocates; the second says how many there is time for.
         warm = interleave(prepare, watch, 2, errors)
@@ -177,6 +177,10 @@ def cuda_stopwatch(call: Call) -> float:
     end.record()
     end.synchronize()
     return start.elapsed_time(end) / 1e3
+
+
+def stopwatch_of(device_type: str) -> Callable[[Call], float]:
+    return cuda_stopwatch if device_type == "cuda" else stopwatch
 
 
 @lru_cache(maxsize=1)

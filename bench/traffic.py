@@ -36,7 +36,6 @@ import argparse
 import contextlib
 import importlib
 import itertools
-import json
 import pkgutil
 import sys
 from collections import OrderedDict, defaultdict
@@ -329,7 +328,7 @@ def main(argv: list[str]) -> int:
                 rows += sorted(same_direction, key=rank)
     print(report.markdown([list(COLUMNS), *map(cells, rows)], right=COLUMNS[4:]))
     if options.out:
-        options.out.write_text(json.dumps(found | {"rows": rows}, indent=1) + "\n")
+        report.keep(options.out, found | {"rows": rows}, indent=1)
     return 0
 
 

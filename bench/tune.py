@@ -38,7 +38,7 @@ import compiled
 import report
 from conftest import some_of
 from contestants import DTYPES, FORMATS, OPERATIONS, Case
-from measure import COPY, copy_tensors, cuda_stopwatch, interleave, stopwatch
+from measure import COPY, copy_tensors, interleave, stopwatch_of
 
 from regfast.geometry import Window
 from regfast.kernels import max_blur_pool
@@ -97,7 +97,7 @@ def compile_all(case: Case, space: dict[str, tuple[int, ...]], target: str, proc
 def time_all(case: Case, cuts: dict[str, Cut | None], device: torch.device, turns: int) -> dict[str, float]:
     """Median seconds of each cut, None being the pinned one, and of a device copy; one that fails has none."""
     window = window_of(case)
-    x = torch.randn(case.shape, device=device, dtype=getattr(torch, case.dtype)).contiguous(memory_format=FORMATS[case.format])
+    x = OPERATIONS[case.operation].inputs(case, device)[0].detach()
     g = torch.randn_like(empty_output(x, window))
     call = compiled.DIRECTIONS[case.operation, case.direction]
     source, target = copy_tensors(device)
@@ -110,7 +110,7 @@ def time_all(case: Case, cuts: dict[str, Cut | None], device: torch.device, turn
 
     prepare = {name: (lambda _turn, cut=cut: partial(launch, cut)) for name, cut in cuts.items()}
     prepare[COPY] = lambda _turn: lambda: target.copy_(source)
-    watch, errors = cuda_stopwatch if device.type == "cuda" else stopwatch, {}
+    watch, errors = stopwatch_of(device.type), {}
     # The first turn compiles.
     interleave(prepare, watch, 1, errors)
     seconds = interleave({name: prepare[name] for name in prepare if name not in errors}, watch, turns, errors)
@@ -134,9 +134,8 @@ def tune(case: Case, candidates: list[Candidate], device: torch.device) -> dict[
         raise RuntimeError("no candidate runs, or not the pinned cut")
     winner = min(again.keys() & best, key=again.__getitem__)
     source, _ = copy_tensors(device)
-    x = torch.empty(case.shape, dtype=getattr(torch, case.dtype), device="meta")
-    y = empty_output(x, window_of(case))
-    floor = OPERATIONS[case.operation].floor((x,), y).of(case.direction)
+    x = meta(case)
+    floor = OPERATIONS[case.operation].floor((x,), empty_output(x, window_of(case))).of(case.direction)
     return case._asdict() | {
         "best": written(allowed[winner]),
         "median_ms": 1e3 * again[winner],

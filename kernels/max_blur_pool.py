@@ -317,15 +317,13 @@ def _program(others, chunks, per_chunk):
     return pid // others, pid % others, chunk * per_chunk
 
 
-@triton.jit(
-    do_not_specialize=[
-        "lanes", "channels", "groups", "rows",
-        "size_a", "size_b", "size_w", "out_a", "out_b", "out_w", "high_a", "high_b", "high_w",
-        "x_stride_n", "x_stride_c", "x_stride_a", "x_stride_b", "x_stride_w",
-        "t_stride_n", "t_stride_c", "t_stride_a", "t_stride_b", "t_stride_w",
-        "y_stride_n", "y_stride_c", "y_stride_a", "y_stride_b", "y_stride_w",
-    ]
-)  # fmt: skip
+def numbers_of(*tensors: str) -> list[str]:
+    """The names of a kernel's numbers, on none of which it is specialised: lanes, sizes, limits and the tensors' strides."""
+    sizes = [f"{what}_{axis}" for what in ("size", "out", "high") for axis in "abw"]
+    return ["lanes", "channels", "groups", "rows", *sizes, *(f"{tensor}_stride_{axis}" for tensor in tensors for axis in "ncabw")]
+
+
+@triton.jit(do_not_specialize=numbers_of("x", "t", "y"))
 def _forward_kernel(
     x_ptr, t_ptr, y_ptr, lanes, channels, groups, size_a, size_b, size_w, out_a, out_b, out_w, high_a, high_b, high_w, rows,
     x_stride_n, x_stride_c, x_stride_a, x_stride_b, x_stride_w,
@@ -696,15 +694,7 @@ def _next_gradient_row(
         return gradients, held, sums
 
 
-@triton.jit(
-    do_not_specialize=[
-        "lanes", "channels", "groups", "rows",
-        "size_a", "size_b", "size_w", "out_a", "out_b", "out_w", "high_a", "high_b", "high_w",
-        "g_stride_n", "g_stride_c", "g_stride_a", "g_stride_b", "g_stride_w",
-        "x_stride_n", "x_stride_c", "x_stride_a", "x_stride_b", "x_stride_w",
-        "dx_stride_n", "dx_stride_c", "dx_stride_a", "dx_stride_b", "dx_stride_w",
-    ]
-)  # fmt: skip
+@triton.jit(do_not_specialize=numbers_of("g", "x", "dx"))
 def _backward_kernel(
     g_ptr, x_ptr, dx_ptr, lanes, channels, groups, size_a, size_b, size_w, out_a, out_b, out_w, high_a, high_b, high_w, rows,
     g_stride_n, g_stride_c, g_stride_a, g_stride_b, g_stride_w,
