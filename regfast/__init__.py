@@ -1,7 +1,7 @@
 """regfast: anti-aliased pooling and other regularisers of vision models, each in one pass."""
 
 from . import filters, functional
-from .dispatch import backend
+from .dispatch import backend, debug
 from .pooling import BlurLayer, BlurPool1d, BlurPool2d, BlurPool3d, MaxPool1dAA, MaxPool2dAA, MaxPool3dAA
 from .warmup import warm_up
 
@@ -16,6 +16,7 @@ __all__ = [
     "MaxPool2dAA",
     "MaxPool3dAA",
     "backend",
+    "debug",
     "filters",
     "functional",
     "warm_up",

@@ -5,12 +5,16 @@ from __future__ import annotations
 import importlib.util
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
+NO_CONSTANTS: Mapping[str, Any] = MappingProxyType({})
 BACKENDS = ("auto", "reference", "triton")
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -38,11 +42,12 @@ _default = _check_name(os.environ.get("REGFAST_BACKEND", "auto"))
 
 
 class _Chosen(threading.local):
-    """The choice of the running thread. (Not a ContextVar: Dynamo cannot read one.)"""
+    """The choices of the running thread. (Not a ContextVar: Dynamo cannot read one.)"""
 
     def __init__(self) -> None:
         # On the instance: Dynamo's guard on a class attribute would not see the instance's appear.
         self.backend = _default
+        self.debug = os.environ.get("REGFAST_DEBUG") == "1"
 
 
 _chosen = _Chosen()
@@ -67,6 +72,27 @@ def backend(name: str) -> Iterator[None]:
         _chosen.backend = before
 
 
+@contextmanager
+def debug(enabled: bool = True) -> Iterator[None]:
+    """Within the block, the values of CUDA tensors are checked as those on the host are, at the price of a synchronisation each.
+
+    An index out of range, a lam outside [0, 1] or a label that is no class raises a ValueError; without the switch, which the
+    environment's REGFAST_DEBUG=1 sets from outside, nothing is read beyond a tensor, but nothing says why a result is wrong.
+    """
+    before, _chosen.debug = _chosen.debug, enabled
+    try:
+        yield
+    finally:
+        _chosen.debug = before
+
+
+def may_read(t: Tensor) -> bool:
+    """Whether the values of t may be looked at: eagerly, and where they lie on the host or debugging is on."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or type(t) not in (Tensor, Parameter):
+        return False
+    return t.device.type == "cpu" or (_chosen.debug and t.device.type != "meta")
+
+
 def obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why Triton cannot run on a tensor of this device and dtype, or None where it can."""
     if device.type != "cuda" and not (INTERPRETED and device.type == "cpu"):
@@ -80,12 +106,33 @@ def obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
-def use_triton(x: Tensor) -> bool:
-    """Whether the operation about to run on x takes Triton's path."""
-    choice = _chosen.backend
-    if choice == "reference" or (choice == "auto" and x.device.type != "cuda"):
+def is_variable(t: Tensor) -> bool:
+    """Whether somebody differentiates by t, in either mode."""
+    if t.requires_grad and torch.is_grad_enabled():
+        return True
+    return torch.autograd.forward_ad._current_level >= 0 and torch.autograd.forward_ad.unpack_dual(t).tangent is not None
+
+
+def use_triton(
+    x: Tensor,
+    *,
+    dtypes: Sequence[torch.dtype] = (),
+    elementwise: bool = False,
+    constants: Mapping[str, Any] = NO_CONSTANTS,
+) -> bool:
+    """Whether the operation about to run on x takes Triton's path.
+
+    `dtypes` are the floating ones that it reads and writes, x's own if not said. An elementwise operation is left to the compiler
+    within torch.compile, which fuses the reference into its neighbours. `constants` are the arguments by which the kernels do
+    not differentiate: where somebody does, it is through the reference.
+    """
+    choice, fused = _chosen.backend, elementwise and torch.compiler.is_compiling()
+    if choice == "reference" or (choice == "auto" and (x.device.type != "cuda" or fused)):
         return False
-    reason = obstacle(x.device, x.dtype)
+    reason = next(filter(None, (obstacle(x.device, dtype) for dtype in dtypes or (x.dtype,))), None)
+    for name, t in constants.items():
+        if isinstance(t, Tensor) and is_variable(t):
+            reason = f"{name} is differentiated"
     if reason is not None and choice == "triton":
         raise RuntimeError(f"backend 'triton' cannot run: {reason}")
     return reason is None

@@ -2,5 +2,14 @@
 
 from .ops.blur_pool import blur_pool1d, blur_pool2d, blur_pool3d
 from .ops.max_blur_pool import max_blur_pool1d, max_blur_pool2d, max_blur_pool3d
+from .ops.mixup import mixup
 
-__all__ = ["blur_pool1d", "blur_pool2d", "blur_pool3d", "max_blur_pool1d", "max_blur_pool2d", "max_blur_pool3d"]
+__all__ = [
+    "blur_pool1d",
+    "blur_pool2d",
+    "blur_pool3d",
+    "max_blur_pool1d",
+    "max_blur_pool2d",
+    "max_blur_pool3d",
+    "mixup",
+]

@@ -34,6 +34,19 @@ def with_format(y: Tensor, channels_last: bool) -> Tensor:
     return y.contiguous(memory_format=CHANNELS_LAST[y.ndim - 2] if channels_last else torch.contiguous_format)
 
 
+def as_laid_out(y: Tensor, x: Tensor, memory_format: torch.memory_format) -> Tensor:
+    """y, a function of every element of x, laid out as `torch.empty_like(x, memory_format=...)` is; copied only where it is not.
+
+    Transforms of torch.func know no layouts.
+    """
+    if torch._C._are_functorch_transforms_active():
+        return y
+    like = torch.empty_like(x, device="meta", memory_format=memory_format)
+    if y.stride() == like.stride():
+        return y
+    return torch.empty_strided(like.shape, like.stride(), dtype=y.dtype, device=y.device).copy_(y)
+
+
 def empty_output(x: Tensor, window: Window) -> Tensor:
     """An uninitialised output of `window` over x, in x's dtype, device and memory format."""
     return empty(output_shape(window, x.shape), x, is_channels_last(x))

@@ -1,0 +1,328 @@
+"""mixup: every sample of a batch blended with another one, or a box of it pasted, and normalised, in one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..dispatch import may_read, use_triton
+from ..reference.mixup import accumulator
+from ..reference.mixup import mixup as reference
+from .schema import apply, define
+
+__all__ = ["blend", "mixup"]
+
+_FORMATS = {
+    torch.preserve_format: None,
+    torch.contiguous_format: None,
+    torch.channels_last: 4,
+    torch.channels_last_3d: 5,
+}
+
+
+def _forward(x, index, lam, box, mean, std, dtype, memory_format):
+    from ..kernels import mixup as kernels
+
+    y = torch.empty_like(x, dtype=dtype, memory_format=memory_format)
+    return kernels.mixup(x, index, lam, box, mean, std, y)
+
+
+def _forward_out(x, index, lam, box, mean, std, out):
+    from ..kernels import mixup as kernels
+
+    kernels.mixup(x, index, lam, box, mean, std, out)
+
+
+def _backward(grad, order, starts, lam, box, std, stride, dtype):
+    from ..kernels import mixup as kernels
+
+    dx = torch.empty_strided(grad.shape, stride, dtype=dtype, device=grad.device)
+    return kernels.mixup_backward(grad, order, starts, lam, box, std, dx)
+
+
+_MIX = "Tensor lam, Tensor? box, Tensor? mean, Tensor? std"
+define(
+    f"mixup(Tensor x, Tensor index, {_MIX}, ScalarType dtype, MemoryFormat memory_format) -> Tensor",
+    _forward,
+    lambda x, *args: torch.empty_like(x, dtype=args[-2], memory_format=args[-1]),
+)
+define(f"mixup_out(Tensor x, Tensor index, {_MIX}, Tensor(a!) out) -> ()", _forward_out, lambda *args: None)
+define(
+    "mixup_backward(Tensor grad, Tensor order, Tensor starts, Tensor lam, Tensor? box, Tensor? std, SymInt[] stride, "
+    "ScalarType dtype) -> Tensor",
+    _backward,
+    lambda grad, *args: torch.empty_strided(grad.shape, args[-2], dtype=args[-1], device=grad.device),
+)
+
+
+# The blend is affine in x, so its linear part is its tangent, and nothing of x is saved but its strides and dtype.
+class _Mixup(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, lam, index, box, mean, std, dtype, memory_format):
+        ctx.save_for_backward(lam, index, box, std)
+        ctx.save_for_forward(lam, index, box, std)
+        ctx.dtype, ctx.memory_format = dtype, memory_format
+        ctx.like = torch.empty_like(x, device="meta")
+        return torch.ops.regfast.mixup(x, index, lam, box, mean, std, dtype, memory_format)
+
+    @staticmethod
+    def backward(ctx, grad):
+        args = ctx.saved_tensors, ctx.like.stride(), ctx.like.dtype, ctx.memory_format
+        return apply(_Adjoint, _AdjointWithJvp, grad, *args), *(None,) * 7
+
+
+class _Adjoint(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, grad, pairing, stride, dtype, memory_format):
+        ctx.pairing, ctx.stride, ctx.dtype, ctx.memory_format, ctx.grad_dtype = pairing, stride, dtype, memory_format, grad.dtype
+        lam, index, box, std = pairing
+        # The samples that took the same partner side by side, and where each partner's begin.
+        partners, order = index.sort(stable=True)
+        starts = torch.searchsorted(partners, torch.arange(len(index) + 1, device=index.device))
+        return torch.ops.regfast.mixup_backward(grad, order, starts, lam, box, std, stride, dtype)
+
+    @staticmethod
+    def backward(ctx, t):
+        lam, index, box, std = ctx.pairing
+        args = lam, index, box, None, std, ctx.grad_dtype, ctx.memory_format
+        return apply(_Mixup, _MixupWithJvp, t, *args), *(None,) * 4
+
+
+class _MixupWithJvp(_Mixup):
+    @staticmethod
+    def jvp(ctx, t, *_others):
+        lam, index, box, std = ctx.saved_tensors
+        return _MixupWithJvp.apply(t, lam, index, box, None, std, ctx.dtype, ctx.memory_format)
+
+
+class _AdjointWithJvp(_Adjoint):
+    @staticmethod
+    def jvp(ctx, t, *_others):
+        return _AdjointWithJvp.apply(t, ctx.pairing, ctx.stride, ctx.dtype, ctx.memory_format)
+
+
+def mixup(
+    x: Tensor,
+    index: Tensor,
+    lam: float | Tensor,
+    *,
+    box: Tensor | Sequence[int] | None = None,
+    mean: float | Sequence[float] | Tensor | None = None,
+    std: float | Sequence[float] | Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    memory_format: torch.memory_format = torch.preserve_format,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Blends every sample with its partner: lam*x + (1 - lam)*x[index]. Or pastes a box of the partner, as CutMix does.
+
+    One read and one write of the batch, for any index. Differentiable in x and lam, any number of times. The host never waits for
+    the device: what a CUDA tensor holds is checked under `regfast.debug` alone.
+
+    Args:
+        x: (B, ...), float16, bfloat16, float32 or float64, in any memory format; or uint8, which is divided by 255.
+        index: (B,), the integer number of each sample's partner; any map, a permutation or not.
+        lam: the weight of x in [0, 1]: a number, a 0-d or a (B,) tensor, on any device.
+        box: four integers (y0, y1, x0, x1), (4,) or (B, 4), half-open, of the last two dimensions: the partner's pixels within
+            it, x's around it, and lam is the weight of the labels alone. A sample whose box is (-1, -1, -1, -1) is blended.
+        mean, std: what is subtracted from the blend, and what it is then divided by: a number or one a channel (dimension 1).
+        dtype: the result's, floating; x's where it is floating, else float32 where mean and std are given.
+        memory_format: the result's, `torch.preserve_format` being x's.
+        out: a tensor to write to, of the result's shape, dtype and device; x itself for an index that is an involution
+            (index[index[i]] = i), which is then blended in place. Neither x nor lam may require grad.
+
+    Raises:
+        ValueError, TypeError: for an argument that is not allowed; the message names it and what is.
+
+    Source: Zhang et al., "mixup: Beyond Empirical Risk Minimization" (2018); Yun et al., "CutMix" (2019); the book chapter's
+    MixupCollator.
+
+    Example:
+        >>> x = torch.randn(64, 3, 224, 224)
+        >>> regfast.functional.mixup(x, torch.randperm(64), 0.7).shape
+        torch.Size([64, 3, 224, 224])
+    """
+    check_batch(x)
+    check_index(index, x)
+    check_lam(lam, x)
+    if box is not None:
+        box = _box_of(box, x)
+    dtype = result_dtype(x.dtype, dtype, mean, std)
+    _check_format(memory_format, x)
+    mean, std = _channels_of(mean, std, x, accumulator(x.dtype, dtype))
+    if out is not None:
+        _check_out(out, x, index, lam, dtype, memory_format)
+    return blend(x, index, lam, box, mean, std, dtype, memory_format, out)
+
+
+def blend(
+    x: Tensor,
+    index: Tensor,
+    lam: float | Tensor,
+    box: Tensor | None = None,
+    mean: Tensor | None = None,
+    std: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    memory_format: torch.memory_format = torch.preserve_format,
+    out: Tensor | None = None,
+) -> Tensor:
+    """`mixup` with arguments already checked, and pairings that are trusted: what the modules call."""
+    dtype = x.dtype if dtype is None else dtype
+    index = on_device(index, x).long()
+    box = box if box is None else on_device(box, x)
+    lam = on_device(lam, x) if isinstance(lam, Tensor) else lam
+    dtypes = (dtype,) if x.dtype == torch.uint8 else (x.dtype, dtype)
+    if not use_triton(x, dtypes=dtypes, elementwise=True, constants={"lam": lam}):
+        y = reference(x, index, lam, box, mean, std, dtype, memory_format)
+        return y if out is None else out.copy_(y)
+    if not isinstance(lam, Tensor):
+        lam = torch.full((), lam, dtype=accumulator(x.dtype, dtype), device=x.device)
+    if out is not None:
+        torch.ops.regfast.mixup_out(x, index, lam, box, mean, std, out)
+        return out
+    return apply(_Mixup, _MixupWithJvp, x, lam, index, box, mean, std, dtype, memory_format)
+
+
+def on_device(t: Tensor, x: Tensor) -> Tensor:
+    """t where x is; sent, if it must be, without waiting for it to arrive."""
+    return t.to(x.device, non_blocking=True)
+
+
+def check_batch(x: Any) -> None:
+    """Refuses what is no batch of numbers."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"mixup: x must be a Tensor, got {type(x).__name__}")
+    if not x.is_floating_point() and x.dtype != torch.uint8:
+        raise TypeError(f"mixup: x must be floating-point or uint8, got {x.dtype}")
+    if x.ndim == 0:
+        raise ValueError("mixup: x must be a batch, (B, ...), got a 0-d tensor")
+
+
+def check_index(index: Any, x: Tensor) -> None:
+    """Refuses an index that does not belong to the batch."""
+    if not isinstance(index, Tensor):
+        raise TypeError(f"mixup: index must be a Tensor, got {type(index).__name__}")
+    if index.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"mixup: index must be int64 or int32, got {index.dtype}")
+    if index.shape != x.shape[:1]:
+        raise ValueError(f"mixup: index must have shape {tuple(x.shape[:1])}, an entry a sample of x, got {tuple(index.shape)}")
+    if may_read(index) and index.numel():
+        low, high = (int(bound) for bound in index.aminmax())
+        if low < 0 or high >= x.shape[0]:
+            raise ValueError(f"mixup: index must be in [0, {x.shape[0]}), got {low if low < 0 else high}")
+
+
+def check_lam(lam: Any, x: Tensor) -> None:
+    """Refuses a lam that is no weight, or not one of each sample."""
+    if isinstance(lam, Tensor):
+        if not lam.is_floating_point():
+            raise TypeError(f"mixup: lam must be floating-point, got {lam.dtype}")
+        if lam.ndim and lam.shape != x.shape[:1]:
+            raise ValueError(f"mixup: lam must be a number, 0-d or of shape {tuple(x.shape[:1])}, got {tuple(lam.shape)}")
+        if not may_read(lam) or not lam.numel():
+            return
+        outside = lam.detach()[~((lam >= 0) & (lam <= 1))]
+        if outside.numel():
+            raise ValueError(f"mixup: lam must be in [0, 1], got {outside.flatten()[0].item()}")
+    elif isinstance(lam, bool) or not isinstance(lam, (Real, torch.SymFloat)):
+        raise TypeError(f"mixup: lam must be a number or a Tensor, got {type(lam).__name__}")
+    elif not torch.compiler.is_compiling() and not 0 <= float(lam) <= 1:
+        raise ValueError(f"mixup: lam must be in [0, 1], got {lam}")
+
+
+def _box_of(box: Any, x: Tensor) -> Tensor:
+    """A box as a tensor, checked."""
+    if not isinstance(box, Tensor):
+        if not isinstance(box, Sequence) or not all(isinstance(edge, int) for edge in box):
+            raise TypeError(f"mixup: box must be four integers (y0, y1, x0, x1) or a Tensor, got {box!r}")
+        box = torch.tensor(box)
+    if box.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"mixup: box must be int64 or int32, got {box.dtype}")
+    if x.ndim < 4:
+        raise ValueError(f"mixup: a box belongs to images, (B, C, ..., H, W), got x of shape {tuple(x.shape)}")
+    if tuple(box.shape) not in ((4,), (x.shape[0], 4)):
+        raise ValueError(f"mixup: box must have shape (4,) or {(x.shape[0], 4)}, got {tuple(box.shape)}")
+    if may_read(box):
+        y0, y1, x0, x1 = box.view(-1, 4).unbind(1)
+        fits = (y0 >= 0) & (y1 >= y0) & (y1 <= x.shape[-2]) & (x0 >= 0) & (x1 >= x0) & (x1 <= x.shape[-1])
+        wrong = box.view(-1, 4)[~(fits | (box.view(-1, 4) == -1).all(1))]
+        if len(wrong):
+            allowed = f"0 <= y0 <= y1 <= {x.shape[-2]} and 0 <= x0 <= x1 <= {x.shape[-1]}, or (-1, -1, -1, -1)"
+            raise ValueError(f"mixup: box must be {allowed}, got {tuple(wrong[0].tolist())}")
+    return box
+
+
+def result_dtype(x_dtype: torch.dtype, dtype: torch.dtype | None, mean: Any, std: Any) -> torch.dtype:
+    """The dtype of the result."""
+    if (mean is None) != (std is None):
+        raise ValueError(f"mixup: mean and std come together, got mean={mean!r} and std={std!r}")
+    if dtype is None:
+        if x_dtype != torch.uint8:
+            return x_dtype
+        if mean is None:
+            raise ValueError("mixup: x of torch.uint8 needs mean and std, or a floating dtype for x/255")
+        return torch.float32
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TypeError(f"mixup: dtype must be floating-point, got {dtype!r}")
+    return dtype
+
+
+def _check_format(memory_format: Any, x: Tensor) -> None:
+    if memory_format not in _FORMATS:
+        raise TypeError(f"mixup: memory_format must be one of {', '.join(map(str, _FORMATS))}, got {memory_format!r}")
+    if _FORMATS[memory_format] not in (None, x.ndim):
+        raise ValueError(f"mixup: {memory_format} is for {_FORMATS[memory_format]}-d tensors, got shape {tuple(x.shape)}")
+
+
+def channels(name: str, value: Any, channels: int | None, dtype: torch.dtype) -> Tensor:
+    """`value` as a constant of one number a channel; of as many as it has where the channels are not known yet."""
+    if isinstance(value, bool) or not isinstance(value, (Real, Sequence, Tensor)) or isinstance(value, str):
+        raise TypeError(f"mixup: {name} must be a number, a sequence of numbers or a Tensor, got {value!r}")
+    t = value.detach().to(dtype) if isinstance(value, Tensor) else torch.tensor(value, dtype=dtype)
+    if t.ndim > 1 or (channels is not None and t.numel() not in (1, channels)):
+        expected = "numbers, one a channel" if channels is None else f"a number or {channels}, one a channel of x"
+        raise ValueError(f"mixup: {name} must be {expected}, got shape {tuple(t.shape)}")
+    if name == "std" and may_read(t) and not (t > 0).all():
+        raise ValueError(f"mixup: std must be positive, got {value!r}")
+    return t.view(-1) if channels is None else t.view(-1).expand(channels)
+
+
+def _channels_of(mean: Any, std: Any, x: Tensor, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+    """mean and std as tensors on x's device, one number a channel."""
+    if mean is None:
+        return None, None
+    if x.ndim < 2:
+        raise ValueError(f"mixup: mean and std belong to channels, dimension 1, got x of shape {tuple(x.shape)}")
+    mean, std = (on_device(channels(name, value, x.shape[1], dtype), x) for name, value in (("mean", mean), ("std", std)))
+    return mean, std
+
+
+def _check_out(
+    out: Any, x: Tensor, index: Tensor, lam: float | Tensor, dtype: torch.dtype, memory_format: torch.memory_format
+) -> None:
+    """Refuses an `out` that cannot hold the result, or that autograd could not follow."""
+    if not isinstance(out, Tensor):
+        raise TypeError(f"mixup: out must be a Tensor, got {type(out).__name__}")
+    expected, found = (tuple(x.shape), dtype, x.device), (tuple(out.shape), out.dtype, out.device)
+    if found != expected:
+        raise ValueError(f"mixup: out must have the shape, dtype and device {expected}, got {found}")
+    if memory_format != torch.preserve_format:
+        raise ValueError(f"mixup: out has a memory format of its own, got memory_format={memory_format}")
+    for name, t in (("x", x), ("lam", lam), ("out", out)):
+        if isinstance(t, Tensor) and t.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"mixup: out= has no gradient, and {name} requires one")
+    if out is x:
+        _check_in_place(x, index)
+    elif may_read(index) and out.untyped_storage().data_ptr() == x.untyped_storage().data_ptr() and x.numel():
+        raise ValueError("mixup: out must be x itself or share no memory with it")
+
+
+def _check_in_place(x: Tensor, index: Tensor) -> None:
+    """Refuses a batch, or a pairing, that cannot be blended where it lies."""
+    if torch._debug_has_internal_overlap(x) == 1:
+        raise ValueError(f"mixup: out=x needs an x that does not overlap itself, got strides {x.stride()}")
+    if may_read(index) and not torch.equal(index[index.long()], torch.arange(len(index)).to(index)):
+        raise ValueError(f"mixup: out=x needs an involution, index[index[i]] = i for every i, got {index.tolist()}")

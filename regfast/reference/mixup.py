@@ -1,0 +1,79 @@
+"""The blend of MixUp in plain PyTorch: the specification, and the path of the CPU."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..layout import as_laid_out, is_channels_last
+from .blur_pool import outside_autocast
+
+
+def mixup(
+    x: Tensor,
+    index: Tensor,
+    lam: float | Tensor,
+    box: Tensor | None,
+    mean: Tensor | None,
+    std: Tensor | None,
+    dtype: torch.dtype,
+    memory_format: torch.memory_format,
+) -> Tensor:
+    """lam*x + (1 - lam)*x[index], with a box x[index] within it and x around it; then (v - mean)/std, of uint8 images v/255.
+
+    x is (B, ...), floating or uint8; index (B,); lam a number, () or (B,); box None, (4,) or (B, 4), and where its first entry is
+    negative the sample is blended all the same; mean and std None or (C,), of dimension 1. The result has x's shape and `dtype`.
+    Sums are float32 (float64 where x or the result is) and are rounded once. Source: Zhang et al., "mixup: Beyond Empirical Risk
+    Minimization" (2018); the box: Yun et al., "CutMix" (2019).
+    """
+    with outside_autocast(x):
+        wide = accumulator(x.dtype, dtype)
+        own, partner = x.to(wide), _take(x, index).to(wide)
+        y = _blend(own, partner, _weight(lam, x.ndim, wide))
+        if box is not None:
+            box = box.expand(x.shape[0], 4)
+            pasted = torch.where(_inside(box, x.shape), partner, own)
+            y = torch.where((box[:, 0] < 0).view(-1, *(1,) * (x.ndim - 1)), y, pasted)
+        if x.dtype == torch.uint8:
+            y = y / 255
+        if mean is not None and std is not None:
+            channels = (-1, *(1,) * (x.ndim - 2))
+            y = (y - mean.to(wide).view(channels)) / std.to(wide).view(channels)
+        return as_laid_out(y.to(dtype), x, memory_format)
+
+
+def accumulator(*dtypes: torch.dtype) -> torch.dtype:
+    """The dtype of sums over tensors of these."""
+    return torch.float64 if torch.float64 in dtypes else torch.float32
+
+
+def _take(x: Tensor, index: Tensor) -> Tensor:
+    """x[index] in x's memory format. (index_select's gradient is several times faster; its output, contiguous.)"""
+    if x.ndim >= 4 and not torch._C._are_functorch_transforms_active() and is_channels_last(x):
+        return x.movedim(1, -1).index_select(0, index).movedim(-1, 1)
+    return x.index_select(0, index)
+
+
+def _blend(own: Tensor, partner: Tensor, lam: float | Tensor) -> Tensor:
+    """lam*own + (1 - lam)*partner, the second product and the sum in one pass."""
+    if torch.compiler.is_compiling():
+        # A compiler fuses it by itself. (And Inductor 2.13 keeps an earlier call's `alpha` where it is an expression of lam.)
+        return own * lam + partner * (1 - lam)
+    if isinstance(lam, Tensor):
+        return torch.addcmul(own * lam, partner, 1 - lam)
+    return torch.add(own * lam, partner, alpha=1 - lam)
+
+
+def _weight(lam: float | Tensor, ndim: int, dtype: torch.dtype) -> float | Tensor:
+    """lam as it meets a tensor of `ndim` dimensions."""
+    if not isinstance(lam, Tensor):
+        return lam
+    return lam.to(dtype).view(-1, *(1,) * (ndim - 1)) if lam.ndim else lam.to(dtype)
+
+
+def _inside(box: Tensor, shape: torch.Size) -> Tensor:
+    """Where the last two dimensions lie within their sample's box: (B, 1, ..., H, W)."""
+    y0, y1, x0, x1 = (edge.view(-1, *(1,) * (len(shape) - 1)) for edge in box.unbind(1))
+    row = torch.arange(shape[-2], device=box.device).view(-1, 1)
+    column = torch.arange(shape[-1], device=box.device)
+    return (y0 <= row) & (row < y1) & (x0 <= column) & (column < x1)
