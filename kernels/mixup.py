@@ -124,8 +124,8 @@ def _forward_kernel(
     X_FLAT: tl.constexpr, Y_FLAT: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr, IN_PLACE: tl.constexpr,
     ACC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Shapes: x and y (batch, size_c, size_a, size_h, size_w); index (batch,); lam () or (batch,); box (4,) or (batch, 4) or None;
-    mean and std (size_c,) or None.
+    """Shapes: x and y (batch, size_c, size_a, size_h, size_w); index (batch,); lam () or (batch,); box (4,) or (batch, 4) or
+    None; mean and std (size_c,) or None.
 
     This program processes BLOCK elements of one sample, and IN_PLACE, where y is x and the index an involution, those of its
     partner too: of a pair, the first does it.
@@ -227,7 +227,7 @@ class Layout(NamedTuple):
 
 
 def as_batch(t: torch.Tensor) -> torch.Tensor:
-    """t as (N, C, A, H, W): what it has not got has size 1, what is between C and H is one axis. Beyond five axes maybe a copy."""
+    """t as (N, C, A, H, W): an axis that it has not got has size 1, those between C and H are one (which may take a copy)."""
     n, *sizes = t.shape
     channels, *spatial = sizes or [1]
     height = spatial[-2] if len(spatial) > 1 else 1

@@ -12,7 +12,7 @@ import regfast
 
 from .dispatch import INTERPRETED, TRITON_DTYPES, obstacle
 
-OPERATIONS = ("max_blur_pool", "blur_pool")
+OPERATIONS = ("max_blur_pool", "blur_pool", "mixup", "mixup_cross_entropy")
 
 
 def versions() -> dict[str, str]:
@@ -60,7 +60,7 @@ def main() -> None:
         print(f"{device} ({name})")
         for operation in OPERATIONS:
             taken, reason = path(device, torch.float32)
-            print(f"  {operation:<14} {taken:<10} {dtypes}: {reason}")
+            print(f"  {operation:<20} {taken:<10} {dtypes}: {reason}")
 
 
 if __name__ == "__main__":

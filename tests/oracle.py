@@ -1,6 +1,7 @@
-"""An independent computation of the poolings, in float64, by SciPy and NumPy. It shares nothing with the library.
+"""An independent computation of the operations, in float64, by SciPy and NumPy. It shares nothing with the library.
 
-Arrays are (N, C, *spatial) without NaN; arguments are one integer or one entry an axis. The output's size is PyTorch's own.
+A pooling's arrays are (N, C, *spatial) without NaN; arguments are one integer or one entry an axis; the output's size is
+PyTorch's own.
 """
 
 from __future__ import annotations
@@ -61,6 +62,20 @@ def blur_pool(x, stride, padding, taps_per_axis, padding_mode):
         leads, total = per_axis(padding, rank), [2 * p for p in per_axis(padding, rank)]
     outputs = [(n + t - len(taps)) // step + 1 for n, t, taps, step in zip(x.shape[2:], total, taps_per_axis, s)]
     return _correlate(x, [0] * rank, leads, s, taps_per_axis, padding_mode, outputs)
+
+
+def mixup(x, index, lam, boxes, mean, std):
+    """Sample by sample: blended, or where there is a box, pasted; then normalised over dimension 1."""
+    y = np.empty_like(x)
+    for i, (j, weight, box) in enumerate(zip(index, lam, boxes)):
+        if box is None or box[0] < 0:
+            y[i] = weight * x[i] + (1 - weight) * x[j]
+        else:
+            y0, y1, x0, x1 = box
+            y[i] = x[i]
+            y[i][..., y0:y1, x0:x1] = x[j][..., y0:y1, x0:x1]
+    mean, std = (np.reshape(value, (-1, *(1,) * (x.ndim - 2))) for value in (mean, std))
+    return (y - mean) / std if x.ndim > 1 else y
 
 
 def _correlate(maxima, zeros_at, leads, strides, taps_per_axis, padding_mode, outputs):

@@ -18,6 +18,7 @@ from torch import Tensor
 from regfast import functional, geometry
 from regfast.geometry import Window
 from regfast.layout import is_channels_last
+from regfast.ops.schema import flatten
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Sample:
 
 
 def as_format(x: Tensor, channels_last: bool) -> Tensor:
-    if not channels_last:
+    if not channels_last or x.ndim < 3:
         return x.contiguous()
     return x.movedim(1, -1).contiguous().movedim(-1, 1)
 
@@ -67,33 +68,38 @@ def _strict() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Operation:
-    """What the suite needs of an operation on one tensor of images."""
+    """What the suite needs of an operation that is differentiated by one tensor."""
 
     name: str
+    # Of an input and a sample's arguments, tensors where they are tensors.
     function: Callable[..., Tensor]
-    window: Callable[[Sample], Window]
-    oracle: Callable[..., Any]
-    # From an input, its output and a flattened window: every registered op, with arguments to call it with.
-    op_calls: Callable[[Tensor, Tensor, tuple], list[tuple[Any, tuple]]]
+    oracle: Callable[[Any, Sample], Any]
+    # From an input, its output and a sample: every registered op, with arguments to call it with.
+    op_calls: Callable[[Tensor, Tensor, Sample], list[tuple[Any, tuple]]]
     samples: list[Sample]
+    # What a sample's arguments are for a device: none of them changes there, but where they are tensors.
+    arguments: Callable[[Sample, torch.device], dict[str, Any]] = lambda sample, device: sample.arguments
+    # The shape to take finite differences on.
+    least: Callable[[Sample], tuple[int, ...]] = lambda sample: sample.shape
 
     def __str__(self) -> str:
         return self.name
 
     def __call__(self, x: Tensor, sample: Sample) -> Tensor:
+        arguments = self.arguments(sample, x.device)
         with no_synchronisation():
-            return self.function(x, sample.rank, **sample.arguments)
+            return self.function(x, **arguments)
 
     def group(self, name: str) -> list[Sample]:
         return [sample for sample in self.samples if name in sample.group.split()]
 
 
-def pool(x: Tensor, rank: int, **arguments: Any) -> Tensor:
-    return getattr(functional, f"max_blur_pool{rank}d")(x, **arguments)
+def pool(x: Tensor, **arguments: Any) -> Tensor:
+    return getattr(functional, f"max_blur_pool{x.ndim - 2}d")(x, **arguments)
 
 
-def blur(x: Tensor, rank: int, **arguments: Any) -> Tensor:
-    return getattr(functional, f"blur_pool{rank}d")(x, **arguments)
+def blur(x: Tensor, **arguments: Any) -> Tensor:
+    return getattr(functional, f"blur_pool{x.ndim - 2}d")(x, **arguments)
 
 
 def max_window(rank: int = 2, **changes: Any) -> Window:
@@ -124,8 +130,8 @@ def blur_oracle(x: Any, sample: Sample) -> Any:
     return oracle.blur_pool(x, w.stride, sample.arguments.get("padding", "same"), w.taps, w.padding_mode)
 
 
-def pool_op_calls(x: Tensor, y: Tensor, window: tuple) -> list[tuple[Any, tuple]]:
-    ops = torch.ops.regfast
+def pool_op_calls(x: Tensor, y: Tensor, sample: Sample) -> list[tuple[Any, tuple]]:
+    ops, window = torch.ops.regfast, flatten(pool_window(sample))
     return [
         (ops.max_blur_pool.default, (x, *window)),
         (ops.max_blur_pool_backward.default, (y, x, *window)),
@@ -133,11 +139,51 @@ def pool_op_calls(x: Tensor, y: Tensor, window: tuple) -> list[tuple[Any, tuple]
     ]
 
 
-def blur_op_calls(x: Tensor, y: Tensor, window: tuple) -> list[tuple[Any, tuple]]:
-    ops = torch.ops.regfast
+def blur_op_calls(x: Tensor, y: Tensor, sample: Sample) -> list[tuple[Any, tuple]]:
+    ops, window = torch.ops.regfast, flatten(blur_window(sample))
     return [
         (ops.blur_pool.default, (x, *window)),
         (ops.blur_pool_backward.default, (y, list(x.shape), is_channels_last(x), *window)),
+    ]
+
+
+def least_image(sample: Sample) -> tuple[int, ...]:
+    """An image in one channel that has an interior still."""
+    return (1, 1, *(min(size, 5 if sample.rank < 3 else 3) for size in sample.shape[2:]))
+
+
+# Each sample's partner: by a permutation that is no involution, by one that is, and by a map that takes one sample three times.
+INDEX = {"permutation": [2, 0, 3, 1], "involution": [1, 0, 3, 2], "repeats": [1, 1, 3, 1], "itself": [0], "pair": [1, 0]}
+LAM = [0.25, 1.0, 0.625, 0.0]
+# Within, all, none; and a sample that is blended.
+BOXES = [[1, 3, 0, 2], [0, 6, 0, 5], [2, 2, 1, 4], [-1, -1, -1, -1]]
+
+
+def mixup_arguments(sample: Sample, device: torch.device) -> dict[str, Any]:
+    arguments = sample.arguments | {"index": torch.tensor(INDEX[sample.arguments["index"]], device=device)}
+    for name, numbers in (("lam", LAM), ("box", BOXES)):
+        if arguments.get(name) == "each":
+            arguments[name] = torch.tensor(numbers, device=device)
+    return arguments
+
+
+def mixup_oracle(x: Any, sample: Sample) -> Any:
+    arguments = sample.arguments
+    lam = LAM if arguments["lam"] == "each" else [arguments["lam"]] * len(x)
+    boxes = BOXES if arguments.get("box") == "each" else [arguments.get("box")] * len(x)
+    return oracle.mixup(x, INDEX[arguments["index"]], lam, boxes, arguments.get("mean", 0.0), arguments.get("std", 1.0))
+
+
+def mixup_op_calls(x: Tensor, y: Tensor, sample: Sample) -> list[tuple[Any, tuple]]:
+    ops, arguments = torch.ops.regfast, mixup_arguments(sample, x.device)
+    index, lam = (torch.as_tensor(arguments[name], device=x.device) for name in ("index", "lam"))
+    box = torch.as_tensor(arguments["box"], device=x.device) if "box" in arguments else None
+    partners, order = index.sort(stable=True)
+    starts = torch.searchsorted(partners, torch.arange(len(index) + 1, device=x.device))
+    return [
+        (ops.mixup.default, (x, index, lam, box, None, None, x.dtype, torch.preserve_format)),
+        (ops.mixup_out.default, (x, index, lam, box, None, None, torch.empty_like(y))),
+        (ops.mixup_backward.default, (y, order, starts, lam, box, None, x.stride(), x.dtype)),
     ]
 
 
@@ -189,7 +235,23 @@ BLUR = [
     Sample((1, 1, 4, 4, 4), {"kernel_size": 3, "padding": 0, "padding_mode": "zeros"}),
     Sample((1, 2, 12), {"kernel_size": 2, "stride": 5, "padding": 3, "padding_mode": "replicate"}),
 ]
+MIXUP = [
+    Sample((4, 3, 6, 5), {"index": "permutation", "lam": 0.3}, "core formats main special"),
+    Sample((4, 2, 5, 16), {"index": "repeats", "lam": "each"}, "core formats special"),
+    Sample((4, 3, 6, 5), {"index": "repeats", "lam": "each", "box": "each"}, "core formats main special"),
+    Sample((4, 3, 7, 5), {"index": "permutation", "lam": 0.3, "mean": (0.1, 0.2, 0.3), "std": (0.5, 2.0, 4.0)}, "core formats"),
+    Sample((4, 3, 6, 5), {"index": "involution", "lam": 0.0, "memory_format": torch.channels_last}, "core formats"),
+    Sample((4, 2, 11), {"index": "permutation", "lam": "each"}, "core formats main"),
+    Sample((4, 2, 3, 4, 5), {"index": "repeats", "lam": "each", "box": (0, 2, 1, 4)}, "core formats main"),
+    Sample((2, 3, 800), {"index": "pair", "lam": 0.75, "mean": 0.5, "std": 2.0}, "core"),
+    Sample((4,), {"index": "permutation", "lam": "each"}, "core"),
+    Sample((4, 7), {"index": "permutation", "lam": 1, "mean": 0.5, "std": 2.0}, "core"),
+    Sample((1, 2, 3, 3), {"index": "itself", "lam": 0.3}, "core"),
+    Sample((4, 2, 2, 2, 3, 3), {"index": "repeats", "lam": "each", "box": (0, 2, 1, 3)}),
+    Sample((4, 2, 3, 3), {"index": "permutation", "lam": 0.3, "std": (1.0, 2.0), "mean": 0.0, "box": (1, 2, 0, 3)}),
+]
 OPERATIONS = [
-    Operation("max_blur_pool", pool, pool_window, pool_oracle, pool_op_calls, POOL),
-    Operation("blur_pool", blur, blur_window, blur_oracle, blur_op_calls, BLUR),
+    Operation("max_blur_pool", pool, pool_oracle, pool_op_calls, POOL, least=least_image),
+    Operation("blur_pool", blur, blur_oracle, blur_op_calls, BLUR, least=least_image),
+    Operation("mixup", functional.mixup, mixup_oracle, mixup_op_calls, MIXUP, mixup_arguments),
 ]

@@ -1,6 +1,6 @@
 """The contract of every operation in samples.py.
 
-1. The reference is what SciPy computes, in float64.
+1. The reference is what SciPy and NumPy compute, in float64.
 2. A kernel is the reference: forward, backward and tangent, ties, NaN and infinities included; in bfloat16 to one unit in the
    last place. It writes every element, and the same bits each time.
 3. Any strides come in, and any gradient's; the input's memory format goes out.
@@ -17,12 +17,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from samples import OPERATIONS, Operation, Sample, as_format, blur, no_synchronisation, pool
+from samples import OPERATIONS, Operation, Sample, as_format, blur, no_synchronisation, pool, pool_window
 from torch import Tensor
 
 import regfast
+from regfast.functional import mixup
 from regfast.geometry import output_size
-from regfast.ops.schema import flatten
 
 # Sums of at most a few hundred products in an order of their own: some units in the last place of float32, float64.
 FLOAT32 = dict(rtol=1e-5, atol=1e-5)
@@ -76,7 +76,7 @@ def check_against_reference(operation: Operation, sample: Sample, x: Tensor) -> 
 
 
 @pytest.mark.parametrize("operation,sample", [pytest.param(o, s, id=f"{o}-{s}") for o in OPERATIONS for s in o.samples])
-def test_the_reference_is_what_scipy_computes(operation, sample):
+def test_the_reference_is_what_scipy_and_numpy_compute(operation, sample):
     x = sample.input(torch.float64)
     expected = torch.from_numpy(operation.oracle(x.numpy(), sample))
     torch.testing.assert_close(reference(operation, sample, x), expected, **FLOAT64)
@@ -121,11 +121,15 @@ def test_kernels_round_half_precision_once(operation, sample, dtype, device, ker
 
 
 @pytest.mark.parametrize(
-    "sample",
-    [pytest.param(s, id=str(s), marks=pytest.mark.slow if s.arguments else ()) for s in OPERATIONS[0].group("special")],
+    "operation,sample",
+    [
+        pytest.param(o, s, id=f"{o}-{s}", marks=pytest.mark.slow if place else ())
+        for o in OPERATIONS
+        for place, s in enumerate(o.group("special"))
+    ],
 )
 @pytest.mark.parametrize("value", [math.nan, -math.inf, math.inf], ids=str)
-def test_special_values_reach_the_same_outputs_and_the_same_inputs(sample, value, device, kernels):
+def test_special_values_reach_the_same_outputs_and_the_same_inputs(operation, sample, value, device, kernels):
     """inf and NaN are strewn, and -inf fills a corner, so that whole windows are -inf: their first element takes the gradient."""
     x = sample.input(device=device)
     if value == -math.inf:
@@ -133,7 +137,7 @@ def test_special_values_reach_the_same_outputs_and_the_same_inputs(sample, value
         x[..., -4:, -4:] = value
     else:
         x.view(-1)[torch.randperm(x.numel())[: x.numel() // 8]] = value
-    check_against_reference(OPERATIONS[0], sample, x)
+    check_against_reference(operation, sample, x)
 
 
 @pairs("main", slow_ranks=(1, 3))
@@ -175,7 +179,7 @@ def test_a_width_of_one_may_have_any_stride(device, kernels):
 
 def backend_pool(x: Tensor, path: str, **arguments) -> Tensor:
     with regfast.backend(path):
-        return pool(x, 2, **arguments)
+        return pool(x, **arguments)
 
 
 @pytest.mark.parametrize("function,arguments", [(blur, {}), (pool, {"blur_size": 5})], ids=["blur", "pool"])
@@ -184,7 +188,7 @@ def test_an_infinite_gradient_stays_where_its_output_reads(function, arguments, 
     gradients = []
     for path in ("triton", "reference"):
         with regfast.backend(path):
-            y = function(x, 1, **arguments)
+            y = function(x, **arguments)
         grad = torch.ones_like(y)
         grad[..., 0] = math.inf
         gradients += torch.autograd.grad(y, x, grad)
@@ -206,7 +210,7 @@ def test_gradients_by_finite_differences(operation, sample, path, device, reques
     """First and second order, reverse and forward. Without ties: a step of finite differences would cross them."""
     if path == "triton":
         request.getfixturevalue("kernels")
-    shape = (1, 1, *(min(size, 5 if sample.rank < 3 else 3) for size in sample.shape[2:]))
+    shape = operation.least(sample)
     x = torch.randperm(math.prod(shape), device=device).double().view(shape).div_(7).requires_grad_()
 
     def function(x):
@@ -221,7 +225,7 @@ def test_gradients_by_finite_differences(operation, sample, path, device, reques
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
 def test_the_ops_pass_opcheck(operation, sample, channels_last, device, kernels):
     x = sample.input(device=device, channels_last=channels_last)
-    for op, arguments in operation.op_calls(x, operation(x, sample), flatten(operation.window(sample))):
+    for op, arguments in operation.op_calls(x, operation(x, sample), sample):
         torch.library.opcheck(op, arguments)
 
 
@@ -290,7 +294,7 @@ def pools(draw):
 
 
 def check_drawn(sample: Sample, device: str) -> None:
-    window = OPERATIONS[0].window(sample)
+    window = pool_window(sample)
     if all(output_size(window, axis, sample.shape[axis + 2]) >= 1 for axis in range(sample.rank)):
         check_against_reference(OPERATIONS[0], sample, sample.input(device=device))
 
@@ -312,8 +316,13 @@ def test_kernels_agree_with_the_reference_on_many_drawn_arguments(sample, device
     check_drawn(sample, device)
 
 
+def blend(x: Tensor) -> Tensor:
+    return mixup(x, torch.tensor([2, 0, 1], device=x.device), 0.25)
+
+
+@pytest.mark.parametrize("function", [pool, blend])
 @pytest.mark.parametrize("dims", ["batch", "rows", "columns", "channels"])
-def test_offsets_past_two_to_the_31(dims, device, kernels):
+def test_offsets_past_two_to_the_31(function, dims, device, kernels):
     """An image whose elements lie 2^30 apart along one dimension: int32 offsets would wrap. Between them nothing is touched."""
     shape = (3, 3, 5, 6)
     if device == "cuda" and torch.cuda.mem_get_info()[0] < 16 * 2**30:
@@ -324,17 +333,18 @@ def test_offsets_past_two_to_the_31(dims, device, kernels):
     storage = torch.empty((shape[dim] - 1) * 2**30 + 1024, dtype=torch.float16, device=device)
     x = storage.as_strided(shape, stride)
     x.copy_(torch.randn(shape))
-    torch.testing.assert_close(pool(x, 2), pool(x.contiguous(), 2), rtol=0, atol=0)
+    torch.testing.assert_close(function(x), function(x.contiguous()), rtol=0, atol=0)
 
 
-def test_torch_func_takes_the_reference(device):
-    sample = OPERATIONS[0].samples[0]
-    x = sample.input(torch.float64, device)
-    for operation in OPERATIONS:
-        y, pull = torch.func.vjp(lambda x, o=operation: o(x, sample), x)
+@pytest.mark.parametrize("operation", OPERATIONS, ids=str)
+def test_torch_func_takes_the_reference(operation, device):
+    for sample in operation.group("main"):
+        x = sample.input(torch.float64, device)
+        y, pull = torch.func.vjp(lambda x, sample=sample: operation(x, sample), x)
         grad = torch.randn_like(y)
         leaf = x.clone().requires_grad_()
         expected = operation(leaf, sample)
         torch.testing.assert_close(pull(grad)[0], torch.autograd.grad(expected, leaf, grad)[0], **FLOAT64)
-        each = torch.func.vmap(lambda x, o=operation: o(x, sample))(x)
-        torch.testing.assert_close(each, expected.detach(), **FLOAT64)
+        two = torch.stack([x, x.flip(-1)])
+        each = torch.func.vmap(lambda x, sample=sample: operation(x, sample))(two)
+        torch.testing.assert_close(each, torch.stack([operation(x, sample) for x in two]), **FLOAT64)

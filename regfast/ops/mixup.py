@@ -243,7 +243,7 @@ def _box_of(box: Any, x: Tensor) -> Tensor:
         raise TypeError(f"mixup: box must be int64 or int32, got {box.dtype}")
     if x.ndim < 4:
         raise ValueError(f"mixup: a box belongs to images, (B, C, ..., H, W), got x of shape {tuple(x.shape)}")
-    if tuple(box.shape) not in ((4,), (x.shape[0], 4)):
+    if box.ndim not in (1, 2) or box.shape[-1] != 4 or (box.ndim == 2 and box.shape[0] != x.shape[0]):
         raise ValueError(f"mixup: box must have shape (4,) or {(x.shape[0], 4)}, got {tuple(box.shape)}")
     if may_read(box):
         y0, y1, x0, x1 = box.view(-1, 4).unbind(1)
