@@ -1,15 +1,15 @@
 """MixUp in one pass: a sample and its partner are read, blended (or one pasted into the other), normalised and written.
 
-A sample is a run of `numel` elements, taken in the order in which its input lies in memory. A program has one block of one
-sample. The batch is the fastest axis of the grid, so that a sample's block and its partner's are wanted at about the same
-time, by whatever permutation, and device memory is asked for each once; the second time an L2 answers.
+A sample is `numel` elements, taken in the order in which the output lies in memory; a program has one block of one sample. The
+batch is the fastest axis of the grid, so that a sample's block and its partner's are wanted at about the same time, by whatever
+permutation, and device memory is asked for each once; the second time an L2 answers.
 
 The backward of an index map is its transpose: the gradient of sample j gathers from every sample that took j for its partner.
 They stand side by side in a stable sort of the index; so nothing need be known about the index, and there are no atomics.
 
 Two numbers, per element of e bytes in and f bytes out:
-    forward    e + f bytes of device memory (2 e through the L2); 2 loads, 2 multiply-adds, and to normalise 2 loads of a
-               channel's numbers, which a block shares, a subtraction and a division
+    forward    e + f bytes of device memory (2 e through the L2); 2 loads, 2 multiply-adds, and to normalise one more, with 2
+               loads of a channel's numbers, which the elements of a run share where channels are not innermost
     backward   f + e bytes; for a permutation 2 loads and 2 multiply-adds
 """
 
@@ -29,9 +29,22 @@ from .lanes import device_guard
 BLOCK, WARPS = 2048, 4
 
 
+class Order(NamedTuple):
+    """In which order a launch takes a sample's elements, known at compile time.
+
+    Channels innermost or outermost; `run` elements at a time, a power of two. `wraps`: on how many axes a run may pass the end,
+    the innermost first; and, if `small`, that one several times, being shorter than a run.
+    """
+
+    channels_last: bool
+    run: int
+    wraps: int
+    small: bool
+
+
 @triton.jit
 def _divide(first, k, size):
-    """first + k by `size`, for a scalar `first` and small numbers k: the remainders, and the quotients as (first // size, more).
+    """first + k by `size`, for a scalar `first` and small numbers k: the remainders, and the quotients as first // size and more.
 
     There is no integer division of a tile: where a multiple of `size` is passed is a comparison, and how many more are passed a
     product in float32, exact because k is below BLOCK.
@@ -43,29 +56,58 @@ def _divide(first, k, size):
 
 
 @triton.jit
-def _coordinates(start, k, sizes, CHANNELS_LAST: tl.constexpr):
-    """The channel, plane, row and column of the elements start + k of a sample."""
-    size_c, size_a, size_h, size_w = sizes
-    if CHANNELS_LAST:
-        c, start, k = _divide(start, k, size_c)
-    w, start, k = _divide(start, k, size_w)
-    h, start, k = _divide(start, k, size_h)
-    a, start, k = _divide(start, k, size_a)
-    if not CHANNELS_LAST:
-        c = start + k
-    return c, a, h, w
+def _carry(position, size, SMALL: tl.constexpr):
+    """A position on an axis that may be past its end, and by how many times: once, or if SMALL as often as 16 elements take."""
+    if SMALL:
+        times = (position * (65536 // size + 1)) >> 16
+    else:
+        times = (position >= size).to(tl.int32)
+    return position - times * size, times
 
 
 @triton.jit
-def _offsets(start, k, place, strides, FLAT: tl.constexpr):
-    """Where the elements start + k of a sample lie, counted from its first."""
+def _elements(start, sizes, ORDER: tl.constexpr, BLOCK: tl.constexpr):
+    """BLOCK elements of a sample from `start` on: their numbers from there, and their channels, planes, rows and columns.
+
+    What is the same for a run is computed once for it: (BLOCK/run, 1) in place of (BLOCK/run, run).
+    """
+    RUN: tl.constexpr = ORDER.run
+    k, within = tl.arange(0, BLOCK // RUN)[:, None] * RUN, tl.arange(0, RUN)[None, :]
+    # The axes in the order in which they lie, the innermost first.
+    if ORDER.channels_last:
+        sizes = (sizes[0], sizes[3], sizes[2], sizes[1])
+    else:
+        sizes = (sizes[3], sizes[2], sizes[1], sizes[0])
+    p0, rest, more = _divide(start, k, sizes[0])
+    p1, rest, more = _divide(rest, more, sizes[1])
+    p2, rest, more = _divide(rest, more, sizes[2])
+    p3 = rest + more
+    p0 += within
+    if ORDER.wraps > 0:
+        p0, times = _carry(p0, sizes[0], ORDER.small)
+        p1 += times
+    if ORDER.wraps > 1:
+        p1, times = _carry(p1, sizes[1], False)
+        p2, times = _carry(p2 + times, sizes[2], False)
+        p3 += times
+    if ORDER.channels_last:
+        return k + within, (p0, p3, p2, p1)
+    else:
+        return k + within, (p3, p2, p1, p0)
+
+
+@triton.jit
+def _offsets(start, k, place, strides, FLAT: tl.constexpr, ORDER: tl.constexpr):
+    """Where the elements start + k of a sample, which have a place, lie from its first."""
     if FLAT:
         return start.to(tl.int64) + k
     else:
-        offsets = place[0].to(tl.int64) * strides[0]
-        for axis in tl.static_range(1, 4):
-            offsets += place[axis].to(tl.int64) * strides[axis]
-        return offsets
+        # The innermost last, for the others may be alike in a run.
+        offsets = place[1].to(tl.int64) * strides[1] + place[2].to(tl.int64) * strides[2]
+        if ORDER.channels_last:
+            return offsets + place[3].to(tl.int64) * strides[3] + place[0].to(tl.int64) * strides[0]
+        else:
+            return offsets + place[0].to(tl.int64) * strides[0] + place[3].to(tl.int64) * strides[3]
 
 
 @triton.jit
@@ -82,28 +124,28 @@ def _region(box_ptr, i, box_stride, place):
     if box_ptr is None:
         return True, True
     else:
-        edges = box_ptr + i * box_stride
-        y0, y1, x0, x1 = tl.load(edges), tl.load(edges + 1), tl.load(edges + 2), tl.load(edges + 3)
+        box_ptr += i * box_stride
+        y0, y1 = tl.load(box_ptr).to(tl.int32), tl.load(box_ptr + 1).to(tl.int32)
+        x0, x1 = tl.load(box_ptr + 2).to(tl.int32), tl.load(box_ptr + 3).to(tl.int32)
         return y0 < 0, (place[2] >= y0) & (place[2] < y1) & (place[3] >= x0) & (place[3] < x1)
 
 
 @triton.jit
-def _mix(own, partner, lam, region):
-    """lam*own + (1 - lam)*partner, or where a sample is not blended the partner within the box and itself around it."""
+def _mix(own, partner, lam, region, UNIT: tl.constexpr):
+    """lam*own + (1 - lam)*partner; where a sample is not blended the partner within the box and itself around it. By UNIT."""
     blended, within = region
-    mixed = lam * own + (1.0 - lam) * partner
-    return tl.where(blended, mixed, tl.where(within, partner, own))
+    mixed = (lam * UNIT) * own + ((1.0 - lam) * UNIT) * partner
+    return tl.where(blended, mixed, tl.where(within, partner, own) * UNIT)
 
 
 @triton.jit
-def _normalise(value, mean_ptr, std_ptr, c, mask, BYTES: tl.constexpr):
-    """(value - mean)/std of the channels c, of bytes value/255."""
-    if BYTES:
-        value = value * (1.0 / 255.0)
-    if mean_ptr is not None:
-        value -= tl.load(mean_ptr + c, mask=mask, other=0.0)
-    if std_ptr is not None:
-        value /= tl.load(std_ptr + c, mask=mask, other=1.0)
+def _scale(value, scale_ptr, shift_ptr, c, channels):
+    """scale*value + shift, by the channels c, which beyond the sample may be none."""
+    c = tl.minimum(c, channels - 1)
+    if scale_ptr is not None:
+        value *= tl.load(scale_ptr + c)
+    if shift_ptr is not None:
+        value += tl.load(shift_ptr + c)
     return value
 
 
@@ -117,15 +159,15 @@ def numbers_of(*tensors: str) -> list[str]:
 
 @triton.jit(do_not_specialize=numbers_of("x", "y"))
 def _forward_kernel(
-    x_ptr, index_ptr, lam_ptr, box_ptr, mean_ptr, std_ptr, y_ptr,
+    x_ptr, index_ptr, lam_ptr, box_ptr, scale_ptr, shift_ptr, y_ptr,
     batch, numel, size_c, size_a, size_h, size_w, lam_stride, box_stride,
     x_stride_n, x_stride_c, x_stride_a, x_stride_h, x_stride_w,
     y_stride_n, y_stride_c, y_stride_a, y_stride_h, y_stride_w,
-    X_FLAT: tl.constexpr, Y_FLAT: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr, IN_PLACE: tl.constexpr,
+    READ_FLAT: tl.constexpr, WRITE_FLAT: tl.constexpr, ALIGN: tl.constexpr, ORDER: tl.constexpr, IN_PLACE: tl.constexpr,
     ACC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Shapes: x and y (batch, size_c, size_a, size_h, size_w); index (batch,); lam () or (batch,); box (4,) or (batch, 4) or
-    None; mean and std (size_c,) or None.
+    None; scale and shift (size_c,) or None.
 
     This program processes BLOCK elements of one sample, and IN_PLACE, where y is x and the index an involution, those of its
     partner too: of a pair, the first does it.
@@ -136,59 +178,54 @@ def _forward_kernel(
     if IN_PLACE and j < i:
         return
     start = block.to(numel.dtype) * BLOCK
-    k = tl.arange(0, BLOCK)
-    place = _coordinates(start, k, (size_c, size_a, size_h, size_w), CHANNELS_LAST)
+    k, place = _elements(start, (size_c, size_a, size_h, size_w), ORDER, BLOCK)
     exists = k < numel // ALIGN * ALIGN - start
-    region = _region(box_ptr, i, box_stride, place)
-    x_offsets = _offsets(start, k, place, (x_stride_c, x_stride_a, x_stride_h, x_stride_w), X_FLAT)
-    y_offsets = _offsets(start, k, place, (y_stride_c, y_stride_a, y_stride_h, y_stride_w), Y_FLAT)
-    own = tl.load(_sample(x_ptr, i, x_stride_n, X_FLAT, ALIGN) + x_offsets, mask=exists).to(ACC)
-    partner = tl.load(_sample(x_ptr, j, x_stride_n, X_FLAT, ALIGN) + x_offsets, mask=exists).to(ACC)
+    x_offsets = _offsets(start, k, place, (x_stride_c, x_stride_a, x_stride_h, x_stride_w), READ_FLAT, ORDER)
+    y_offsets = _offsets(start, k, place, (y_stride_c, y_stride_a, y_stride_h, y_stride_w), WRITE_FLAT, ORDER)
+    own = tl.load(_sample(x_ptr, i, x_stride_n, READ_FLAT, ALIGN) + x_offsets, mask=exists).to(ACC)
+    partner = tl.load(_sample(x_ptr, j, x_stride_n, READ_FLAT, ALIGN) + x_offsets, mask=exists).to(ACC)
 
-    BYTES: tl.constexpr = x_ptr.dtype.element_ty == tl.uint8
+    UNIT: tl.constexpr = 1.0 / 255.0 if x_ptr.dtype.element_ty == tl.uint8 else 1.0
     to = y_ptr.dtype.element_ty
-    value = _mix(own, partner, tl.load(lam_ptr + i * lam_stride).to(ACC), region)
-    value = _normalise(value, mean_ptr, std_ptr, place[0], exists, BYTES)
-    tl.store(_sample(y_ptr, i, y_stride_n, Y_FLAT, ALIGN) + y_offsets, value.to(to), mask=exists)
+    value = _mix(own, partner, tl.load(lam_ptr + i * lam_stride).to(ACC), _region(box_ptr, i, box_stride, place), UNIT)
+    value = _scale(value, scale_ptr, shift_ptr, place[0], size_c)
+    tl.store(_sample(y_ptr, i, y_stride_n, WRITE_FLAT, ALIGN) + y_offsets, value.to(to), mask=exists)
     if IN_PLACE:
-        region = _region(box_ptr, j, box_stride, place)
-        value = _mix(partner, own, tl.load(lam_ptr + j * lam_stride).to(ACC), region)
-        value = _normalise(value, mean_ptr, std_ptr, place[0], exists, BYTES)
-        tl.store(_sample(y_ptr, j, y_stride_n, Y_FLAT, ALIGN) + y_offsets, value.to(to), mask=exists)
+        value = _mix(partner, own, tl.load(lam_ptr + j * lam_stride).to(ACC), _region(box_ptr, j, box_stride, place), UNIT)
+        value = _scale(value, scale_ptr, shift_ptr, place[0], size_c)
+        tl.store(_sample(y_ptr, j, y_stride_n, WRITE_FLAT, ALIGN) + y_offsets, value.to(to), mask=exists)
 
 
-@triton.jit(do_not_specialize=numbers_of("dx", "g"))
+@triton.jit(do_not_specialize=numbers_of("g", "dx"))
 def _backward_kernel(
-    g_ptr, order_ptr, starts_ptr, lam_ptr, box_ptr, std_ptr, dx_ptr,
+    g_ptr, samples_ptr, starts_ptr, lam_ptr, box_ptr, scale_ptr, dx_ptr,
     batch, numel, size_c, size_a, size_h, size_w, lam_stride, box_stride,
-    dx_stride_n, dx_stride_c, dx_stride_a, dx_stride_h, dx_stride_w,
     g_stride_n, g_stride_c, g_stride_a, g_stride_h, g_stride_w,
-    X_FLAT: tl.constexpr, Y_FLAT: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr, ACC: tl.constexpr,
+    dx_stride_n, dx_stride_c, dx_stride_a, dx_stride_h, dx_stride_w,
+    READ_FLAT: tl.constexpr, WRITE_FLAT: tl.constexpr, ALIGN: tl.constexpr, ORDER: tl.constexpr, ACC: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Shapes: g and dx (batch, size_c, size_a, size_h, size_w); order (batch,), the samples sorted by their partner; starts
-    (batch + 1,), where each partner's begin in it; lam () or (batch,); box (4,) or (batch, 4) or None; std (size_c,) or None.
+    """Shapes: g and dx (batch, size_c, size_a, size_h, size_w); samples (batch,), sorted by their partner; starts (batch + 1,),
+    where each partner's begin in it; lam () or (batch,); box (4,) or (batch, 4) or None; scale (size_c,) or None.
 
     This program processes BLOCK elements of one sample's gradient.
     """
     j = tl.program_id(0) % batch
     block = tl.program_id(0) // batch
     start = block.to(numel.dtype) * BLOCK
-    k = tl.arange(0, BLOCK)
-    place = _coordinates(start, k, (size_c, size_a, size_h, size_w), CHANNELS_LAST)
+    k, place = _elements(start, (size_c, size_a, size_h, size_w), ORDER, BLOCK)
     exists = k < numel // ALIGN * ALIGN - start
-    g_offsets = _offsets(start, k, place, (g_stride_c, g_stride_a, g_stride_h, g_stride_w), Y_FLAT)
-    dx_offsets = _offsets(start, k, place, (dx_stride_c, dx_stride_a, dx_stride_h, dx_stride_w), X_FLAT)
+    g_offsets = _offsets(start, k, place, (g_stride_c, g_stride_a, g_stride_h, g_stride_w), READ_FLAT, ORDER)
+    dx_offsets = _offsets(start, k, place, (dx_stride_c, dx_stride_a, dx_stride_h, dx_stride_w), WRITE_FLAT, ORDER)
 
-    gradient = tl.load(_sample(g_ptr, j, g_stride_n, Y_FLAT, ALIGN) + g_offsets, mask=exists).to(ACC)
+    gradient = tl.load(_sample(g_ptr, j, g_stride_n, READ_FLAT, ALIGN) + g_offsets, mask=exists).to(ACC)
     total = _share(gradient, tl.load(lam_ptr + j * lam_stride).to(ACC), _region(box_ptr, j, box_stride, place), True)
     for s in range(tl.load(starts_ptr + j), tl.load(starts_ptr + j + 1)):
-        i = tl.load(order_ptr + s)
-        gradient = tl.load(_sample(g_ptr, i, g_stride_n, Y_FLAT, ALIGN) + g_offsets, mask=exists).to(ACC)
+        i = tl.load(samples_ptr + s)
+        gradient = tl.load(_sample(g_ptr, i, g_stride_n, READ_FLAT, ALIGN) + g_offsets, mask=exists).to(ACC)
         total += _share(gradient, tl.load(lam_ptr + i * lam_stride).to(ACC), _region(box_ptr, i, box_stride, place), False)
-    if std_ptr is not None:
-        total = total / tl.load(std_ptr + place[0], mask=exists, other=1.0)
-    tl.store(_sample(dx_ptr, j, dx_stride_n, X_FLAT, ALIGN) + dx_offsets, total.to(dx_ptr.dtype.element_ty), mask=exists)
+    total = _scale(total, scale_ptr, None, place[0], size_c)
+    tl.store(_sample(dx_ptr, j, dx_stride_n, WRITE_FLAT, ALIGN) + dx_offsets, total.to(dx_ptr.dtype.element_ty), mask=exists)
 
 
 @triton.jit
@@ -243,38 +280,59 @@ class Plan(NamedTuple):
     options: dict[str, Any]
 
 
+def order_of(shape: tuple[int, ...], channels_last: bool) -> Order:
+    """The order of a format, with runs as long as they may be: 16 elements, or as many as wrap no further than the next row."""
+    _, size_c, _, size_h, size_w = shape
+    inner, outer = (size_c, size_w) if channels_last else (size_w, size_h)
+    run, small = 16, inner < 16
+    while run > 1 and small and (inner + run - 2) // inner > outer:
+        run //= 2
+    wraps = 0 if inner % run == 0 else 1 if inner * outer % run == 0 else 2
+    return Order(channels_last, run, wraps, small)
+
+
 # In training the same few layouts come again and again.
 @functools.lru_cache(maxsize=1024)
-def plan(x: Layout, y: Layout, lam_stride: int, box_stride: int, positions: bool, double: bool) -> Plan:
-    """The launch of an input's layout and an output's. `positions`: whether an element's channel, row or column is asked for."""
-    n, *sizes = x.shape
+def plan(read: Layout, written: Layout, lam_stride: int, box_stride: int, positions: bool, double: bool) -> Plan:
+    """The launch for a layout that is read and one that is written, in the order of the latter.
+
+    `positions`: whether an element's channel, row or column is asked for.
+    """
+    n, *sizes = written.shape
     numel = math.prod(sizes)
-    channels_last = x.strides[1] < x.strides[4]
-    x_flat, y_flat = x.is_flat(channels_last), y.is_flat(channels_last)
-    if not positions and x.strides == y.strides and x.is_dense():
+    channels_last = written.strides[1] < written.strides[4]
+    flat = [layout.is_flat(channels_last) for layout in (read, written)]
+    if not positions and read.strides == written.strides and written.is_dense():
         # In whatever order.
-        x_flat = y_flat = True
-    aligned = [numel, *(layout.strides[0] for layout, flat in ((x, x_flat), (y, y_flat)) if flat)]
-    align = next(align for align in (16, 4, 1) if all(number % align == 0 for number in aligned))
+        flat = [True, True]
+    needed = positions or not all(flat)
+    aligned = [numel, *(layout.strides[0] for layout, is_flat in zip((read, written), flat) if is_flat)]
     return Plan(
         grid=(n * -(-numel // BLOCK),),
-        numbers=(n, numel, *sizes, lam_stride, box_stride, *x.strides, *y.strides),
+        numbers=(n, numel, *sizes, lam_stride, box_stride, *read.strides, *written.strides),
         options=dict(
-            X_FLAT=x_flat, Y_FLAT=y_flat, CHANNELS_LAST=channels_last, ALIGN=align, ACC=tl.float64 if double else tl.float32,
-            BLOCK=BLOCK, num_warps=WARPS,
+            READ_FLAT=flat[0],
+            WRITE_FLAT=flat[1],
+            ALIGN=next(align for align in (16, 4, 1) if all(number % align == 0 for number in aligned)),
+            ORDER=order_of(written.shape, channels_last) if needed else Order(False, 16, 0, False),
+            ACC=tl.float64 if double else tl.float32,
+            BLOCK=BLOCK,
+            num_warps=WARPS,
         ),
-    )  # fmt: skip
+    )
 
 
-def plan_of(x: torch.Tensor, y: torch.Tensor, lam: torch.Tensor, box: torch.Tensor | None, channels: torch.Tensor | None) -> Plan:
+def plan_of(
+    read: torch.Tensor, written: torch.Tensor, lam: torch.Tensor, box: torch.Tensor | None, channels: torch.Tensor | None
+) -> Plan:
     """The launch for these batches, (N, C, A, H, W)."""
     return plan(
-        Layout(tuple(x.shape), x.stride()),
-        Layout(tuple(y.shape), y.stride()),
+        Layout(tuple(read.shape), read.stride()),
+        Layout(tuple(written.shape), written.stride()),
         lam.stride(0) if lam.ndim else 0,
         4 if box is not None and box.ndim > 1 else 0,
         box is not None or channels is not None,
-        torch.float64 in (x.dtype, y.dtype),
+        torch.float64 in (read.dtype, written.dtype),
     )
 
 
@@ -284,33 +342,33 @@ def contiguous(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
 
 
 def mixup(
-    x: torch.Tensor, index: torch.Tensor, lam: torch.Tensor, box: torch.Tensor | None, mean: torch.Tensor | None,
-    std: torch.Tensor | None, y: torch.Tensor,
+    x: torch.Tensor, index: torch.Tensor, lam: torch.Tensor, box: torch.Tensor | None, scale: torch.Tensor | None,
+    shift: torch.Tensor | None, y: torch.Tensor,
 ) -> torch.Tensor:  # fmt: skip
     """Fills y, of x's shape, with x blended. y may be x, for an index that is an involution; else they share no memory."""
     if y.numel() == 0:
         return y
     batch, filled = as_batch(x), as_batch(y)
-    index, box, mean, std = contiguous(index, box, mean, std)
-    launch = plan_of(batch, filled, lam, box, std)
+    index, box, scale, shift = contiguous(index, box, scale, shift)
+    launch = plan_of(batch, filled, lam, box, scale)
     in_place = y.data_ptr() == x.data_ptr()
     with device_guard(x):
         _forward_kernel[launch.grid](
-            batch, index, lam, box, mean, std, filled, *launch.numbers, **launch.options, IN_PLACE=in_place
+            batch, index, lam, box, scale, shift, filled, *launch.numbers, **launch.options, IN_PLACE=in_place
         )
     return y if filled.data_ptr() == y.data_ptr() else y.copy_(filled.view(y.shape))
 
 
 def mixup_backward(
-    g: torch.Tensor, order: torch.Tensor, starts: torch.Tensor, lam: torch.Tensor, box: torch.Tensor | None,
-    std: torch.Tensor | None, dx: torch.Tensor,
+    g: torch.Tensor, samples: torch.Tensor, starts: torch.Tensor, lam: torch.Tensor, box: torch.Tensor | None,
+    scale: torch.Tensor | None, dx: torch.Tensor,
 ) -> torch.Tensor:  # fmt: skip
     """Fills dx with the gradient of an input of its layout, from that of the output."""
     if dx.numel() == 0:
         return dx
     gradient, filled = as_batch(g), as_batch(dx)
-    order, starts, box, std = contiguous(order, starts, box, std)
-    launch = plan_of(filled, gradient, lam, box, std)
+    samples, starts, box, scale = contiguous(samples, starts, box, scale)
+    launch = plan_of(gradient, filled, lam, box, scale)
     with device_guard(dx):
-        _backward_kernel[launch.grid](gradient, order, starts, lam, box, std, filled, *launch.numbers, **launch.options)
+        _backward_kernel[launch.grid](gradient, samples, starts, lam, box, scale, filled, *launch.numbers, **launch.options)
     return dx if filled.data_ptr() == dx.data_ptr() else dx.copy_(filled.view(dx.shape))

@@ -178,12 +178,12 @@ def mixup_op_calls(x: Tensor, y: Tensor, sample: Sample) -> list[tuple[Any, tupl
     ops, arguments = torch.ops.regfast, mixup_arguments(sample, x.device)
     index, lam = (torch.as_tensor(arguments[name], device=x.device) for name in ("index", "lam"))
     box = torch.as_tensor(arguments["box"], device=x.device) if "box" in arguments else None
-    partners, order = index.sort(stable=True)
+    partners, samples = index.sort(stable=True)
     starts = torch.searchsorted(partners, torch.arange(len(index) + 1, device=x.device))
     return [
         (ops.mixup.default, (x, index, lam, box, None, None, x.dtype, torch.preserve_format)),
         (ops.mixup_out.default, (x, index, lam, box, None, None, torch.empty_like(y))),
-        (ops.mixup_backward.default, (y, order, starts, lam, box, None, x.stride(), x.dtype)),
+        (ops.mixup_backward.default, (y, samples, starts, lam, box, None, x.stride(), x.dtype)),
     ]
 
 

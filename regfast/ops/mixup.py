@@ -24,27 +24,27 @@ _FORMATS = {
 }
 
 
-def _forward(x, index, lam, box, mean, std, dtype, memory_format):
+def _forward(x, index, lam, box, scale, shift, dtype, memory_format):
     from ..kernels import mixup as kernels
 
     y = torch.empty_like(x, dtype=dtype, memory_format=memory_format)
-    return kernels.mixup(x, index, lam, box, mean, std, y)
+    return kernels.mixup(x, index, lam, box, scale, shift, y)
 
 
-def _forward_out(x, index, lam, box, mean, std, out):
+def _forward_out(x, index, lam, box, scale, shift, out):
     from ..kernels import mixup as kernels
 
-    kernels.mixup(x, index, lam, box, mean, std, out)
+    kernels.mixup(x, index, lam, box, scale, shift, out)
 
 
-def _backward(grad, order, starts, lam, box, std, stride, dtype):
+def _backward(grad, samples, starts, lam, box, scale, stride, dtype):
     from ..kernels import mixup as kernels
 
     dx = torch.empty_strided(grad.shape, stride, dtype=dtype, device=grad.device)
-    return kernels.mixup_backward(grad, order, starts, lam, box, std, dx)
+    return kernels.mixup_backward(grad, samples, starts, lam, box, scale, dx)
 
 
-_MIX = "Tensor lam, Tensor? box, Tensor? mean, Tensor? std"
+_MIX = "Tensor lam, Tensor? box, Tensor? scale, Tensor? shift"
 define(
     f"mixup(Tensor x, Tensor index, {_MIX}, ScalarType dtype, MemoryFormat memory_format) -> Tensor",
     _forward,
@@ -52,7 +52,7 @@ define(
 )
 define(f"mixup_out(Tensor x, Tensor index, {_MIX}, Tensor(a!) out) -> ()", _forward_out, lambda *args: None)
 define(
-    "mixup_backward(Tensor grad, Tensor order, Tensor starts, Tensor lam, Tensor? box, Tensor? std, SymInt[] stride, "
+    "mixup_backward(Tensor grad, Tensor samples, Tensor starts, Tensor lam, Tensor? box, Tensor? scale, SymInt[] stride, "
     "ScalarType dtype) -> Tensor",
     _backward,
     lambda grad, *args: torch.empty_strided(grad.shape, args[-2], dtype=args[-1], device=grad.device),
@@ -62,12 +62,12 @@ define(
 # The blend is affine in x, so its linear part is its tangent, and nothing of x is saved but its strides and dtype.
 class _Mixup(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, lam, index, box, mean, std, dtype, memory_format):
-        ctx.save_for_backward(lam, index, box, std)
-        ctx.save_for_forward(lam, index, box, std)
+    def forward(ctx, x, lam, index, box, scale, shift, dtype, memory_format):
+        ctx.save_for_backward(lam, index, box, scale)
+        ctx.save_for_forward(lam, index, box, scale)
         ctx.dtype, ctx.memory_format = dtype, memory_format
         ctx.like = torch.empty_like(x, device="meta")
-        return torch.ops.regfast.mixup(x, index, lam, box, mean, std, dtype, memory_format)
+        return torch.ops.regfast.mixup(x, index, lam, box, scale, shift, dtype, memory_format)
 
     @staticmethod
     def backward(ctx, grad):
@@ -79,24 +79,24 @@ class _Adjoint(torch.autograd.Function):
     @staticmethod
     def forward(ctx, grad, pairing, stride, dtype, memory_format):
         ctx.pairing, ctx.stride, ctx.dtype, ctx.memory_format, ctx.grad_dtype = pairing, stride, dtype, memory_format, grad.dtype
-        lam, index, box, std = pairing
+        lam, index, box, scale = pairing
         # The samples that took the same partner side by side, and where each partner's begin.
-        partners, order = index.sort(stable=True)
+        partners, samples = index.sort(stable=True)
         starts = torch.searchsorted(partners, torch.arange(len(index) + 1, device=index.device))
-        return torch.ops.regfast.mixup_backward(grad, order, starts, lam, box, std, stride, dtype)
+        return torch.ops.regfast.mixup_backward(grad, samples, starts, lam, box, scale, stride, dtype)
 
     @staticmethod
     def backward(ctx, t):
-        lam, index, box, std = ctx.pairing
-        args = lam, index, box, None, std, ctx.grad_dtype, ctx.memory_format
+        lam, index, box, scale = ctx.pairing
+        args = lam, index, box, scale, None, ctx.grad_dtype, ctx.memory_format
         return apply(_Mixup, _MixupWithJvp, t, *args), *(None,) * 4
 
 
 class _MixupWithJvp(_Mixup):
     @staticmethod
     def jvp(ctx, t, *_others):
-        lam, index, box, std = ctx.saved_tensors
-        return _MixupWithJvp.apply(t, lam, index, box, None, std, ctx.dtype, ctx.memory_format)
+        lam, index, box, scale = ctx.saved_tensors
+        return _MixupWithJvp.apply(t, lam, index, box, scale, None, ctx.dtype, ctx.memory_format)
 
 
 class _AdjointWithJvp(_Adjoint):
@@ -152,10 +152,10 @@ def mixup(
         box = _box_of(box, x)
     dtype = result_dtype(x.dtype, dtype, mean, std)
     _check_format(memory_format, x)
-    mean, std = _channels_of(mean, std, x, accumulator(x.dtype, dtype))
+    scale, shift = _affine_of(mean, std, x)
     if out is not None:
         _check_out(out, x, index, lam, dtype, memory_format)
-    return blend(x, index, lam, box, mean, std, dtype, memory_format, out)
+    return blend(x, index, lam, box, scale, shift, dtype, memory_format, out)
 
 
 def blend(
@@ -163,8 +163,8 @@ def blend(
     index: Tensor,
     lam: float | Tensor,
     box: Tensor | None = None,
-    mean: Tensor | None = None,
-    std: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
     dtype: torch.dtype | None = None,
     memory_format: torch.memory_format = torch.preserve_format,
     out: Tensor | None = None,
@@ -174,16 +174,19 @@ def blend(
     index = on_device(index, x).long()
     box = box if box is None else on_device(box, x)
     lam = on_device(lam, x) if isinstance(lam, Tensor) else lam
+    if scale is not None and shift is not None:
+        wide = accumulator(x.dtype, dtype)
+        scale, shift = (numbers.to(x.device, wide, non_blocking=True).expand(x.shape[1]) for numbers in (scale, shift))
     dtypes = (dtype,) if x.dtype == torch.uint8 else (x.dtype, dtype)
     if not use_triton(x, dtypes=dtypes, elementwise=True, constants={"lam": lam}):
-        y = reference(x, index, lam, box, mean, std, dtype, memory_format)
+        y = reference(x, index, lam, box, scale, shift, dtype, memory_format)
         return y if out is None else out.copy_(y)
     if not isinstance(lam, Tensor):
         lam = torch.full((), lam, dtype=accumulator(x.dtype, dtype), device=x.device)
     if out is not None:
-        torch.ops.regfast.mixup_out(x, index, lam, box, mean, std, out)
+        torch.ops.regfast.mixup_out(x, index, lam, box, scale, shift, out)
         return out
-    return apply(_Mixup, _MixupWithJvp, x, lam, index, box, mean, std, dtype, memory_format)
+    return apply(_Mixup, _MixupWithJvp, x, lam, index, box, scale, shift, dtype, memory_format)
 
 
 def on_device(t: Tensor, x: Tensor) -> Tensor:
@@ -277,27 +280,40 @@ def _check_format(memory_format: Any, x: Tensor) -> None:
         raise ValueError(f"mixup: {memory_format} is for {_FORMATS[memory_format]}-d tensors, got shape {tuple(x.shape)}")
 
 
-def channels(name: str, value: Any, channels: int | None, dtype: torch.dtype) -> Tensor:
-    """`value` as a constant of one number a channel; of as many as it has where the channels are not known yet."""
-    if isinstance(value, bool) or not isinstance(value, (Real, Sequence, Tensor)) or isinstance(value, str):
+def affine(mean: Any, std: Any) -> tuple[Tensor, Tensor]:
+    """What a mean and a deviation, numbers or one a channel, make of a value v: scale*v + shift, () or (C,) in float64."""
+    mean, std = (_numbers(name, value) for name, value in (("mean", mean), ("std", std)))
+    if may_read(std) and not (std > 0).all():
+        raise ValueError(f"mixup: std must be positive, got {std.tolist()}")
+    return 1 / std, -mean / std
+
+
+def _numbers(name: str, value: Any) -> Tensor:
+    """A number or a channel's each, as a constant."""
+    if isinstance(value, (bool, str)) or not isinstance(value, (Real, Sequence, Tensor)):
         raise TypeError(f"mixup: {name} must be a number, a sequence of numbers or a Tensor, got {value!r}")
-    t = value.detach().to(dtype) if isinstance(value, Tensor) else torch.tensor(value, dtype=dtype)
-    if t.ndim > 1 or (channels is not None and t.numel() not in (1, channels)):
-        expected = "numbers, one a channel" if channels is None else f"a number or {channels}, one a channel of x"
-        raise ValueError(f"mixup: {name} must be {expected}, got shape {tuple(t.shape)}")
-    if name == "std" and may_read(t) and not (t > 0).all():
-        raise ValueError(f"mixup: std must be positive, got {value!r}")
-    return t.view(-1) if channels is None else t.view(-1).expand(channels)
+    t = value.detach().double() if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
+    if t.ndim > 1 or t.numel() == 0:
+        raise ValueError(f"mixup: {name} must be a number or one a channel, got shape {tuple(t.shape)}")
+    return t
 
 
-def _channels_of(mean: Any, std: Any, x: Tensor, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
-    """mean and std as tensors on x's device, one number a channel."""
+def _affine_of(mean: Any, std: Any, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """`affine`, on x's device, for x's channels."""
     if mean is None:
         return None, None
+    scale, shift = affine(mean, std)
+    check_channels(scale, x)
+    check_channels(shift, x)
+    return scale, shift
+
+
+def check_channels(numbers: Tensor, x: Tensor) -> None:
+    """Refuses a mean or a deviation of other channels than x's."""
     if x.ndim < 2:
         raise ValueError(f"mixup: mean and std belong to channels, dimension 1, got x of shape {tuple(x.shape)}")
-    mean, std = (on_device(channels(name, value, x.shape[1], dtype), x) for name, value in (("mean", mean), ("std", std)))
-    return mean, std
+    if numbers.ndim and numbers.shape[0] not in (1, x.shape[1]):
+        raise ValueError(f"mixup: mean and std must be numbers or {x.shape[1]}, one a channel of x, got {numbers.shape[0]}")
 
 
 def _check_out(

@@ -14,15 +14,15 @@ def mixup(
     index: Tensor,
     lam: float | Tensor,
     box: Tensor | None,
-    mean: Tensor | None,
-    std: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
     dtype: torch.dtype,
     memory_format: torch.memory_format,
 ) -> Tensor:
-    """lam*x + (1 - lam)*x[index], with a box x[index] within it and x around it; then (v - mean)/std, of uint8 images v/255.
+    """lam*x + (1 - lam)*x[index], with a box x[index] within it and x around it; of uint8 images by 255; then scale*v + shift.
 
     x is (B, ...), floating or uint8; index (B,); lam a number, () or (B,); box None, (4,) or (B, 4), and where its first entry is
-    negative the sample is blended all the same; mean and std None or (C,), of dimension 1. The result has x's shape and `dtype`.
+    negative the sample is blended all the same; scale and shift None or (C,), of dimension 1. The result has x's shape.
     Sums are float32 (float64 where x or the result is) and are rounded once. Source: Zhang et al., "mixup: Beyond Empirical Risk
     Minimization" (2018); the box: Yun et al., "CutMix" (2019).
     """
@@ -36,9 +36,9 @@ def mixup(
             y = torch.where((box[:, 0] < 0).view(-1, *(1,) * (x.ndim - 1)), y, pasted)
         if x.dtype == torch.uint8:
             y = y / 255
-        if mean is not None and std is not None:
+        if scale is not None and shift is not None:
             channels = (-1, *(1,) * (x.ndim - 2))
-            y = (y - mean.to(wide).view(channels)) / std.to(wide).view(channels)
+            y = torch.addcmul(shift.to(wide).view(channels), y, scale.to(wide).view(channels))
         return as_laid_out(y.to(dtype), x, memory_format)
 
 
