@@ -1,0 +1,327 @@
+"""functional.mixup beyond the contract suite: uint8 images, formats and dtypes, in place, boxes, gradients of lam, bad input.
+
+1. What comes out is what NumPy computes, whatever goes in and whatever is asked for, by either path.
+2. `out` is written to, x itself for an involution alone; nothing is written where an argument is refused.
+3. lam is an input: a compiled graph follows it, and does not compile anew for each.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from samples import BOXES, LAM
+from torch._dynamo.testing import CompileCounter
+
+import regfast
+from regfast.dispatch import may_read
+from regfast.functional import mixup
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+FORMATS = [torch.preserve_format, torch.contiguous_format, torch.channels_last]
+# Sums of a few terms of order one, in an order of their own.
+FLOAT32 = dict(rtol=1e-5, atol=1e-5)
+# One rounding to the dtype of values below 4, after float32. (The interpreter truncates to bfloat16, hence a whole unit.)
+HALF = {torch.float16: dict(rtol=2.0**-10, atol=1e-5), torch.bfloat16: dict(rtol=2.0**-7, atol=1e-5)}
+PERMUTATION, INVOLUTION, REPEATS = (torch.tensor(index) for index in ([2, 0, 3, 1], [1, 0, 3, 2], [1, 1, 3, 1]))
+paths = pytest.mark.parametrize("path", ["reference", "triton"])
+
+
+@pytest.fixture
+def on_path(path, request):
+    """Takes a path for a test."""
+    if path == "triton":
+        request.getfixturevalue("kernels")
+    with regfast.backend(path):
+        yield path
+
+
+def images(device: str, channels_last: bool, width: int = 16) -> torch.Tensor:
+    x = torch.randint(256, (4, 3, 5, width), dtype=torch.uint8, device=device)
+    return x.contiguous(memory_format=torch.channels_last) if channels_last else x
+
+
+def tensors(device, *values):
+    return [torch.as_tensor(value, device=device) for value in values]
+
+
+@paths
+@pytest.mark.parametrize("memory_format", FORMATS, ids=str)
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("box", [False, True], ids=["blended", "boxes"])
+def test_uint8_images_come_out_normalised(box, channels_last, memory_format, path, on_path, device, poisoned):
+    x = images(device, channels_last)
+    index, lam, boxes = tensors(device, PERMUTATION, LAM, BOXES)
+    boxes[1] = torch.tensor([0, 5, 0, 16])
+    y = mixup(x, index, lam, box=boxes if box else None, mean=MEAN, std=STD, memory_format=memory_format)
+    given = boxes.tolist() if box else [None] * 4
+    expected = oracle.mixup(x.cpu().numpy() / 255.0, PERMUTATION.tolist(), LAM, given, MEAN, STD)
+    assert y.dtype == torch.float32
+    assert y.stride() == torch.empty_like(x, memory_format=memory_format).stride()
+    torch.testing.assert_close(y.cpu(), torch.from_numpy(expected).float(), **FLOAT32)
+
+
+@paths
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_uint8_images_come_out_in_half_precision(dtype, path, on_path, device):
+    x, (index, mean, std) = images(device, True), tensors(device, PERMUTATION, MEAN, STD)
+    y = mixup(x, index, 0.3, mean=mean, std=std, dtype=dtype)
+    expected = oracle.mixup(x.cpu().numpy() / 255.0, PERMUTATION.tolist(), [0.3] * 4, [None] * 4, MEAN, STD)
+    assert y.dtype == dtype and y.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(y.cpu().float(), torch.from_numpy(expected).float(), **HALF[dtype])
+    plain = mixup(x, index, 0.3, dtype=dtype)
+    expected = oracle.mixup(x.cpu().numpy() / 255.0, PERMUTATION.tolist(), [0.3] * 4, [None] * 4, 0.0, 1.0)
+    torch.testing.assert_close(plain.cpu().float(), torch.from_numpy(expected).float(), **HALF[dtype])
+
+
+@paths
+@pytest.mark.parametrize(
+    "given,wanted", [(torch.float16, torch.float32), (torch.float32, torch.float64), (torch.float64, torch.float32)]
+)
+def test_the_result_has_the_dtype_asked_for_and_the_gradient_x_s(given, wanted, path, on_path, device):
+    x = torch.randn(4, 3, 5, device=device).to(given).requires_grad_()
+    y = mixup(x, PERMUTATION.to(device), 0.3, dtype=wanted)
+    assert y.dtype == wanted
+    wide = x.detach().double()
+    torch.testing.assert_close(y.double(), 0.3 * wide + 0.7 * wide[PERMUTATION], **FLOAT32)
+    (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    assert dx.dtype == given
+    torch.testing.assert_close(dx, torch.ones_like(dx), **FLOAT32 if given != torch.float16 else HALF[given])
+
+
+@paths
+@pytest.mark.parametrize("index", [PERMUTATION, REPEATS], ids=["permutation", "repeats"])
+def test_the_gradient_is_the_transpose_of_the_blend(index, path, on_path, device):
+    """out = A x for a matrix A of samples by samples, so grad_x = A' g."""
+    lam = np.asarray(LAM)
+    matrix = np.diag(lam)
+    np.add.at(matrix, (np.arange(4), index.numpy()), 1 - lam)
+    x, g = torch.randn(4, 6, device=device, requires_grad=True), torch.randn(4, 6, device=device)
+    (dx,) = torch.autograd.grad(mixup(x, index.to(device), torch.tensor(LAM, device=device)), x, g)
+    torch.testing.assert_close(dx.cpu(), torch.from_numpy(matrix.T @ g.cpu().double().numpy()).float(), **FLOAT32)
+
+
+@paths
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("boxed", [False, True], ids=["blended", "boxes"])
+def test_an_involution_is_blended_in_place(boxed, channels_last, path, on_path, device):
+    x = torch.randn(4, 3, 6, 5, device=device)
+    x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
+    index, lam, boxes = tensors(device, [1, 0, 2, 3], LAM, BOXES)
+    box = boxes if boxed else None
+    with regfast.backend("reference"):
+        expected = mixup(x, index, lam, box=box)
+    given = x.clone()
+    assert mixup(given, index, lam, box=box, out=given) is given
+    torch.testing.assert_close(given, expected, **FLOAT32)
+    sliced = torch.randn(4, 3, 6, 10, device=device)[..., ::2].copy_(x)
+    mixup(sliced, index, lam, box=box, out=sliced)
+    torch.testing.assert_close(sliced, expected, **FLOAT32)
+
+
+@paths
+def test_out_is_written_to_in_its_own_format(path, on_path, device):
+    x, out = images(device, False), torch.empty(4, 3, 5, 16, dtype=torch.float16, device=device)
+    out = out.contiguous(memory_format=torch.channels_last).fill_(float("nan"))
+    y = mixup(x, REPEATS.to(device), 0.25, mean=0.5, std=0.5, dtype=torch.float16, out=out)
+    assert y is out and y.is_contiguous(memory_format=torch.channels_last)
+    expected = mixup(x, REPEATS.to(device), 0.25, mean=0.5, std=0.5)
+    torch.testing.assert_close(out.float(), expected, **HALF[torch.float16])
+
+
+@paths
+def test_an_empty_batch_stays_one(path, device):
+    with regfast.backend(path):
+        for shape in ((0, 3, 4, 4), (2, 0, 4, 4), (0,)):
+            x = torch.randn(shape, device=device, requires_grad=True)
+            y = mixup(x, torch.arange(shape[0], device=device), 0.5)
+            y.sum().backward()
+            assert y.shape == x.grad.shape == x.shape
+
+
+def test_int32_indices_and_numbers_of_other_kinds():
+    x = torch.randn(4, 3)
+    expected = mixup(x, PERMUTATION, 0.5)
+    for lam in (np.float32(0.5), np.float64(0.5), torch.tensor(0.5, dtype=torch.float64)):
+        torch.testing.assert_close(mixup(x, PERMUTATION.int(), lam), expected, **FLOAT32)
+    assert mixup(x, PERMUTATION, 1).equal(x)
+    assert mixup(x, PERMUTATION, 0).equal(x[PERMUTATION])
+
+
+@pytest.mark.parametrize("box", [None, "each"], ids=["blended", "boxes"])
+@pytest.mark.parametrize("each", [False, True], ids=["scalar", "each"])
+def test_lam_has_a_gradient(each, box):
+    x = torch.randn(4, 2, 6, 5, dtype=torch.float64, requires_grad=True)
+    lam = torch.tensor([0.25, 0.5, 0.75, 0.1] if each else 0.4, dtype=torch.float64, requires_grad=True)
+    box = None if box is None else torch.tensor(BOXES)
+
+    def function(x, lam):
+        return mixup(x, REPEATS, lam, box=box, mean=(0.1, 0.2), std=(0.5, 2.0))
+
+    assert torch.autograd.gradcheck(function, (x, lam), fast_mode=True, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(function, (x, lam), fast_mode=True)
+
+
+def test_kernels_leave_a_lam_that_is_differentiated_to_the_reference(device):
+    x, lam = torch.randn(4, 3, device=device), torch.tensor(0.5, device=device, requires_grad=True)
+    with regfast.backend("triton"), pytest.raises(RuntimeError, match="lam is differentiated"):
+        mixup(x, PERMUTATION.to(device), lam)
+    mixup(x, PERMUTATION.to(device), lam).sum().backward()
+    assert lam.grad is not None
+
+
+def test_a_compiled_graph_follows_lam_and_index_and_compiles_once():
+    counter = CompileCounter()
+    compiled = torch.compile(lambda x, index, lam: mixup(x, index, lam).relu(), fullgraph=True, backend=counter)
+    x = torch.randn(4, 3, 8, 8)
+    for index in (PERMUTATION, INVOLUTION, REPEATS):
+        for lam in torch.tensor([0.0, 0.3, 0.9]):
+            torch.testing.assert_close(compiled(x, index, lam), mixup(x, index, lam).relu(), **FLOAT32)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.slow
+def test_inductor_follows_a_lam_that_is_a_number():
+    """PyTorch 2.13's keeps the `alpha` of torch.add from an earlier call where it is an expression of one."""
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x, lam: mixup(x, PERMUTATION, lam), fullgraph=True)
+    x = torch.randn(4, 3, 8, 8)
+    for lam in (0.1, 0.2, 0.3, 0.9):
+        torch.testing.assert_close(compiled(x, lam), mixup(x, PERMUTATION, lam), **FLOAT32)
+
+
+def test_values_are_looked_at_on_the_host_alone():
+    assert may_read(torch.zeros(2)) and may_read(torch.nn.Parameter(torch.zeros(2)))
+    assert not may_read(torch.zeros(2, device="meta"))
+    with regfast.debug():
+        assert not may_read(torch.zeros(2, device="meta"))
+    torch.func.vmap(lambda t: t if may_read(t) is False else pytest.fail("a transform's tensor was read"))(torch.zeros(2))
+    with torch._subclasses.FakeTensorMode():
+        assert not may_read(torch.zeros(2))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA device is needed")
+def test_values_on_the_device_are_looked_at_by_the_debug_switch():
+    x, far = torch.randn(4, 3, device="cuda"), torch.tensor([0, 1, 2, 0], device="cuda")
+    lam = torch.tensor(1.5, device="cuda")
+    mixup(x, far, lam)
+    with regfast.debug(), pytest.raises(ValueError, match=r"lam.*1\.5"):
+        mixup(x, far, lam)
+
+
+X, U8 = torch.randn(4, 3, 6, 5), torch.zeros(4, 3, 6, 5, dtype=torch.uint8)
+ARGUMENTS = [
+    (lambda: mixup([1.0], PERMUTATION, 0.5), TypeError, ["x", "list", "Tensor"]),
+    (lambda: mixup(X.int(), PERMUTATION, 0.5), TypeError, ["x", "torch.int32", "floating-point or uint8"]),
+    (lambda: mixup(torch.tensor(1.0), PERMUTATION, 0.5), ValueError, ["x", "(B, ...)", "0-d"]),
+    (lambda: mixup(X, [0, 1, 2, 3], 0.5), TypeError, ["index", "list", "Tensor"]),
+    (lambda: mixup(X, PERMUTATION.float(), 0.5), TypeError, ["index", "torch.float32", "int64"]),
+    (lambda: mixup(X, PERMUTATION[:3], 0.5), ValueError, ["index", "(4,)", "(3,)"]),
+    (lambda: mixup(X, torch.tensor([0, 1, 2, 4]), 0.5), ValueError, ["index", "[0, 4)", "4"]),
+    (lambda: mixup(X, torch.tensor([0, -1, 2, 3]), 0.5), ValueError, ["index", "[0, 4)", "-1"]),
+    (lambda: mixup(X, PERMUTATION, "half"), TypeError, ["lam", "str", "number"]),
+    (lambda: mixup(X, PERMUTATION, True), TypeError, ["lam", "bool", "number"]),
+    (lambda: mixup(X, PERMUTATION, 1.5), ValueError, ["lam", "1.5", "[0, 1]"]),
+    (lambda: mixup(X, PERMUTATION, float("nan")), ValueError, ["lam", "nan", "[0, 1]"]),
+    (lambda: mixup(X, PERMUTATION, torch.tensor([0.5, -0.25, 0.5, 0.5])), ValueError, ["lam", "-0.25", "[0, 1]"]),
+    (lambda: mixup(X, PERMUTATION, torch.tensor(float("nan"))), ValueError, ["lam", "nan", "[0, 1]"]),
+    (lambda: mixup(X, PERMUTATION, torch.tensor(1)), TypeError, ["lam", "torch.int64", "floating-point"]),
+    (lambda: mixup(X, PERMUTATION, torch.rand(3)), ValueError, ["lam", "(4,)", "(3,)"]),
+    (lambda: mixup(X, PERMUTATION, 0.5, box=(0, 1.5, 0, 2)), TypeError, ["box", "1.5", "integers"]),
+    (lambda: mixup(X, PERMUTATION, 0.5, box=torch.rand(4)), TypeError, ["box", "torch.float32", "int64"]),
+    (lambda: mixup(X, PERMUTATION, 0.5, box=(0, 1, 2)), ValueError, ["box", "(4,)", "(3,)"]),
+    (lambda: mixup(X, PERMUTATION, 0.5, box=(0, 7, 0, 2)), ValueError, ["box", "y1 <= 6", "(0, 7, 0, 2)"]),
+    (lambda: mixup(X, PERMUTATION, 0.5, box=(3, 2, 0, 2)), ValueError, ["box", "y0 <= y1", "(3, 2, 0, 2)"]),
+    (lambda: mixup(X, PERMUTATION, 0.5, box=(-1, 2, 0, 2)), ValueError, ["box", "(-1, 2, 0, 2)"]),
+    (lambda: mixup(X[:, 0], PERMUTATION, 0.5, box=(0, 1, 0, 1)), ValueError, ["box", "(4, 6, 5)"]),
+    (lambda: mixup(U8, PERMUTATION, 0.5), ValueError, ["uint8", "mean and std", "dtype"]),
+    (lambda: mixup(U8, PERMUTATION, 0.5, dtype=torch.uint8), TypeError, ["dtype", "torch.uint8", "floating-point"]),
+    (lambda: mixup(X, PERMUTATION, 0.5, dtype="half"), TypeError, ["dtype", "'half'", "floating-point"]),
+    (lambda: mixup(X, PERMUTATION, 0.5, mean=0.5), ValueError, ["mean", "std", "together"]),
+    (lambda: mixup(X, PERMUTATION, 0.5, mean=(0.1, 0.2), std=1.0), ValueError, ["mean", "3", "2"]),
+    (lambda: mixup(X, PERMUTATION, 0.5, mean=0.0, std=(1.0, 0.0, 1.0)), ValueError, ["std", "positive", "0.0"]),
+    (lambda: mixup(X, PERMUTATION, 0.5, mean="imagenet", std=1.0), TypeError, ["mean", "'imagenet'", "number"]),
+    (lambda: mixup(X[:, 0, 0, 0], PERMUTATION, 0.5, mean=0.0, std=1.0), ValueError, ["channels", "(4,)"]),
+    (lambda: mixup(X, PERMUTATION, 0.5, memory_format="NHWC"), TypeError, ["memory_format", "'NHWC'", "channels_last"]),
+    (lambda: mixup(X[0, 0, :4], PERMUTATION, 0.5, memory_format=torch.channels_last), ValueError, ["channels_last", "4-d"]),
+    (lambda: mixup(X, PERMUTATION, 0.5, out=1), TypeError, ["out", "int", "Tensor"]),
+    (lambda: mixup(X, PERMUTATION, 0.5, out=torch.empty(4, 3, 6, 6)), ValueError, ["out", "(4, 3, 6, 5)", "(4, 3, 6, 6)"]),
+    (lambda: mixup(X, PERMUTATION, 0.5, out=torch.empty_like(X).double()), ValueError, ["out", "float32", "float64"]),
+    (lambda: mixup(X, PERMUTATION, 0.5, out=X), ValueError, ["out=x", "involution", "[2, 0, 3, 1]"]),
+    (lambda: mixup(X, REPEATS, 0.5, out=X), ValueError, ["out=x", "involution"]),
+    (lambda: mixup(X, INVOLUTION, 0.5, out=X[..., :4]), ValueError, ["out", "(4, 3, 6, 4)"]),
+    (lambda: mixup(WIDE[1:], INVOLUTION, 0.5, out=WIDE[:-1]), ValueError, ["out", "share no memory"]),
+    (lambda: mixup(ONE, INVOLUTION, 0.5, out=ONE), ValueError, ["out=x", "overlap", "(0, 30, 5, 1)"]),
+    (lambda: mixup(LEAF, INVOLUTION, 0.5, out=LEAF), ValueError, ["out=", "x requires"]),
+    (lambda: mixup(X, INVOLUTION, LEAF[0, 0, 0, 0].sigmoid(), out=X), ValueError, ["out=", "lam requires"]),
+    (lambda: mixup(X, INVOLUTION, 0.5, memory_format=torch.channels_last, out=X), ValueError, ["out", "memory_format"]),
+]  # fmt: skip
+WIDE, ONE, LEAF = torch.randn(5, 3, 6, 5), torch.randn(1, 3, 6, 5).expand(4, 3, 6, 5), torch.randn(4, 3, 6, 5, requires_grad=True)
+
+
+@paths
+@pytest.mark.parametrize("call,error,words", ARGUMENTS, ids=[" ".join(words) for _, _, words in ARGUMENTS])
+def test_bad_input_is_named_and_nothing_is_written(call, error, words, path):
+    before = X.clone()
+    with regfast.backend(path), pytest.raises(error) as raised:
+        call()
+    assert all(word in str(raised.value) for word in words), str(raised.value)
+    assert X.equal(before)
+
+
+@st.composite
+def calls(draw):
+    """A batch of any rank, format and dtype, and the arguments of a call."""
+    batch, rank = draw(st.integers(1, 4)), draw(st.integers(1, 5))
+    shape = (batch, *(draw(st.sampled_from([1, 2, 3, 5, 16, 17])) for _ in range(rank - 1)))
+    order = [0, *draw(st.permutations(range(1, rank)))]
+    dtype = draw(st.sampled_from([torch.float32, torch.float64, torch.uint8]))
+    arguments: dict = {"index": torch.tensor([draw(st.integers(0, batch - 1)) for _ in range(batch)])}
+    arguments["lam"] = draw(st.sampled_from([0.25, torch.tensor(0.5), torch.rand(batch)]))
+    if rank >= 2 and (dtype == torch.uint8 or draw(st.booleans())):
+        arguments |= dict(mean=draw(st.sampled_from([0.5, torch.rand(shape[1])])), std=torch.rand(shape[1]) + 0.5)
+    elif dtype == torch.uint8:
+        arguments["dtype"] = torch.float32
+    if rank >= 4 and draw(st.booleans()):
+        edges = [sorted((draw(st.integers(0, size)), draw(st.integers(0, size)))) for size in shape[-2:]]
+        arguments["box"] = torch.tensor(edges).flatten()
+    if rank == 4:
+        arguments["memory_format"] = draw(st.sampled_from(FORMATS))
+    return shape, order, dtype, arguments
+
+
+def check_drawn(call, device):
+    shape, order, dtype, arguments = call
+    x = (torch.randint(256, shape) if dtype == torch.uint8 else torch.randn(shape)).to(device, dtype)
+    x = x.permute(order).contiguous().permute(*np.argsort(order).tolist())
+    arguments = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in arguments.items()}
+    x.requires_grad_(x.is_floating_point())
+    results = []
+    for path in ("triton", "reference"):
+        with regfast.backend(path):
+            y = mixup(x, **arguments)
+        torch.manual_seed(1)
+        results.append((y, *torch.autograd.grad(y, x, torch.randn_like(y))) if x.requires_grad else (y,))
+    assert results[0][0].stride() == results[1][0].stride()
+    for found, expected in zip(*results):
+        torch.testing.assert_close(found, expected, **FLOAT32)
+
+
+# The kernels fixture lasts over all drawn examples on purpose: it counts their launches together.
+DRAWN = dict(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@settings(max_examples=25, derandomize=True, **DRAWN)
+@given(call=calls())
+def test_kernels_agree_with_the_reference_on_drawn_calls(call, device, kernels):
+    check_drawn(call, device)
+
+
+@pytest.mark.slow
+@settings(max_examples=300, **DRAWN)
+@given(call=calls())
+def test_kernels_agree_with_the_reference_on_many_drawn_calls(call, device, kernels):
+    check_drawn(call, device)
