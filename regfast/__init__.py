@@ -1,7 +1,10 @@
-"""regfast: anti-aliased pooling and other regularisers of vision models, each in one pass."""
+"""regfast: anti-aliased pooling, MixUp and other regularisers of vision models, each in one pass."""
 
 from . import filters, functional
 from .dispatch import backend, debug
+from .losses import MixupBCEWithLogitsLoss, MixupCrossEntropyLoss, MixupLoss, mixup_accuracy, mixup_criterion
+from .manifold import ManifoldMixup
+from .mixup import MixedTarget, MixUp, MixupCollator, mixup_data
 from .pooling import BlurLayer, BlurPool1d, BlurPool2d, BlurPool3d, MaxPool1dAA, MaxPool2dAA, MaxPool3dAA
 from .warmup import warm_up
 
@@ -12,12 +15,22 @@ __all__ = [
     "BlurPool1d",
     "BlurPool2d",
     "BlurPool3d",
+    "ManifoldMixup",
     "MaxPool1dAA",
     "MaxPool2dAA",
     "MaxPool3dAA",
+    "MixUp",
+    "MixedTarget",
+    "MixupBCEWithLogitsLoss",
+    "MixupCollator",
+    "MixupCrossEntropyLoss",
+    "MixupLoss",
     "backend",
     "debug",
     "filters",
     "functional",
+    "mixup_accuracy",
+    "mixup_criterion",
+    "mixup_data",
     "warm_up",
 ]

@@ -242,6 +242,7 @@ ARGUMENTS = [
     (lambda: mixup(X, PERMUTATION, 0.5, dtype="half"), TypeError, ["dtype", "'half'", "floating-point"]),
     (lambda: mixup(X, PERMUTATION, 0.5, mean=0.5), ValueError, ["mean", "std", "together"]),
     (lambda: mixup(X, PERMUTATION, 0.5, mean=(0.1, 0.2), std=1.0), ValueError, ["mean", "3", "2"]),
+    (lambda: mixup(X, PERMUTATION, 0.5, mean=(0.1, 0.2, 0.3), std=(1.0, 2.0)), ValueError, ["mean", "std", "3", "2"]),
     (lambda: mixup(X, PERMUTATION, 0.5, mean=0.0, std=(1.0, 0.0, 1.0)), ValueError, ["std", "positive", "0.0"]),
     (lambda: mixup(X, PERMUTATION, 0.5, mean="imagenet", std=1.0), TypeError, ["mean", "'imagenet'", "number"]),
     (lambda: mixup(X[:, 0, 0, 0], PERMUTATION, 0.5, mean=0.0, std=1.0), ValueError, ["channels", "(4,)"]),

@@ -283,6 +283,8 @@ def _check_format(memory_format: Any, x: Tensor) -> None:
 def affine(mean: Any, std: Any) -> tuple[Tensor, Tensor]:
     """What a mean and a deviation, numbers or one a channel, make of a value v: scale*v + shift, () or (C,) in float64."""
     mean, std = (_numbers(name, value) for name, value in (("mean", mean), ("std", std)))
+    if mean.ndim and std.ndim and 1 not in (len(mean), len(std)) and len(mean) != len(std):
+        raise ValueError(f"mixup: mean and std must be of the same channels, got {len(mean)} and {len(std)}")
     if may_read(std) and not (std > 0).all():
         raise ValueError(f"mixup: std must be positive, got {std.tolist()}")
     return 1 / std, -mean / std

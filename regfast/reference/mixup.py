@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..layout import as_laid_out, is_channels_last
-from .blur_pool import outside_autocast
+from .blur_pool import is_differentiated, outside_autocast
 
 
 def mixup(
@@ -27,19 +27,65 @@ def mixup(
     Minimization" (2018); the box: Yun et al., "CutMix" (2019).
     """
     with outside_autocast(x):
-        wide = accumulator(x.dtype, dtype)
-        own, partner = x.to(wide), _take(x, index).to(wide)
-        y = _blend(own, partner, _weight(lam, x.ndim, wide))
-        if box is not None:
-            box = box.expand(x.shape[0], 4)
-            pasted = torch.where(_inside(box, x.shape), partner, own)
-            y = torch.where((box[:, 0] < 0).view(-1, *(1,) * (x.ndim - 1)), y, pasted)
-        if x.dtype == torch.uint8:
-            y = y / 255
-        if scale is not None and shift is not None:
-            channels = (-1, *(1,) * (x.ndim - 2))
-            y = torch.addcmul(shift.to(wide).view(channels), y, scale.to(wide).view(channels))
-        return as_laid_out(y.to(dtype), x, memory_format)
+        arguments = scale, shift, dtype
+        box = None if box is None else box.expand(x.shape[0], 4)
+        if _prefers_parts(x, lam):
+            return _in_parts(x, index, lam, box, *arguments, torch.empty_like(x, dtype=dtype, memory_format=memory_format))
+        return as_laid_out(_mixed(x, _take(x, index), lam, box, *arguments), x, memory_format)
+
+
+def _prefers_parts(x: Tensor, lam: float | Tensor) -> bool:
+    """Whether to mix some samples at a time: eagerly on a CPU, where nobody differentiates."""
+    traced = torch.compiler.is_compiling() or is_differentiated(x) or (isinstance(lam, Tensor) and is_differentiated(lam))
+    return x.device.type == "cpu" and not traced
+
+
+# Elements of a part: what it needs stays in a core's cache, and in memory that is used again.
+_PART = 2**18
+
+
+def _in_parts(
+    x: Tensor,
+    index: Tensor,
+    lam: float | Tensor,
+    box: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    dtype: torch.dtype,
+    y: Tensor,
+) -> Tensor:
+    """Fills y, some samples at a time."""
+    count = max(_PART // max(x.shape[1:].numel(), 1), 1)
+    for first in range(0, x.shape[0], count):
+        part = slice(first, first + count)
+        weight = lam[part] if isinstance(lam, Tensor) and lam.ndim else lam
+        boxes = None if box is None else box[part]
+        y[part] = _mixed(x[part], _take(x, index[part]), weight, boxes, scale, shift, dtype)
+    return y
+
+
+def _mixed(
+    x: Tensor,
+    partner: Tensor,
+    lam: float | Tensor,
+    box: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Samples mixed with as many partners, one box each."""
+    wide = accumulator(x.dtype, dtype)
+    own, partner = x.to(wide), partner.to(wide)
+    y = _blend(own, partner, _weight(lam, x.ndim, wide))
+    if box is not None:
+        pasted = torch.where(_inside(box, x.shape), partner, own)
+        y = torch.where((box[:, 0] < 0).view(-1, *(1,) * (x.ndim - 1)), y, pasted)
+    if x.dtype == torch.uint8:
+        y = y / 255
+    if scale is not None and shift is not None:
+        channels = (-1, *(1,) * (x.ndim - 2))
+        y = torch.addcmul(shift.to(wide).view(channels), y, scale.to(wide).view(channels))
+    return y.to(dtype)
 
 
 def accumulator(*dtypes: torch.dtype) -> torch.dtype:

@@ -1,0 +1,466 @@
+"""The cross entropy of blended labels in one pass over the logits, and its gradient in another.
+
+Logits are (N, C, A, B), with a row of C classes at each of the positions (N, A, B); rows are numbered in that order. A program has
+tiles of ROWS rows by BLOCK_C classes, and goes along the classes with the maximum so far and the sum of exponentials so far. Which
+of the two lie side by side in memory is compiled for, and with it the order of a tile's axes, so that a warp's reads are runs.
+Axes of the rows that are one run for every tensor are one, so that a row's place takes a division only where it must.
+
+Two numbers a row are kept for the backward: the maximum, and the logarithm of the sum of exponentials of what is below it. Their
+sum, one log-sum-exp, would lose in float32 the small number beside a large one: with logits of 1e4, all but the third digit.
+
+A reduced loss is added up by each program, and then over programs by one more of its own: in an order that does not change, and
+without atomics, so that two runs give the same bits. It also has the denominators of the mean, which the backward divides by; so
+nobody waits for the device.
+
+Two numbers, per logit of e bytes (labels and statistics, some 24 bytes a row, apart):
+    forward    e bytes; a maximum, a subtraction, an exponential and a sum, with label smoothing 2 multiply-adds
+    backward   2 e bytes; 2 subtractions, an exponential, a product, 2 comparisons, selections and subtractions
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from .lanes import alignment_of, device_guard
+
+
+LOG2_E = tl.constexpr(math.log2(math.e))
+
+
+class Access(NamedTuple):
+    """How a launch reads and writes, known at compile time.
+
+    `axes` of the rows are left when those that are one run are one. A warp goes along the rows where `by_rows`, and else along the
+    classes, in vectors of `align`, of which every size, stride and address is a multiple.
+    """
+
+    axes: int
+    by_rows: bool
+    align: int
+
+
+@triton.jit
+def _rows(tile, rows, sizes, ROWS: tl.constexpr, ACCESS: tl.constexpr):
+    """The rows of a tile: their numbers, which exist, and their places along N, A and B; a column, or a line where by_rows."""
+    r = tl.cast(tile, rows.dtype) * ROWS + tl.arange(0, ROWS)
+    ALIGN: tl.constexpr = ACCESS.align if ACCESS.by_rows else 1
+    # The launcher has checked the alignment. Rounding to it changes nothing, and lets the compiler see it.
+    size_a, size_b, rows = sizes[0], sizes[1] // ALIGN * ALIGN, rows // ALIGN * ALIGN
+    r = r[None, :] if ACCESS.by_rows else r[:, None]
+    if ACCESS.axes == 1:
+        place = (0, 0, r)
+    elif ACCESS.axes == 2:
+        place = (0, r // size_b, r % size_b)
+    else:
+        place = (r // size_b // size_a, r // size_b % size_a, r % size_b)
+    return r, r < rows, place
+
+
+@triton.jit
+def _of_rows(ptr, place, strides, ALIGN: tl.constexpr, ACCESS: tl.constexpr):
+    """Pointers to one number a row, or to its first class; strides that `align` divides are rounded to ALIGN."""
+    stride_b = strides[2] // ALIGN * ALIGN
+    if ACCESS.by_rows and ALIGN > 1:
+        stride_b = 1
+    offset = place[2].to(tl.int64) * stride_b
+    if ACCESS.axes > 1:
+        offset += place[1].to(tl.int64) * (strides[1] // ALIGN * ALIGN)
+    if ACCESS.axes > 2:
+        offset += place[0].to(tl.int64) * (strides[0] // ALIGN * ALIGN)
+    return ptr + offset
+
+
+@triton.jit
+def _class_stride(stride, ACCESS: tl.constexpr):
+    if ACCESS.align == 1:
+        return stride
+    elif ACCESS.by_rows:
+        return stride // ACCESS.align * ACCESS.align
+    else:
+        return 1
+
+
+@triton.jit
+def _classes(start, classes, BLOCK_C: tl.constexpr, ACCESS: tl.constexpr):
+    """The classes of a block, and which exist: a line, or a column where by_rows."""
+    c = start + tl.arange(0, BLOCK_C)
+    c = c[:, None] if ACCESS.by_rows else c[None, :]
+    if not ACCESS.by_rows:
+        classes = classes // ACCESS.align * ACCESS.align
+    return c, c < classes
+
+
+@triton.jit
+def _statistics(
+    z, exists, classes, stride_c, weight_ptr, SMOOTHED: tl.constexpr, BLOCK_C: tl.constexpr, ACCESS: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    """Of rows that begin at z: the maximum, the log of the sum of exponentials below it and, if SMOOTHED, the weighted sum of
+    every class's loss."""
+    AXIS: tl.constexpr = 0 if ACCESS.by_rows else 1
+    highest = tl.full(exists.shape, float("-inf"), ACC)
+    base, total, spread = tl.zeros_like(highest), tl.zeros_like(highest), tl.zeros_like(highest)
+    before = tl.cast(0.0, ACC)
+    for start in range(0, classes, BLOCK_C):
+        c, known = _classes(start, classes, BLOCK_C, ACCESS)
+        value = tl.load(z + c.to(tl.int64) * stride_c, mask=known & exists, other=float("-inf")).to(ACC)
+        new = tl.maximum(highest, tl.max(value, AXIS, keep_dims=True))
+        # A difference of two infinities is NaN: as long as all are -inf, they are counted from 0.
+        new_base = tl.where(new == float("-inf"), 0.0, new)
+        total = total * _exp(highest - new_base) + tl.sum(_exp(value - new_base), AXIS, keep_dims=True)
+        if SMOOTHED:
+            weight = _weights(weight_ptr, c, known, ACC)
+            below = tl.where(known, weight * (new_base - value), 0.0)
+            spread += before * (new_base - base) + tl.sum(below, AXIS, keep_dims=True)
+            if weight_ptr is None:
+                before = tl.minimum(start + BLOCK_C, classes).to(ACC)
+            else:
+                before += tl.sum(weight)
+        highest, base = new, new_base
+    log_sum = tl.log(total)
+    return highest, log_sum, spread + before * log_sum
+
+
+@triton.jit
+def _exp(x):
+    # (Triton's own exp takes three instructions more, for results that are subnormal.)
+    return tl.exp2(x * LOG2_E)
+
+
+@triton.jit
+def _weights(weight_ptr, c, known, ACC: tl.constexpr):
+    """The weights of the classes c, where they are known."""
+    if weight_ptr is None:
+        return known.to(ACC)
+    else:
+        return tl.load(weight_ptr + c, mask=known, other=0.0).to(ACC)
+
+
+@triton.jit
+def _labels(ptr, r, exists, classes, ignore_index, weight_ptr, ACC: tl.constexpr):
+    """The rows' labels, which are classes, which of them count, and their weights. One that is no class weighs NaN."""
+    label = tl.load(ptr + r, mask=exists, other=0).to(tl.int64)
+    counts = exists & (label != ignore_index)
+    known = counts & (label >= 0) & (label < classes)
+    if weight_ptr is None:
+        weight = tl.where(known, 1.0, float("nan")).to(ACC)
+    else:
+        weight = tl.load(weight_ptr + label, mask=known, other=float("nan")).to(ACC)
+    return label, known, counts, tl.where(counts, weight, 0.0)
+
+
+@triton.jit
+def _losses(z, labels, stride_c, statistics, classes, SMOOTHING: tl.constexpr, ACC: tl.constexpr):
+    """The rows' losses for one of the two labels."""
+    label, known, counts, weight = labels
+    highest, log_sum, of_all = statistics
+    score = tl.load(z + label * stride_c, mask=known, other=float("nan")).to(ACC)
+    loss = weight * ((highest - score) + log_sum)
+    if SMOOTHING > 0:
+        loss = (1 - SMOOTHING) * loss + SMOOTHING / classes.to(ACC) * of_all
+    return tl.where(counts, loss, 0.0)
+
+
+def numbers_of(*tensors: str) -> list[str]:
+    """The names of a kernel's numbers, on none of which it is specialised: sizes and the tensors' strides."""
+    strides = (f"{tensor}_stride_{axis}" for tensor in tensors for axis in "nab")
+    return ["rows", "classes", "size_a", "size_b", "ignore_index", "z_stride_c", "dz_stride_c", *strides]
+
+
+@triton.jit(do_not_specialize=numbers_of("z", "lam"))
+def _forward_kernel(
+    z_ptr, a_ptr, b_ptr, lam_ptr, weight_ptr, statistics_ptr, loss_ptr, sums_ptr,
+    rows, classes, size_a, size_b, ignore_index,
+    z_stride_n, z_stride_a, z_stride_b, z_stride_c, lam_stride_n, lam_stride_a, lam_stride_b,
+    SMOOTHING: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr, ACCESS: tl.constexpr,
+):  # fmt: skip
+    """Shapes: z (N, classes, size_a, size_b); a, b and lam (N, size_a, size_b), a and b contiguous; weight (classes,) or None;
+    statistics (2, rows); loss (rows,), or None where sums, (programs, 4), are asked for.
+
+    This program processes tiles of ROWS rows, as many programs apart as there are. Its four sums are of the losses of a and of b,
+    weighted by lam and 1 - lam, and of the weights of a and of b.
+    """
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    stride_c = _class_stride(z_stride_c, ACCESS)
+    sum_a = tl.zeros((1, ROWS) if ACCESS.by_rows else (ROWS, 1), ACC)
+    sum_b, weight_a, weight_b = tl.zeros_like(sum_a), tl.zeros_like(sum_a), tl.zeros_like(sum_a)
+    for tile in range(program, tl.cdiv(rows, ROWS).to(tl.int32), programs):
+        r, exists, place = _rows(tile, rows, (size_a, size_b), ROWS, ACCESS)
+        z = _of_rows(z_ptr, place, (z_stride_n, z_stride_a, z_stride_b), ACCESS.align, ACCESS)
+        statistics = _statistics(z, exists, classes, stride_c, weight_ptr, SMOOTHING > 0, BLOCK_C, ACCESS, ACC)
+        tl.store(statistics_ptr + r, statistics[0], mask=exists)
+        tl.store(statistics_ptr + rows + r, statistics[1], mask=exists)
+
+        lam_at = _of_rows(lam_ptr, place, (lam_stride_n, lam_stride_a, lam_stride_b), 1, ACCESS)
+        lam = tl.load(lam_at, mask=exists, other=0.0).to(ACC)
+        a = _labels(a_ptr, r, exists, classes, ignore_index, weight_ptr, ACC)
+        b = _labels(b_ptr, r, exists, classes, ignore_index, weight_ptr, ACC)
+        loss_a = lam * _losses(z, a, stride_c, statistics, classes, SMOOTHING, ACC)
+        loss_b = (1.0 - lam) * _losses(z, b, stride_c, statistics, classes, SMOOTHING, ACC)
+        if sums_ptr is None:
+            tl.store(loss_ptr + r, (loss_a + loss_b).to(loss_ptr.dtype.element_ty), mask=exists)
+        else:
+            sum_a += loss_a
+            sum_b += loss_b
+            weight_a += a[3]
+            weight_b += b[3]
+    if sums_ptr is not None:
+        sums = sums_ptr + program * 4
+        tl.store(sums, tl.sum(sum_a))
+        tl.store(sums + 1, tl.sum(sum_b))
+        tl.store(sums + 2, tl.sum(weight_a))
+        tl.store(sums + 3, tl.sum(weight_b))
+
+
+@triton.jit(do_not_specialize=["programs"])
+def _finish_kernel(sums_ptr, loss_ptr, denominators_ptr, programs, BLOCK: tl.constexpr):
+    """Shapes: sums (programs, 4), programs <= BLOCK; loss (); denominators (2,), or None for a sum.
+
+    This program processes everything.
+    """
+    i = tl.arange(0, BLOCK)
+    loss_a = tl.sum(tl.load(sums_ptr + i * 4, mask=i < programs, other=0.0))
+    loss_b = tl.sum(tl.load(sums_ptr + i * 4 + 1, mask=i < programs, other=0.0))
+    if denominators_ptr is not None:
+        weight_a = tl.sum(tl.load(sums_ptr + i * 4 + 2, mask=i < programs, other=0.0))
+        weight_b = tl.sum(tl.load(sums_ptr + i * 4 + 3, mask=i < programs, other=0.0))
+        tl.store(denominators_ptr, weight_a)
+        tl.store(denominators_ptr + 1, weight_b)
+        loss_a, loss_b = loss_a / weight_a, loss_b / weight_b
+    tl.store(loss_ptr, (loss_a + loss_b).to(loss_ptr.dtype.element_ty))
+
+
+@triton.jit(do_not_specialize=numbers_of("z", "dz", "lam", "g"))
+def _backward_kernel(
+    g_ptr, z_ptr, a_ptr, b_ptr, lam_ptr, weight_ptr, weight_sum_ptr, statistics_ptr, denominators_ptr, dz_ptr,
+    rows, classes, size_a, size_b, ignore_index,
+    z_stride_n, z_stride_a, z_stride_b, z_stride_c, lam_stride_n, lam_stride_a, lam_stride_b,
+    dz_stride_n, dz_stride_a, dz_stride_b, dz_stride_c, g_stride_n, g_stride_a, g_stride_b,
+    SMOOTHING: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr, ACCESS: tl.constexpr,
+):  # fmt: skip
+    """Shapes: z and dz (N, classes, size_a, size_b); g, a, b and lam (N, size_a, size_b), a and b contiguous; weight (classes,)
+    and weight_sum () or None; statistics (2, rows); denominators (2,), or None where nothing is divided.
+
+    This program processes one tile of ROWS rows, a block of BLOCK_C classes after the other.
+    """
+    r, exists, place = _rows(tl.program_id(0), rows, (size_a, size_b), ROWS, ACCESS)
+    z = _of_rows(z_ptr, place, (z_stride_n, z_stride_a, z_stride_b), ACCESS.align, ACCESS)
+    dz = _of_rows(dz_ptr, place, (dz_stride_n, dz_stride_a, dz_stride_b), ACCESS.align, ACCESS)
+    stride_c, dz_stride_c = _class_stride(z_stride_c, ACCESS), _class_stride(dz_stride_c, ACCESS)
+    highest = tl.load(statistics_ptr + r, mask=exists, other=0.0)
+    log_sum = tl.load(statistics_ptr + rows + r, mask=exists, other=0.0)
+
+    g = tl.load(_of_rows(g_ptr, place, (g_stride_n, g_stride_a, g_stride_b), 1, ACCESS), mask=exists, other=0.0).to(ACC)
+    lam = tl.load(_of_rows(lam_ptr, place, (lam_stride_n, lam_stride_a, lam_stride_b), 1, ACCESS), mask=exists, other=0.0).to(ACC)
+    g_a, g_b = g * lam, g * (1.0 - lam)
+    if denominators_ptr is not None:
+        g_a, g_b = g_a / tl.load(denominators_ptr), g_b / tl.load(denominators_ptr + 1)
+    label_a, share_a, g_a = _gradients(_labels(a_ptr, r, exists, classes, ignore_index, weight_ptr, ACC), g_a, SMOOTHING)
+    label_b, share_b, g_b = _gradients(_labels(b_ptr, r, exists, classes, ignore_index, weight_ptr, ACC), g_b, SMOOTHING)
+    total = share_a + share_b
+    if SMOOTHING > 0:
+        every = (g_a + g_b) * (SMOOTHING / classes.to(ACC))
+        total += every * (classes.to(ACC) if weight_ptr is None else tl.load(weight_sum_ptr).to(ACC))
+
+    for start in range(0, classes, BLOCK_C):
+        c, known = _classes(start, classes, BLOCK_C, ACCESS)
+        value = tl.load(z + c.to(tl.int64) * stride_c, mask=known & exists, other=float("-inf")).to(ACC)
+        gradient = total * _exp((value - highest) - log_sum)
+        gradient -= tl.where(c == label_a, share_a, 0.0)
+        gradient -= tl.where(c == label_b, share_b, 0.0)
+        if SMOOTHING > 0:
+            gradient -= every * _weights(weight_ptr, c, known, ACC)
+        tl.store(dz + c.to(tl.int64) * dz_stride_c, gradient.to(dz_ptr.dtype.element_ty), mask=known & exists)
+
+
+@triton.jit
+def _gradients(labels, g, SMOOTHING: tl.constexpr):
+    """A term's labels, what each takes of its row's gradient, and the gradient g where the label counts."""
+    label, known, counts, weight = labels
+    g = tl.where(counts, g, 0.0)
+    share = tl.where(counts, g * (1 - SMOOTHING) * weight, 0.0)
+    return tl.where(known, label, -1).to(tl.int32), share, g
+
+
+class Cut(NamedTuple):
+    """How a launch is cut: rows and classes a tile, and a program's warps."""
+
+    rows: int
+    block: int
+    num_warps: int
+
+
+# The programs of a reduced loss at most, whose sums one program adds.
+PROGRAMS = 4096
+
+
+def cut_for(classes: int, by_rows: bool) -> Cut:
+    """The pinned cut for as many classes: by their power of two alone, so that no size compiles anew."""
+    width = 1 << (classes - 1).bit_length()
+    if not by_rows:
+        block = min(width, 4096)
+        # One row a warp: what is done once a row is done by all the threads that share it.
+        return Cut(max(1024 // block, 1), block, max(block // 1024, 1))
+    if width <= 64:
+        # A thread has all of a row's classes.
+        return Cut(256, min(width, 8), 2)
+    return Cut(128, 32, 4) if width <= 256 else Cut(32, 128, 8)
+
+
+class Rows(NamedTuple):
+    """The rows of a launch's tensors without their data: sizes of N, A and B, and each tensor's strides along them.
+
+    Axes that are one run for every tensor are one, the last; those before it have size 1.
+    """
+
+    sizes: tuple[int, ...]
+    strides: tuple[tuple[int, ...], ...]
+
+    @property
+    def axes(self) -> int:
+        return max((3 - axis for axis, size in enumerate(self.sizes) if size > 1), default=1)
+
+
+def rows_of(sizes: tuple[int, ...], strides: tuple[tuple[int, ...], ...]) -> Rows:
+    """Joins the axes of the rows as far as all the tensors' strides allow."""
+    joined: list[list[int]] = []
+    for axis, size in enumerate(sizes):
+        if size == 1:
+            continue
+        along = [stride[axis] for stride in strides]
+        if joined and all(outer == size * inner for outer, inner in zip(joined[-1][1:], along)):
+            joined[-1] = [joined[-1][0] * size, *along]
+        else:
+            joined.append([size, *along])
+    joined = [[1, *(0 for _ in strides)]] * (3 - len(joined)) + joined
+    return Rows(tuple(axis[0] for axis in joined), tuple(zip(*(axis[1:] for axis in joined))))
+
+
+class Plan(NamedTuple):
+    """All of a launch but its tensors: its tiles, the kernel's numbers in their order, and its constants."""
+
+    tiles: int
+    numbers: tuple[int, ...]
+    options: dict[str, Any]
+
+
+# In training the same few layouts come again and again.
+@functools.lru_cache(maxsize=1024)
+def plan(
+    shape: tuple[int, ...], logits: tuple[tuple[int, ...], ...], others: tuple[tuple[int, ...], ...], ignore_index: int,
+    smoothing: float, alignment: int, itemsize: int,
+) -> Plan:  # fmt: skip
+    """The launch on (N, C, A, B) logits. `logits` has the strides of each tensor of their shape, `others` those along N, A and B of
+    each that has one number a row."""
+    n, classes, *positions = shape
+    along = tuple(stride for pair in zip((s[:1] + s[2:] for s in logits), others) for stride in pair)
+    rows = rows_of((n, *positions), along)
+    strides_c = [stride[1] for stride in logits]
+    inner = rows.strides[0][2]
+    by_rows = strides_c[0] != 1 and (inner == 1 or 0 < inner < strides_c[0])
+    align = _align(rows, strides_c, classes, by_rows, min(alignment, 4 if by_rows else 16 // itemsize))
+    if not by_rows and align < 4 and classes <= 64:
+        # A thread would have one or two elements of a row, and as much to do for it as one that has them all.
+        by_rows, align = True, 1
+    cut = cut_for(classes, by_rows)
+    numbers = [math.prod(rows.sizes), classes, *rows.sizes[1:], ignore_index]
+    for i, stride in enumerate(rows.strides):
+        numbers += stride if i % 2 else (*stride, strides_c[i // 2])
+    return Plan(
+        tiles=-(-numbers[0] // cut.rows),
+        numbers=tuple(numbers),
+        options=dict(
+            SMOOTHING=smoothing, ACC=tl.float64 if itemsize == 8 else tl.float32, ROWS=cut.rows, BLOCK_C=cut.block,
+            ACCESS=Access(rows.axes, by_rows, align), num_warps=cut.num_warps,
+        ),
+    )  # fmt: skip
+
+
+def _align(rows: Rows, strides_c: list[int], classes: int, by_rows: bool, most: int) -> int:
+    """The width of the vectors that sizes and strides of the logits allow, up to `most`."""
+    along = [stride for tensor in rows.strides[::2] for stride in tensor]
+    if by_rows:
+        dense = all(tensor[2] == 1 for tensor in rows.strides[::2])
+        # A row's other axes and the classes are multiples; so is the run's length, or else a vector would reach into the next.
+        divided = [rows.sizes[2], *strides_c, *(stride for tensor in rows.strides[::2] for stride in tensor[:2])]
+    else:
+        dense, divided = all(stride == 1 for stride in strides_c), [classes, *along]
+    align = most
+    while align > 1 and not (dense and all(number % align == 0 for number in divided)):
+        align //= 2
+    return align
+
+
+def as_logits(z: torch.Tensor) -> torch.Tensor:
+    """z as (N, C, A, B): an axis that it has not got has size 1, and all between C and the last are one (which may take a copy)."""
+    n, classes, *positions = z.shape
+    return z.reshape(n, classes, math.prod(positions[:-1]), positions[-1] if positions else 1)
+
+
+def as_rows(t: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """t, which has one number in all, a sample or a row, as (N, A, B), for (N, C, A, B) logits (which may take a copy)."""
+    n, _, *positions = logits.shape
+    return t.view(-1, 1, 1).expand(n, *positions) if t.ndim < 2 else t.reshape(n, *positions)
+
+
+def plan_of(logits: tuple[torch.Tensor, ...], others: tuple[torch.Tensor, ...], ignore_index: int, smoothing: float) -> Plan:
+    """The launch on logits (N, C, A, B), z the first, and what there is of each row, (N, A, B)."""
+    return plan(
+        tuple(logits[0].shape),
+        tuple(t.stride() for t in logits),
+        tuple(t.stride() for t in others),
+        ignore_index,
+        smoothing,
+        alignment_of(*logits),
+        logits[0].element_size(),
+    )
+
+
+def mixup_cross_entropy(
+    z: torch.Tensor, a: torch.Tensor, b: torch.Tensor, lam: torch.Tensor, weight: torch.Tensor | None, ignore_index: int,
+    smoothing: float, loss: torch.Tensor, statistics: torch.Tensor, denominators: torch.Tensor,
+) -> None:  # fmt: skip
+    """Fills the loss, (N, ...) or (), with the two statistics of each row, (2, N, ...), and the denominators, (2,) of a mean or (0,).
+
+    z is (N, C, ...), a and b (N, ...), lam () or (N,), weight (C,) or None.
+    """
+    logits, reduced = as_logits(z), loss.ndim == 0
+    shares = as_rows(lam, logits)
+    launch = plan_of((logits,), (shares,), ignore_index, smoothing)
+    programs = min(launch.tiles, PROGRAMS) if reduced else launch.tiles
+    sums = statistics.new_empty((programs, 4)) if reduced else None
+    with device_guard(z):
+        if programs:
+            _forward_kernel[(programs,)](
+                logits, a.contiguous(), b.contiguous(), shares, weight, statistics, loss, sums, *launch.numbers, **launch.options
+            )
+        if reduced:
+            mean = denominators if denominators.numel() else None
+            _finish_kernel[(1,)](sums, loss, mean, programs, BLOCK=PROGRAMS, num_warps=8)
+
+
+def mixup_cross_entropy_backward(
+    g: torch.Tensor, z: torch.Tensor, a: torch.Tensor, b: torch.Tensor, lam: torch.Tensor, weight: torch.Tensor | None,
+    statistics: torch.Tensor, denominators: torch.Tensor, ignore_index: int, smoothing: float, dz: torch.Tensor,
+) -> None:  # fmt: skip
+    """Fills dz with the gradient of z, from g, that of the loss, and from what the forward has filled."""
+    if dz.numel() == 0:
+        return
+    logits, filled = as_logits(z), as_logits(dz)
+    shares, gradients = as_rows(lam, logits), as_rows(g, logits)
+    launch = plan_of((logits, filled), (shares, gradients), ignore_index, smoothing)
+    mean = denominators if denominators.numel() else None
+    weight_sum = weight.sum(dtype=statistics.dtype) if weight is not None and smoothing else None
+    with device_guard(z):
+        _backward_kernel[(launch.tiles,)](
+            gradients, logits, a.contiguous(), b.contiguous(), shares, weight, weight_sum, statistics, mean, filled,
+            *launch.numbers, **launch.options,
+        )  # fmt: skip
+    if filled.data_ptr() != dz.data_ptr():
+        dz.copy_(filled.view(dz.shape))

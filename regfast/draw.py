@@ -1,0 +1,183 @@
+"""The random numbers of mixing: who is mixed with whom, by how much, and where. Nothing here makes the host wait for a device."""
+
+from __future__ import annotations
+
+import math
+import os
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import get_worker_info
+
+__all__ = ["PAIRINGS", "Stream", "beta", "boxes", "check_alpha", "check_generator", "pairing"]
+
+PAIRINGS = ("random", "pairs", "flip", "roll")
+
+_MAIN = -1  # where no DataLoader worker is; the seeds of workers are not negative
+
+
+class Stream:
+    """The random numbers of one module.
+
+    A generator that was given is drawn from as it is. Otherwise the stream has a generator of its own on the host, seeded at its
+    first use (a draw, or a saving of its state) with one number of torch's global CPU generator and with the rank of
+    torch.distributed: reproducible from torch.manual_seed, distinct by rank.
+
+    A DataLoader worker holds a copy of its parent's stream, and would repeat what the other workers draw. So there the copy is
+    seeded once, with a number of the worker's own global generator (and with the seed of the generator that was given).
+
+    Raises:
+        TypeError: for a generator that is no torch.Generator.
+    """
+
+    def __init__(self, generator: torch.Generator | None = None) -> None:
+        check_generator(generator)
+        self._given = generator is not None
+        self._generator = torch.Generator() if generator is None else generator
+        # Where the generator was seeded: in which worker, in the main process, or nowhere yet.
+        self._home = None if generator is None else _worker()
+        self._rank: int | None = None
+
+    @property
+    def generator(self) -> torch.Generator:
+        """The generator to draw from, seeded."""
+        if self._home != _worker():
+            seed = int(torch.randint(2**63 - 1, (), device="cpu")) + (self._generator.initial_seed() if self._given else 0)
+            self._generator.manual_seed(_for_rank(seed, self._own_rank()))
+            self._home = _worker()
+        return self._generator
+
+    def get_state(self) -> Tensor:
+        """The state of the stream, a uint8 tensor: the generator's, and of a generator of its own the rank too."""
+        state = self.generator.get_state()
+        return state if self._given else torch.cat((state, torch.tensor([self._own_rank()], device="cpu").view(torch.uint8)))
+
+    def set_state(self, state: Tensor) -> None:
+        """Goes on from a state that `get_state` returned.
+
+        Where every rank loads the checkpoint of one, the others go on from streams that follow from it, and stay distinct.
+
+        Raises:
+            ValueError, TypeError: for what is no state of this kind of generator.
+        """
+        rank_bytes = 0 if self._given else 8
+        expected = self._generator.get_state().numel() + rank_bytes
+        if not isinstance(state, Tensor) or state.dtype != torch.uint8:
+            raise TypeError(f"state must be a uint8 Tensor, got {getattr(state, 'dtype', type(state).__name__)}")
+        if state.shape != (expected,):
+            kind = f"{'a given' if self._given else 'its own'} {self._generator.device.type} generator"
+            raise ValueError(f"state of {kind} must have shape {(expected,)}, got {tuple(state.shape)}")
+        state = state.cpu()
+        self._generator.set_state(state[: expected - rank_bytes])
+        self._home = _worker()
+        rank = self._own_rank()
+        if not self._given and rank != int(state[-8:].clone().view(torch.int64)):
+            seed = int(torch.randint(2**63 - 1, (), generator=self._generator, device="cpu"))
+            self._generator.manual_seed(_for_rank(seed, rank))
+
+    def _own_rank(self) -> int:
+        # A spawned DataLoader worker knows no process group: its parent's rank came with the pickle.
+        rank = _rank()
+        return (self._rank or 0) if rank is None else rank
+
+    def __getstate__(self) -> dict[str, Any]:
+        # As bytes: a spawned process is sent a tensor by its file descriptor, and a generator's state does not live so long.
+        generator = (str(self._generator.device), self._generator.get_state().numpy().tobytes())
+        return {**self.__dict__, "_generator": generator, "_rank": self._own_rank()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        device, numbers = state["_generator"]
+        generator = torch.Generator(device)
+        generator.set_state(torch.frombuffer(bytearray(numbers), dtype=torch.uint8))
+        self.__dict__.update(state, _generator=generator)
+
+
+def _worker() -> int:
+    """Which DataLoader worker this process is, by its seed."""
+    info = get_worker_info()
+    return _MAIN if info is None else info.seed
+
+
+def _rank() -> int | None:
+    """This process's rank, as torch.distributed knows it or as torchrun set it; None outside both."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank()
+    rank = os.environ.get("RANK", "")
+    return int(rank) if rank.isdecimal() else None
+
+
+def _for_rank(seed: int, rank: int) -> int:
+    """A seed of `rank`. An odd factor: the CPU's generator takes the lower 32 bits of a seed, and those must differ."""
+    return (seed + rank * 0x9E3779B97F4A7C15) % 2**64
+
+
+def check_generator(generator: Any) -> None:
+    """Refuses what is no generator, nor None."""
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator or None, got {type(generator).__name__}")
+
+
+def check_alpha(name: str, alpha: Any) -> None:
+    """Refuses what is no parameter of `beta`."""
+    if isinstance(alpha, bool) or not isinstance(alpha, Real):
+        raise TypeError(f"{name} must be a number, got {alpha!r}")
+    if not 0 <= float(alpha) < math.inf:
+        raise ValueError(f"{name} must be finite and at least 0, got {alpha}")
+
+
+def beta(alpha: float, size: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Draws from Beta(alpha, alpha), float32, on the generator's device; ones where alpha is 0, which mixes nothing.
+
+    A ratio of two gamma variables, each as Gamma(alpha + 1) * U^(1/alpha) and in logarithms: for a small alpha both are below the
+    smallest number, and their ratio is not. Source: Marsaglia and Tsang, "A Simple Method for Generating Gamma Variables" (2000).
+    """
+    if alpha == 0:
+        return torch.ones(size, device=generator.device)
+    raised = torch.full((2, *size), alpha + 1, dtype=torch.float64, device=generator.device)
+    uniform = torch.rand(raised.shape, generator=generator, dtype=torch.float64, device=generator.device)
+    log_gamma = torch._standard_gamma(raised, generator=generator).log() + (-uniform).log1p() / alpha
+    return torch.sigmoid(log_gamma[0] - log_gamma[1]).float()
+
+
+def pairing(name: str, batch: int, generator: torch.Generator) -> Tensor:
+    """The partner of every sample, (batch,) int64, on the generator's device.
+
+    "random" is torch.randperm, "pairs" a random perfect matching (an odd batch leaves its last sample with itself), "flip" timm's
+    x.flip(0), "roll" torchvision's x.roll(1, 0).
+
+    Raises:
+        ValueError: for any other name.
+    """
+    device = generator.device
+    if name == "random":
+        return torch.randperm(batch, generator=generator, device=device)
+    own = torch.arange(batch, device=device)
+    if name == "pairs":
+        half = batch // 2
+        order = torch.randperm(2 * half, generator=generator, device=device)
+        return own.scatter(0, order, order.roll(half))
+    if name == "flip":
+        return own.flip(0)
+    if name == "roll":
+        return own.roll(1)
+    raise ValueError(f"pairing must be one of {', '.join(map(repr, PAIRINGS))}, got {name!r}")
+
+
+def boxes(lam: Tensor, height: int, width: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """CutMix's boxes for lam, any shape, on the generator's device: (..., 4) int64 edges (y0, y1, x0, x1), and lam corrected.
+
+    A box has the image's proportions and 1 - lam of its area, rounded down to whole pixels; its centre is uniform, and what lies
+    beyond the image is cut off. The corrected lam, float32, is the share of the image that is left to it. Source: Yun et al.,
+    "CutMix" (2019); the rounding is timm's.
+    """
+    side = (1 - lam.double()).sqrt()
+    edges = []
+    for length in (height, width):
+        cut = (length * side).long()
+        centre = torch.randint(length, lam.shape, generator=generator, device=lam.device)
+        edges += [(centre - cut // 2).clamp(0, length), (centre + (cut + 1) // 2).clamp(0, length)]
+    y0, y1, x0, x1 = edges
+    area = (y1 - y0) * (x1 - x0)
+    return torch.stack(edges, -1), (1 - area.double() / (height * width)).float()

@@ -1,0 +1,162 @@
+"""Losses of mixed labels. A mixed target is a tuple (y_i, y_j, lam), such as a `MixedTarget`; any other target is a plain one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .ops.mixup import check_lam, on_device
+from .ops.mixup_cross_entropy import mixup_cross_entropy
+
+__all__ = ["MixupBCEWithLogitsLoss", "MixupCrossEntropyLoss", "MixupLoss", "mixup_accuracy", "mixup_criterion"]
+
+
+class MixupLoss(nn.Module):
+    """The book's loss: lam*loss(input, y_i) + (1 - lam)*loss(input, y_j) of a mixed target; the plain loss of a plain one.
+
+    For cross entropy `MixupCrossEntropyLoss` is the same, and reads the logits once.
+
+    Args:
+        base_loss: any loss of (input, target); nn.CrossEntropyLoss() by default. For a (B,) lam it must return a loss a sample
+            (reduction="none"): a mean has lost what each lam would weigh.
+
+    Raises:
+        ValueError: for a tuple that is not of three, a (B,) lam with a reduced loss, or a lam outside [0, 1].
+        TypeError: for a base_loss that cannot be called, or a lam that is no number.
+
+    Source: Zhang et al., "mixup: Beyond Empirical Risk Minimization" (2018); the book chapter's MixupLoss.
+    """
+
+    def __init__(self, base_loss: Callable[[Any, Any], Any] | None = None) -> None:
+        super().__init__()
+        if base_loss is not None and not callable(base_loss):
+            raise TypeError(f"base_loss must be callable, got {base_loss!r}")
+        self.base_loss = nn.CrossEntropyLoss() if base_loss is None else base_loss
+
+    def forward(self, input: Any, target: Any) -> Any:
+        mixed = _as_mixed(target)
+        return self.base_loss(input, target) if mixed is None else mixup_criterion(self.base_loss, input, *mixed)
+
+
+def mixup_criterion(criterion: Callable[[Any, Any], Any], pred: Any, y_a: Any, y_b: Any, lam: float | Tensor) -> Any:
+    """The blog's loss: lam*criterion(pred, y_a) + (1 - lam)*criterion(pred, y_b).
+
+    Raises:
+        ValueError: for a (B,) lam with a criterion that does not return a loss a sample, or a lam outside [0, 1].
+    """
+    return _weigh("loss", criterion(pred, y_a), criterion(pred, y_b), lam)
+
+
+def mixup_accuracy(metric: Callable[[Any, Any], Any], preds: Any, y_a: Any, y_b: Any, lam: float | Tensor) -> Any:
+    """The blog's accuracy: lam*metric(preds, y_a) + (1 - lam)*metric(preds, y_b).
+
+    Raises:
+        ValueError: for a (B,) lam with a metric that does not return a value a sample, or a lam outside [0, 1].
+    """
+    return _weigh("metric", metric(preds, y_a), metric(preds, y_b), lam)
+
+
+class MixupCrossEntropyLoss(nn.CrossEntropyLoss):
+    """nn.CrossEntropyLoss of mixed or plain labels: lam*CE(input, a) + (1 - lam)*CE(input, b), reading the logits once.
+
+    Args:
+        weight, ignore_index, reduction, label_smoothing: as in nn.CrossEntropyLoss.
+
+    Shape: input (N, C) or (N, C, d1, ...); target a tuple (a, b, lam), of class indices (N,) or (N, d1, ...) and of a weight that
+    is a number, 0-d or (N,); or the class indices alone, and then it is nn.CrossEntropyLoss, value for value. Labels may also be
+    probabilities of the classes, floating and of input's shape.
+
+    Raises:
+        ValueError, TypeError: for an argument or an input that is not allowed; the message names it and what is.
+
+    Source: Zhang et al., "mixup: Beyond Empirical Risk Minimization" (2018).
+
+    Example:
+        >>> a, b = torch.randint(10, (2, 8))
+        >>> regfast.MixupCrossEntropyLoss(label_smoothing=0.1)(torch.randn(8, 10), (a, b, 0.7)).shape
+        torch.Size([])
+    """
+
+    def __init__(
+        self,
+        weight: Tensor | None = None,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+    ) -> None:
+        super().__init__(weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing)
+
+    def forward(self, input: Tensor, target: Any) -> Tensor:
+        mixed = _as_mixed(target)
+        target = target if mixed is None else mixed
+        return mixup_cross_entropy(input, target, self.weight, self.ignore_index, self.reduction, self.label_smoothing)
+
+
+class MixupBCEWithLogitsLoss(nn.BCEWithLogitsLoss):
+    """nn.BCEWithLogitsLoss of multi-hot labels, mixed or plain. It is linear in the labels, so those are blended, once.
+
+    Args:
+        weight, reduction, pos_weight: as in nn.BCEWithLogitsLoss.
+
+    Shape: input (N, ...); target a tuple (a, b, lam), of labels of input's shape and any dtype, and of a weight that is a number,
+    0-d or (N,); or the labels alone, and then it is nn.BCEWithLogitsLoss, value for value.
+
+    Raises:
+        ValueError, TypeError: for an argument or an input that is not allowed; the message names it and what is.
+
+    Source: Zhang et al., "mixup: Beyond Empirical Risk Minimization" (2018).
+    """
+
+    def __init__(self, weight: Tensor | None = None, reduction: str = "mean", pos_weight: Tensor | None = None) -> None:
+        super().__init__(weight, reduction=reduction, pos_weight=pos_weight)
+
+    def forward(self, input: Tensor, target: Any) -> Tensor:
+        mixed = _as_mixed(target)
+        if mixed is None:
+            return super().forward(input, target if target.is_floating_point() else target.to(input.dtype))
+        a, b, lam = mixed
+        for name, labels in (("a", a), ("b", b)):
+            if not isinstance(labels, Tensor):
+                raise TypeError(f"target's {name} must be a Tensor, got {type(labels).__name__}")
+            if labels.shape != input.shape:
+                raise ValueError(f"target's {name} must have input's shape {tuple(input.shape)}, got {tuple(labels.shape)}")
+        check_lam(lam, input)
+        lam = _broadcast(lam, input)
+        wide = torch.promote_types(input.dtype, torch.float32)
+        a, b = a.to(wide), b.to(wide)
+        return super().forward(input, (lam * a + (1 - lam) * b).to(input.dtype))
+
+
+def _as_mixed(target: Any) -> tuple[Any, Any, Any] | None:
+    """A mixed target as a tuple, None of a plain one. (Some loaders and scatters turn tuples into lists.)"""
+    if not isinstance(target, (tuple, list)):
+        return None
+    if len(target) != 3:
+        raise ValueError(f"a mixed target must be a tuple of three, (y_i, y_j, lam), got {len(target)}")
+    a, b, lam = target
+    return a, b, lam
+
+
+def _weigh(name: str, first: Any, second: Any, lam: float | Tensor) -> Any:
+    """lam*first + (1 - lam)*second, of one number for the batch or of one a sample, in first's dtype."""
+    shape = tuple(getattr(first, "shape", ()))
+    if isinstance(lam, Tensor) and lam.ndim and lam.shape != shape[:1]:
+        expected = f"{tuple(lam.shape)}, a value a sample (reduction='none')"
+        raise ValueError(f"a lam of shape {tuple(lam.shape)} needs a {name} that returns {expected}, got shape {shape}")
+    check_lam(lam, first)
+    if not isinstance(first, Tensor):
+        return lam * first + (1 - lam) * second
+    lam = _broadcast(lam, first)
+    mixed = lam * first + (1 - lam) * second
+    # Of two 0-d tensors neither gives way, and a float64 lam would make a float64 loss.
+    return mixed.to(first.dtype) if first.is_floating_point() else mixed
+
+
+def _broadcast(lam: float | Tensor, like: Tensor) -> float | Tensor:
+    """lam as it meets a tensor with the batch first, on its device."""
+    if not isinstance(lam, Tensor) or lam.ndim == 0:
+        return lam
+    return on_device(lam, like).view(-1, *(1,) * (like.ndim - 1))

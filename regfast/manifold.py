@@ -1,0 +1,444 @@
+"""Manifold mixup of any model: the blend of MixUp in a hidden layer, with one run of what comes before it."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import difflib
+import math
+import sys
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import FrameType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
+from torch.utils.hooks import RemovableHandle
+
+from .draw import Stream, beta, check_alpha, pairing
+from .mixup import MixedTarget
+from .ops.mixup import blend, on_device
+
+__all__ = ["ManifoldMixup"]
+
+# So many forwards may await their backwards, with activation checkpointing, before the mix of the first is forgotten.
+_REMEMBERED = 256
+
+
+class ManifoldMixup(nn.Module):
+    """Manifold mixup of a model: what one layer hands on is blended, lam*h + (1 - lam)*h[index], and the labels with it.
+
+    Called as `output, target = mm(x, y)`. In training mode each call draws one of the candidates, runs the model once, blends
+    there and runs on; the target is a `MixedTarget`, for `MixupCrossEntropyLoss`, `MixupLoss` or anything that takes (y_i, y_j,
+    lam). In eval mode it is the bare model: `mm(x, y)` returns (output, y), and `mm(x)` the output. Calls of the model itself mix
+    nothing.
+
+    Args:
+        model: any nn.Module, also one in DistributedDataParallel or torch.compile.
+        layers: names of modules, as in `model.named_modules()`; the output of each is a candidate. By default the blog's choice:
+            what enters the first nn.Sequential among the model's children ("stem"), and the output of every such stage but the
+            last. In a model that is an nn.Sequential and holds none, the children are the stages.
+        alpha: lam is drawn from Beta(alpha, alpha), one for the batch; 0 mixes nothing.
+        include_input: whether the input, x, is a candidate as well.
+        generator: drawn from as it is; it must be on the host. By default a generator of the module's own: reproducible from
+            torch.manual_seed, distinct by rank, saved and restored with the state_dict.
+
+    Call:
+        x: the model's first argument, the batch first: a tensor, or tuples, lists, dicts and dataclasses of tensors. Of these, as
+            of what a layer hands on, each floating-point tensor whose first dimension is the batch is blended, and the rest kept.
+        y: labels, (B, ...).
+        *args, **kwargs: further arguments of the model, passed on as they are.
+
+    Attributes:
+        candidates: the names of the candidates; "input" is x.
+        last_k, last_layer, last_lam: which of them the last call in training mode drew, its name, and lam as a number.
+
+    The model carries hooks until `close()`, the end of a `with` block, or the deletion of the ManifoldMixup. Activation
+    checkpointing needs them to mix in its recomputation what the forward mixed: close after the backward. (A backward in compiled
+    autograd recomputes without them.)
+
+    The model may be compiled, fullgraph or not, before its first call; each candidate makes a graph of its own. Where the
+    ManifoldMixup itself is compiled, its draw breaks the graph before the model's.
+
+    Raises:
+        ValueError, TypeError: for an argument or an input that is not allowed; the message names it and what is.
+        RuntimeError: where in a call a candidate never runs, or runs twice, so that there is no one place to mix.
+
+    Source: Verma et al., "Manifold Mixup: Better Representations by Interpolating Hidden States" (2019).
+
+    Example:
+        >>> mm = regfast.ManifoldMixup(torchvision.models.resnet18(num_classes=10))
+        >>> mm.candidates
+        ('input', 'stem', 'layer1', 'layer2', 'layer3')
+        >>> output, target = mm(torch.randn(8, 3, 32, 32), torch.randint(10, (8,)))
+        >>> regfast.MixupCrossEntropyLoss()(output, target).backward()
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Sequence[str] | None = None,
+        *,
+        alpha: float = 2.0,
+        include_input: bool = True,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+        if not isinstance(include_input, bool):
+            raise TypeError(f"include_input must be True or False, got {include_input!r}")
+        check_alpha("alpha", alpha)
+        self._stream = Stream(generator)
+        if generator is not None and generator.device.type != "cpu":
+            raise ValueError(f"generator must be on the cpu, where the layer is drawn, got one on {generator.device}")
+        hidden = _default_candidates(model) if layers is None else _named_candidates(model, layers)
+        self._candidates = (_INPUT, *hidden) if include_input else hidden
+        if not self._candidates:
+            raise ValueError(f"layers must name a module where include_input is False, got {layers!r}")
+        self.model = model
+        self.alpha = alpha
+        self.last_k: int | None = None
+        self.last_lam: float | None = None
+        self._install()
+
+    def _install(self) -> None:
+        """Hooks the candidates of the model, with no forward to remember."""
+        self._active: _Mix | None = None
+        self._past = _Past()
+        self._handles: list[RemovableHandle] = []
+        for k, candidate in enumerate(self._candidates):
+            if candidate != _INPUT:
+                module = self.model.get_submodule(candidate.path)
+                register: Any = module.register_forward_pre_hook if candidate.before else module.register_forward_hook
+                self._handles.append(register(_Hook(self, k)))
+        self._removal = weakref.finalize(self, _remove, self._handles)
+
+    def close(self) -> None:
+        """Takes the hooks out of the model; in eval mode the module still works."""
+        self._removal()
+
+    def __enter__(self) -> ManifoldMixup:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    @property
+    def candidates(self) -> tuple[str, ...]:
+        return tuple(candidate.name for candidate in self._candidates)
+
+    @property
+    def last_layer(self) -> str | None:
+        return None if self.last_k is None else self.candidates[self.last_k]
+
+    def forward(self, x: Any, y: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        if not self.training:
+            output = self.model(x, *args, **kwargs)
+            return output if y is None else (output, y)
+        mix, target = self._begin(x, y)
+        try:
+            if self._candidates[mix.k] == _INPUT:
+                x = self._blend(mix, x)
+            output = self.model(x, *args, **kwargs)
+            self._check_runs(mix)
+        finally:
+            self._end(mix)
+        return output, target
+
+    # Typed by hand: torch's decorator is not.
+    @torch.compiler.disable(reason="a torch.Generator cannot be drawn from within a graph")  # type: ignore[untyped-decorator]
+    def _begin(self, x: Any, y: Any) -> tuple[_Mix, MixedTarget]:
+        """What a call mixes, drawn or, where a backward is recomputing the call, what it mixed before; and the target."""
+        if not self._removal.alive:
+            raise RuntimeError("ManifoldMixup was closed, and mixes no more: call it in eval mode, or its model")
+        _check_labels(y, x)
+        node = _running_node()
+        mix = self._draw(len(y), y.device) if node is None else self._past.find(node)
+        if mix is None:
+            raise RuntimeError("ManifoldMixup was called within a backward that is not recomputing a call of it")
+        return mix, MixedTarget(y, y[on_device(mix.index, y)], mix.lam)
+
+    def _draw(self, batch: int, device: torch.device) -> _Mix:
+        generator = self._stream.generator
+        k = int(torch.randint(len(self._candidates), (), generator=generator))
+        index, lam = pairing("random", batch, generator), beta(self.alpha, (), generator)
+        self.last_k, self.last_lam = k, float(lam)
+        index, lam = (t.to(device, non_blocking=True) for t in (index, lam))
+        self._active = self._past.begin(_Mix(k, index, lam, [int(c == _INPUT) for c in self._candidates]))
+        return self._active
+
+    @torch.compiler.disable(reason="it reads autograd's counter")  # type: ignore[untyped-decorator]
+    def _end(self, mix: _Mix) -> None:
+        if mix is self._active:
+            self._past.end(mix)
+            self._active = None
+
+    def _visit(self, k: int, value: Any) -> Any:
+        """What candidate k hands on in place of `value`; None for the value itself."""
+        node = None if torch.compiler.is_compiling() else _running_node()
+        mix = self._active if node is None else self._past.find(node)
+        if mix is None:
+            return None
+        if node is None:
+            mix.runs[k] += 1
+            if mix.runs[k] > 1:
+                raise RuntimeError(f"ManifoldMixup: {self.candidates[k]!r} ran twice in a forward; name a module that runs once")
+        return self._blend(mix, value) if mix.k == k else None
+
+    def _blend(self, mix: _Mix, value: Any) -> Any:
+        batch, blended = len(mix.index), []
+
+        def blend_batch(t: Tensor) -> Tensor:
+            if not t.is_floating_point() or t.shape[:1] != (batch,):
+                return t
+            blended.append(t)
+            return blend(t, mix.index, mix.lam)
+
+        result = _map(blend_batch, value)
+        if not blended:
+            expected = f"a floating-point tensor whose first dimension is the batch, {batch}"
+            raise ValueError(f"ManifoldMixup: {self.candidates[mix.k]!r} must be or hold {expected}, got {_describe(value)}")
+        return result
+
+    def _check_runs(self, mix: _Mix) -> None:
+        """Refuses a model in which a candidate did not run."""
+        if mix is self._active and 0 in mix.runs:
+            raise RuntimeError(_never_ran(self.model, self._candidates, mix.runs))
+
+    def get_extra_state(self) -> Tensor:
+        return self._stream.get_state()
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self._stream.set_state(state)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_active": None, "_past": None, "_removal": self._removal.alive}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        is_open = self._removal
+        # The copy of the model came with copies of the hooks, and these handles are theirs.
+        _remove(self._handles)
+        self._install()
+        if not is_open:
+            self.close()
+
+    def extra_repr(self) -> str:
+        return f"candidates={list(self.candidates)}, alpha={self.alpha}"
+
+
+class _Candidate(NamedTuple):
+    """A place to mix in: the output of a module of the model, or what enters it."""
+
+    name: str
+    path: str
+    before: bool = False
+
+
+_INPUT = _Candidate("input", "", before=True)
+
+
+class _Hook:
+    """The hook of candidate k. It does not keep its owner alive; a copy of it has none, and does nothing."""
+
+    def __init__(self, owner: ManifoldMixup | None = None, k: int = 0) -> None:
+        self._owner = None if owner is None else weakref.ref(owner)
+        self._k = k
+
+    def __call__(self, module: nn.Module, *values: Any) -> Any:
+        owner = None if self._owner is None else self._owner()
+        # A pre-hook is called with the module's arguments, a hook with these and the output.
+        return None if owner is None else owner._visit(self._k, values[-1])
+
+    def __reduce__(self) -> tuple[type[_Hook], tuple[()]]:
+        return _Hook, ()
+
+
+def _remove(handles: list[RemovableHandle]) -> None:
+    for handle in handles:
+        handle.remove()
+
+
+@dataclasses.dataclass(eq=False)
+class _Mix:
+    """What one forward mixes, how often each candidate has run, and the autograd nodes that it made: numbers in [first, last)."""
+
+    k: int
+    index: Tensor
+    lam: Tensor
+    runs: list[int]
+    first: int = 0
+    last: float = math.inf
+
+
+class _Past:
+    """The forwards whose backward may be still to come, told apart by their autograd nodes.
+
+    A recomputation runs in the backward of a node that its forward made, and a thread numbers the nodes that it makes.
+    """
+
+    def __init__(self) -> None:
+        self._mixes: deque[_Mix] = deque()
+        self._forgotten = -math.inf
+
+    def begin(self, mix: _Mix) -> _Mix:
+        # Without gradients a forward makes no node; but a reentrant checkpoint round it has just made one, and will recompute it.
+        mix.first = _next_number() - (not torch.is_grad_enabled())
+        # Where the numbers fall, another thread has taken over.
+        while self._mixes and (len(self._mixes) == _REMEMBERED or self._mixes[-1].last > _next_number()):
+            self._forgotten = max(self._forgotten, self._mixes.popleft().last)
+        self._mixes.append(mix)
+        return mix
+
+    def end(self, mix: _Mix) -> None:
+        mix.last = _next_number()
+
+    def find(self, node: int) -> _Mix | None:
+        """The forward that made the node of this number; None where none of them did."""
+        for mix in self._mixes:
+            if mix.first <= node < mix.last:
+                return mix
+        if node < self._forgotten:
+            raise RuntimeError(
+                "ManifoldMixup: a backward recomputes a forward whose mix is forgotten: it is over "
+                f"{_REMEMBERED} forwards old, or another thread's"
+            )
+        return None
+
+
+def _next_number() -> int:
+    """The number of the autograd node that this thread makes next."""
+    return torch._C._autograd._get_sequence_nr()
+
+
+def _running_node() -> int | None:
+    """The number of the node whose backward is running in this thread; None outside a backward.
+
+    Where a recomputed checkpoint holds another, a backward runs within the backward of a node, and the outermost node is the one
+    that the forward made.
+    """
+    node: Any = torch._C._current_autograd_node()
+    if node is None:
+        return None
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        if frame.f_code is BackwardCFunction.apply.__code__:
+            node = frame.f_locals["self"]
+        frame = frame.f_back
+    return node._sequence_nr()
+
+
+def _unwrapped(model: nn.Module) -> tuple[str, nn.Module]:
+    """The model within DistributedDataParallel, torch.compile and their like, and the path to it."""
+    path = ""
+    while (children := dict(model.named_children())).keys() in ({"module"}, {"_orig_mod"}):
+        (name, model) = children.popitem()
+        path += f"{name}."
+    return path, model
+
+
+def _default_candidates(model: nn.Module) -> tuple[_Candidate, ...]:
+    """The blog's: what enters the first stage, and the output of every stage but the last."""
+    path, inner = _unwrapped(model)
+    children = dict(inner.named_children())
+    stages = [name for name, child in children.items() if isinstance(child, nn.Sequential)]
+    stem = [_Candidate("stem", path + name, before=True) for name in stages[:1] if name != next(iter(children))]
+    if isinstance(inner, nn.Sequential) and not stages:
+        stages = list(children)
+    candidates = (*stem, *(_Candidate(name, path + name) for name in stages[:-1]))
+    if not candidates:
+        raise ValueError(
+            "layers must name modules: by default they are the nn.Sequential among the model's children, but the last, and "
+            f"{type(inner).__name__} leaves none (its children are {_quoted(children)})"
+        )
+    return candidates
+
+
+def _named_candidates(model: nn.Module, layers: Any) -> tuple[_Candidate, ...]:
+    if isinstance(layers, str) or not isinstance(layers, Sequence) or not all(isinstance(name, str) for name in layers):
+        raise TypeError(f"layers must be a sequence of module names or None, got {layers!r}")
+    path, inner = _unwrapped(model)
+    known = {name for name, _ in inner.named_modules(remove_duplicate=False) if name}
+    candidates = []
+    for name in layers:
+        # A wrapper's prefix may be said or not.
+        short = name.removeprefix(path)
+        if short not in known:
+            close = difflib.get_close_matches(short, known)
+            hint = f"did you mean {_quoted(close)}?" if close else f"its children are {_quoted(dict(inner.named_children()))}"
+            raise ValueError(f"layers must name modules of {type(inner).__name__}, got {name!r}; {hint}")
+        candidates.append(_Candidate(name, path + short))
+    modules = [model.get_submodule(candidate.path) for candidate in candidates]
+    for i, module in enumerate(modules):
+        if module in modules[:i]:
+            raise ValueError(f"layers must name each module once, got {candidates[i].name!r} twice or under two names")
+    return tuple(candidates)
+
+
+def _never_ran(model: nn.Module, candidates: Sequence[_Candidate], runs: Sequence[int]) -> str:
+    missing = [candidate for candidate, count in zip(candidates, runs) if not count]
+    message = f"ManifoldMixup: {_quoted(candidate.name for candidate in missing)} never ran in the forward"
+    blocks = {candidate: _last_block(model, candidate) for candidate in missing}
+    if any(blocks.values()):
+        layers = [blocks.get(candidate) or candidate.name for candidate in candidates if candidate != _INPUT]
+        message += (
+            "; where activation checkpointing, such as timm's, goes round a stage's own call and runs its blocks alone, name the "
+            f"last block: layers={layers}"
+        )
+    if any("_orig_mod" in module._modules or module._compiled_call_impl for module in model.modules()):
+        message += "; a model that ran compiled before it had its hooks must be compiled anew, after torch.compiler.reset()"
+    return message
+
+
+def _last_block(model: nn.Module, candidate: _Candidate) -> str | None:
+    """The name of the module that hands the candidate on where the candidate's own module does not run."""
+    if candidate.before:
+        parent, _, stage = candidate.path.rpartition(".")
+        children = list(dict(model.get_submodule(parent).named_children()))
+        return children[children.index(stage) - 1]
+    module = model.get_submodule(candidate.path)
+    blocks = list(dict(module.named_children())) if isinstance(module, (nn.Sequential, nn.ModuleList)) else []
+    return f"{candidate.name}.{blocks[-1]}" if blocks else None
+
+
+def _check_labels(y: Any, x: Any) -> None:
+    if not isinstance(y, Tensor):
+        raise TypeError(f"ManifoldMixup: y must be a Tensor of labels in training mode, got {type(y).__name__}")
+    batch = x.shape[:1] if isinstance(x, Tensor) else y.shape[:1]
+    if y.ndim == 0 or y.shape[:1] != batch:
+        expected = (*batch, "...") if batch else ("B", "...")
+        raise ValueError(f"ManifoldMixup: y must have shape {expected}, labels of each sample of x, got {tuple(y.shape)}")
+
+
+def _map(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """`value` with the function of every tensor within its tuples, lists, dicts and dataclasses."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: _map(function, getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
+        return dataclasses.replace(value, **fields)
+    if isinstance(value, (tuple, list)):
+        items = [_map(function, item) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    if isinstance(value, Mapping):
+        result: Any = copy.copy(value)
+        for key, item in value.items():
+            result[key] = _map(function, item)
+        return result
+    return value
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{value.dtype} of shape {tuple(value.shape)}"
+    if isinstance(value, (tuple, list)):
+        return f"{type(value).__name__} of ({', '.join(map(_describe, value))})"
+    return type(value).__name__
+
+
+def _quoted(names: Iterable[str]) -> str:
+    return ", ".join(map(repr, names))

@@ -1,0 +1,265 @@
+"""mixup_cross_entropy: the cross entropy of blended labels, which stay indices, reading the logits once."""
+
+from __future__ import annotations
+
+from numbers import Real
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..dispatch import may_read, use_triton
+from ..reference.blur_pool import is_forward_mode
+from ..reference.mixup import accumulator
+from ..reference.mixup_cross_entropy import mixup_cross_entropy as reference
+from .mixup import check_lam, on_device
+from .schema import check_like, define
+
+__all__ = ["mixup_cross_entropy"]
+
+REDUCTIONS = ("mean", "sum", "none")
+LABELS = (torch.int64, torch.int32, torch.uint8)
+
+
+def _outputs(z: Tensor, reduction: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """The uninitialised loss, statistics (of each row, two) and denominators (of a mean, the two terms')."""
+    rows, wide = z.shape[:1] + z.shape[2:], accumulator(z.dtype)
+    return (
+        z.new_empty(rows if reduction == "none" else (), dtype=dtype),
+        z.new_empty((2, *rows), dtype=wide),
+        z.new_empty((2 if reduction == "mean" else 0,), dtype=wide),
+    )
+
+
+def _forward(z, a, b, lam, weight, ignore_index, reduction, label_smoothing, dtype):
+    from ..kernels import mixup_cross_entropy as kernels
+
+    _check_op(z, a, b, lam, weight)
+    outputs = _outputs(z, reduction, dtype)
+    kernels.mixup_cross_entropy(z, a, b, lam, weight, ignore_index, label_smoothing, *outputs)
+    return outputs
+
+
+def _backward(grad, z, a, b, lam, weight, statistics, denominators, ignore_index, label_smoothing):
+    from ..kernels import mixup_cross_entropy as kernels
+
+    _check_op(z, a, b, lam, weight)
+    rows, dz = tuple(z.shape[:1] + z.shape[2:]), torch.empty_like(z)
+    if tuple(grad.shape) not in ((), rows) or grad.device != z.device:
+        raise ValueError(f"mixup_cross_entropy_backward: grad must be () or {rows} on {z.device}, got {tuple(grad.shape)}")
+    check_like("mixup_cross_entropy_backward: statistics", statistics, (2, *rows), z.new_empty(0, dtype=accumulator(z.dtype)))
+    kernels.mixup_cross_entropy_backward(
+        grad, z, a, b, lam, weight, statistics, denominators, ignore_index, label_smoothing, dz
+    )
+    return dz
+
+
+TERMS = "Tensor z, Tensor a, Tensor b, Tensor lam, Tensor? weight"
+define(
+    f"mixup_cross_entropy({TERMS}, int ignore_index, str reduction, float label_smoothing, ScalarType dtype)"
+    " -> (Tensor loss, Tensor statistics, Tensor denominators)",
+    _forward,
+    lambda z, a, b, lam, weight, ignore_index, reduction, label_smoothing, dtype: _outputs(z, reduction, dtype),
+)
+define(
+    f"mixup_cross_entropy_backward(Tensor grad, {TERMS}, Tensor statistics, Tensor denominators, int ignore_index,"
+    " float label_smoothing) -> Tensor",
+    _backward,
+    lambda grad, z, *others: torch.empty_like(z),
+)
+
+
+# The gradient is not linear in z, and there is no kernel of its derivative: who differentiates again, or forwards, does it through
+# the reference. So the Function has no jvp, and forward mode never meets it.
+class _MixupCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, z, a, b, lam, weight, ignore_index, reduction, label_smoothing, dtype):
+        arguments = ignore_index, reduction, label_smoothing, dtype
+        loss, statistics, denominators = torch.ops.regfast.mixup_cross_entropy(z, a, b, lam, weight, *arguments)
+        ctx.save_for_backward(z, a, b, lam, weight, statistics, denominators)
+        ctx.arguments = arguments
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad):
+        z, a, b, lam, weight, statistics, denominators = ctx.saved_tensors
+        ignore_index, reduction, label_smoothing, dtype = ctx.arguments
+        again = torch.is_grad_enabled() or is_forward_mode()
+        if again and not torch.compiler.is_compiling():
+            with torch.enable_grad():
+                loss = reference(z, a, b, lam, weight, ignore_index, reduction, label_smoothing, dtype)
+                (dz,) = torch.autograd.grad(loss, z, grad, create_graph=True)
+        else:
+            dz = torch.ops.regfast.mixup_cross_entropy_backward(
+                grad, z, a, b, lam, weight, statistics, denominators, ignore_index, label_smoothing
+            )
+        return dz, *(None,) * 8
+
+
+def mixup_cross_entropy(
+    input: Tensor,
+    target: Tensor | tuple[Tensor, Tensor, float | Tensor],
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """lam*cross_entropy(input, a) + (1 - lam)*cross_entropy(input, b) for a target (a, b, lam), as from `regfast.MixUp`.
+
+    The logits are read once, and once more for their gradient. Differentiable any number of times. The host never waits for the
+    device: what CUDA tensors hold is checked under `regfast.debug` alone; without it a label that is no class makes the loss NaN.
+
+    Args:
+        input: logits, (N, C), (N, C, d1, ...) or (C,), floating, in any memory format.
+        target: (a, b, lam): integer labels a and b, of shape (N,), (N, d1, ...) or (), and lam, the weight of a, in [0, 1]: a
+            number, a 0-d or an (N,) tensor. Labels may be probabilities of the classes, floating and of the shape of input. Or a
+            plain Tensor, of either kind: the result is then F.cross_entropy's.
+        weight: the classes' weights, (C,), or None.
+        ignore_index: the label whose rows contribute nothing.
+        reduction: "mean", "sum" or "none". With "mean" each term is divided by its own denominator, the sum of the weights of its
+            labels that are not ignored; with an (N,) lam too, which weighs the rows within the sums.
+        label_smoothing: the share, in [0, 1], of a target that is spread evenly over the classes.
+
+    Returns:
+        The loss, 0-d, or with "none" of the shape of a; in input's dtype, or as torch's cross_entropy in float32 under autocast.
+
+    Raises:
+        ValueError, TypeError: for an argument that is not allowed; the message names it and what is.
+
+    Source: Zhang et al., "mixup: Beyond Empirical Risk Minimization" (2018); the book chapter's MixupLoss.
+
+    Example:
+        >>> input, a, b = torch.randn(64, 10), torch.randint(10, (64,)), torch.randint(10, (64,))
+        >>> regfast.functional.mixup_cross_entropy(input, (a, b, 0.7)).shape
+        torch.Size([])
+    """
+    _check_logits(input)
+    _check_options(input, weight, ignore_index, reduction, label_smoothing)
+    if isinstance(target, Tensor):
+        return F.cross_entropy(input, target, weight, None, ignore_index, None, reduction, label_smoothing)
+    a, b, lam = _terms(target)
+    if input.ndim == 1:
+        lifted = (a.unsqueeze(0), b.unsqueeze(0), lam)
+        loss = mixup_cross_entropy(input.unsqueeze(0), lifted, weight, ignore_index, reduction, label_smoothing)
+        return loss.squeeze(0) if reduction == "none" else loss
+    check_lam(lam, input)
+    lam = on_device(lam, input) if isinstance(lam, Tensor) else _filled(lam, input)
+    if a.is_floating_point() and b.is_floating_point():
+        _check_shapes(input, a, b, input.shape)
+        share = lam.view(-1, *(1,) * (input.ndim - 1))
+        # The cross entropy is linear in the probabilities.
+        blended = (share * a + (1 - share) * b).to(input.dtype)
+        return F.cross_entropy(input, blended, weight, None, ignore_index, None, reduction, label_smoothing)
+    _check_labels(input, a, b)
+    ignores = _check_range(input, a, b, ignore_index)
+    arguments = reduction, label_smoothing, result_dtype(input)
+    if is_forward_mode() or not use_triton(input, constants={"lam": lam, "weight": weight}):
+        return reference(input, a, b, lam, weight, ignore_index if ignores else None, *arguments)
+    return _MixupCrossEntropy.apply(input, a, b, lam, weight, ignore_index, *arguments)
+
+
+def _filled(lam: float, input: Tensor) -> Tensor:
+    return torch.full((), lam, dtype=accumulator(input.dtype), device=input.device)
+
+
+def result_dtype(input: Tensor) -> torch.dtype:
+    """input's dtype, or under autocast float32 in the place of half precision: torch's rule for a cross entropy."""
+    device = input.device.type
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return accumulator(input.dtype) if autocast else input.dtype
+
+
+def _check_logits(input: Any) -> None:
+    if not isinstance(input, Tensor):
+        raise TypeError(f"mixup_cross_entropy: input must be a Tensor, got {type(input).__name__}")
+    if not input.is_floating_point():
+        raise TypeError(f"mixup_cross_entropy: input must be floating-point, got {input.dtype}")
+    if input.ndim == 0:
+        raise ValueError("mixup_cross_entropy: input must be (C,), (N, C) or (N, C, d1, ...), got a 0-d tensor")
+    if input.shape[min(input.ndim - 1, 1)] == 0:
+        raise ValueError(f"mixup_cross_entropy: input must have one class at least, got shape {tuple(input.shape)}")
+
+
+def _check_options(input: Tensor, weight: Any, ignore_index: Any, reduction: Any, label_smoothing: Any) -> None:
+    _check_weight(input, weight)
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, (int, torch.SymInt)):
+        raise TypeError(f"mixup_cross_entropy: ignore_index must be an integer, got {ignore_index!r}")
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"mixup_cross_entropy: reduction must be one of {', '.join(map(repr, REDUCTIONS))}, got {reduction!r}")
+    if isinstance(label_smoothing, bool) or not isinstance(label_smoothing, (Real, torch.SymFloat)):
+        raise TypeError(f"mixup_cross_entropy: label_smoothing must be a number, got {label_smoothing!r}")
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"mixup_cross_entropy: label_smoothing must be in [0, 1], got {label_smoothing}")
+
+
+def _check_weight(input: Tensor, weight: Any) -> None:
+    """Refuses weights that are not one a class."""
+    if weight is None:
+        return
+    if not isinstance(weight, Tensor) or not weight.is_floating_point():
+        found = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
+        raise TypeError(f"mixup_cross_entropy: weight must be a floating-point Tensor or None, got {found}")
+    classes = input.shape[min(input.ndim - 1, 1)]
+    if weight.shape != (classes,):
+        raise ValueError(f"mixup_cross_entropy: weight must have shape {(classes,)}, got {tuple(weight.shape)}")
+    if weight.device != input.device:
+        raise ValueError(f"mixup_cross_entropy: weight must be on input's device, {input.device}, got {weight.device}")
+
+
+def _terms(target: Any) -> tuple[Tensor, Tensor, Any]:
+    """The three of a target (a, b, lam)."""
+    if not isinstance(target, (tuple, list)):
+        raise TypeError(f"mixup_cross_entropy: target must be a Tensor or a tuple (a, b, lam), got {type(target).__name__}")
+    if len(target) != 3:
+        raise ValueError(f"mixup_cross_entropy: target must be a Tensor or a tuple (a, b, lam), got {len(target)} entries")
+    a, b, lam = target
+    for name, labels in (("a", a), ("b", b)):
+        if not isinstance(labels, Tensor):
+            raise TypeError(f"mixup_cross_entropy: the labels {name} must be a Tensor, got {type(labels).__name__}")
+    return a, b, lam
+
+
+def _check_labels(input: Tensor, a: Tensor, b: Tensor) -> None:
+    """Refuses labels that are not one class index a row."""
+    for name, labels in (("a", a), ("b", b)):
+        if labels.dtype not in LABELS:
+            allowed = f"{', '.join(map(str, LABELS))}, or both floating-point (probabilities)"
+            raise TypeError(f"mixup_cross_entropy: the labels {name} must be {allowed}, got {labels.dtype}")
+    _check_shapes(input, a, b, input.shape[:1] + input.shape[2:])
+
+
+def _check_shapes(input: Tensor, a: Tensor, b: Tensor, shape: torch.Size) -> None:
+    for name, labels in (("a", a), ("b", b)):
+        if labels.shape != shape:
+            found = f"{tuple(labels.shape)} for input of shape {tuple(input.shape)}"
+            raise ValueError(f"mixup_cross_entropy: the labels {name} must have shape {tuple(shape)}, got {found}")
+        if labels.device != input.device:
+            raise ValueError(f"mixup_cross_entropy: the labels {name} must be on input's device, {input.device}, got {labels.device}")
+
+
+def _check_op(z: Tensor, a: Tensor, b: Tensor, lam: Tensor, weight: Tensor | None) -> None:
+    """Refuses what the kernels would misread, or read beyond, if an op is called by hand."""
+    _check_labels(z, a, b)
+    _check_weight(z, weight)
+    if tuple(lam.shape) not in ((), (z.shape[0],)) or lam.device != z.device:
+        found = f"{tuple(lam.shape)} on {lam.device}"
+        raise ValueError(f"mixup_cross_entropy: lam must be () or {(z.shape[0],)} on {z.device}, got {found}")
+
+
+def _check_range(input: Tensor, a: Tensor, b: Tensor, ignore_index: int) -> bool:
+    """Refuses a label that is no class, where labels may be read; whether any may be ignored."""
+    classes, ignores = input.shape[1], False
+    for name, labels in (("a", a), ("b", b)):
+        if not may_read(labels):
+            return True
+        if not labels.numel():
+            continue
+        low, high = (int(bound) for bound in labels.aminmax())
+        if low < 0 or high >= classes:
+            wrong = labels[(labels != ignore_index) & ((labels < 0) | (labels >= classes))]
+            if wrong.numel():
+                allowed = f"in [0, {classes}) or ignore_index={ignore_index}"
+                raise ValueError(f"mixup_cross_entropy: the labels {name} must be {allowed}, got {wrong[0].item()}")
+        ignores = ignores or low <= ignore_index <= high
+    return ignores
