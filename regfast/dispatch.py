@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
+import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 NO_CONSTANTS: Mapping[str, Any] = MappingProxyType({})
 BACKENDS = ("auto", "reference", "triton")
@@ -104,6 +108,27 @@ def obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
     if torch._C._are_functorch_transforms_active():
         return "a functorch transform is under way"
     return None
+
+
+def outside_graphs(reason: str) -> Callable[[F], F]:
+    """`torch.compiler.disable`, without importing the compiler where nobody else has: it takes a second."""
+
+    def decorate(function: F) -> F:
+        disabled: list[Any] = []
+
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if "torch._dynamo" not in sys.modules:
+                return function(*args, **kwargs)
+            if not disabled:
+                disabled.append(torch.compiler.disable(function, reason=reason))
+            return disabled[0](*args, **kwargs)
+
+        # What Dynamo looks for, so that a graph that must not break says why it would.
+        call.__dict__.update(_torchdynamo_disable=True, _torchdynamo_disable_msg=reason)
+        return cast(F, call)
+
+    return decorate
 
 
 def is_variable(t: Tensor) -> bool:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 from torch.utils.hooks import RemovableHandle
 
+from .dispatch import outside_graphs
 from .draw import Stream, beta, check_alpha, pairing
 from .mixup import MixedTarget
 from .ops.mixup import blend, on_device
@@ -149,8 +150,7 @@ class ManifoldMixup(nn.Module):
             self._end(mix)
         return output, target
 
-    # Typed by hand: torch's decorator is not.
-    @torch.compiler.disable(reason="a torch.Generator cannot be drawn from within a graph")  # type: ignore[untyped-decorator]
+    @outside_graphs("a torch.Generator cannot be drawn from within a graph")
     def _begin(self, x: Any, y: Any) -> tuple[_Mix, MixedTarget]:
         """What a call mixes, drawn or, where a backward is recomputing the call, what it mixed before; and the target."""
         if not self._removal.alive:
@@ -171,7 +171,7 @@ class ManifoldMixup(nn.Module):
         self._active = self._past.begin(_Mix(k, index, lam, [int(c == _INPUT) for c in self._candidates]))
         return self._active
 
-    @torch.compiler.disable(reason="it reads autograd's counter")  # type: ignore[untyped-decorator]
+    @outside_graphs("it reads autograd's counter")
     def _end(self, mix: _Mix) -> None:
         if mix is self._active:
             self._past.end(mix)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
-from .dispatch import may_read
+from .dispatch import may_read, outside_graphs
 from .draw import PAIRINGS, Stream, beta, boxes, check_alpha, check_generator, pairing
 from .ops.mixup import affine, blend, check_batch, check_channels, mixup, on_device, result_dtype
 
@@ -163,8 +163,7 @@ class MixUp(nn.Module):
         lam = on_device(lam, x)
         return blend(x, index, lam, box, self.scale, self.shift, dtype), MixedTarget(y, _partners(y, index), lam)
 
-    # Typed by hand: torch's decorator is not.
-    @torch.compiler.disable(reason="a torch.Generator cannot be drawn from in a graph: draw outside, with MixUp.draw")  # type: ignore[untyped-decorator]
+    @outside_graphs("a torch.Generator cannot be drawn from in a graph: draw outside, with MixUp.draw")
     def draw(
         self, B: int, size: Sequence[int] | None = None, device: torch.device | str | None = None
     ) -> tuple[Tensor, Tensor, Tensor | None]:

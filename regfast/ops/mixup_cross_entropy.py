@@ -48,10 +48,10 @@ def _backward(grad, z, a, b, lam, weight, statistics, denominators, ignore_index
     rows, dz = tuple(z.shape[:1] + z.shape[2:]), torch.empty_like(z)
     if tuple(grad.shape) not in ((), rows) or grad.device != z.device:
         raise ValueError(f"mixup_cross_entropy_backward: grad must be () or {rows} on {z.device}, got {tuple(grad.shape)}")
-    check_like("mixup_cross_entropy_backward: statistics", statistics, (2, *rows), z.new_empty(0, dtype=accumulator(z.dtype)))
-    kernels.mixup_cross_entropy_backward(
-        grad, z, a, b, lam, weight, statistics, denominators, ignore_index, label_smoothing, dz
-    )
+    wide = z.new_empty((), dtype=accumulator(z.dtype))
+    check_like("mixup_cross_entropy_backward: statistics", statistics, (2, *rows), wide)
+    check_like("mixup_cross_entropy_backward: denominators", denominators, (2,) if denominators.numel() else (0,), wide)
+    kernels.mixup_cross_entropy_backward(grad, z, a, b, lam, weight, statistics, denominators, ignore_index, label_smoothing, dz)
     return dz
 
 
@@ -70,8 +70,8 @@ define(
 )
 
 
-# The gradient is not linear in z, and there is no kernel of its derivative: who differentiates again, or forwards, does it through
-# the reference. So the Function has no jvp, and forward mode never meets it.
+# The gradient is not linear in z, and there is no kernel of its derivative: who differentiates again, or forwards, does it
+# through the reference. So the Function has no jvp, and forward mode never meets it.
 class _MixupCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, z, a, b, lam, weight, ignore_index, reduction, label_smoothing, dtype):
@@ -139,19 +139,22 @@ def mixup_cross_entropy(
     if isinstance(target, Tensor):
         return F.cross_entropy(input, target, weight, None, ignore_index, None, reduction, label_smoothing)
     a, b, lam = _terms(target)
+    probabilities = a.is_floating_point() and b.is_floating_point()
+    if probabilities:
+        _check_shapes(input, a, b, input.shape)
+    else:
+        _check_labels(input, a, b)
     if input.ndim == 1:
         lifted = (a.unsqueeze(0), b.unsqueeze(0), lam)
         loss = mixup_cross_entropy(input.unsqueeze(0), lifted, weight, ignore_index, reduction, label_smoothing)
         return loss.squeeze(0) if reduction == "none" else loss
     check_lam(lam, input)
     lam = on_device(lam, input) if isinstance(lam, Tensor) else _filled(lam, input)
-    if a.is_floating_point() and b.is_floating_point():
-        _check_shapes(input, a, b, input.shape)
+    if probabilities:
         share = lam.view(-1, *(1,) * (input.ndim - 1))
         # The cross entropy is linear in the probabilities.
         blended = (share * a + (1 - share) * b).to(input.dtype)
         return F.cross_entropy(input, blended, weight, None, ignore_index, None, reduction, label_smoothing)
-    _check_labels(input, a, b)
     ignores = _check_range(input, a, b, ignore_index)
     arguments = reduction, label_smoothing, result_dtype(input)
     if is_forward_mode() or not use_triton(input, constants={"lam": lam, "weight": weight}):
@@ -189,7 +192,7 @@ def _check_options(input: Tensor, weight: Any, ignore_index: Any, reduction: Any
         raise ValueError(f"mixup_cross_entropy: reduction must be one of {', '.join(map(repr, REDUCTIONS))}, got {reduction!r}")
     if isinstance(label_smoothing, bool) or not isinstance(label_smoothing, (Real, torch.SymFloat)):
         raise TypeError(f"mixup_cross_entropy: label_smoothing must be a number, got {label_smoothing!r}")
-    if not 0 <= label_smoothing <= 1:
+    if not 0 <= float(label_smoothing) <= 1:
         raise ValueError(f"mixup_cross_entropy: label_smoothing must be in [0, 1], got {label_smoothing}")
 
 
@@ -204,7 +207,7 @@ def _check_weight(input: Tensor, weight: Any) -> None:
     if weight.shape != (classes,):
         raise ValueError(f"mixup_cross_entropy: weight must have shape {(classes,)}, got {tuple(weight.shape)}")
     if weight.device != input.device:
-        raise ValueError(f"mixup_cross_entropy: weight must be on input's device, {input.device}, got {weight.device}")
+        raise ValueError(f"mixup_cross_entropy: weight must be on {input.device}, as input is, got {weight.device}")
 
 
 def _terms(target: Any) -> tuple[Tensor, Tensor, Any]:
@@ -226,7 +229,7 @@ def _check_labels(input: Tensor, a: Tensor, b: Tensor) -> None:
         if labels.dtype not in LABELS:
             allowed = f"{', '.join(map(str, LABELS))}, or both floating-point (probabilities)"
             raise TypeError(f"mixup_cross_entropy: the labels {name} must be {allowed}, got {labels.dtype}")
-    _check_shapes(input, a, b, input.shape[:1] + input.shape[2:])
+    _check_shapes(input, a, b, input.shape[:1] + input.shape[2:] if input.ndim > 1 else torch.Size())
 
 
 def _check_shapes(input: Tensor, a: Tensor, b: Tensor, shape: torch.Size) -> None:
@@ -235,7 +238,9 @@ def _check_shapes(input: Tensor, a: Tensor, b: Tensor, shape: torch.Size) -> Non
             found = f"{tuple(labels.shape)} for input of shape {tuple(input.shape)}"
             raise ValueError(f"mixup_cross_entropy: the labels {name} must have shape {tuple(shape)}, got {found}")
         if labels.device != input.device:
-            raise ValueError(f"mixup_cross_entropy: the labels {name} must be on input's device, {input.device}, got {labels.device}")
+            raise ValueError(
+                f"mixup_cross_entropy: the labels {name} must be on {input.device}, as input is, got {labels.device}"
+            )
 
 
 def _check_op(z: Tensor, a: Tensor, b: Tensor, lam: Tensor, weight: Tensor | None) -> None:

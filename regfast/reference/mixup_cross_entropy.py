@@ -22,9 +22,9 @@ def mixup_cross_entropy(
 ) -> Tensor:
     """lam*CE(z, a) + (1 - lam)*CE(z, b), CE being F.cross_entropy with the arguments given.
 
-    z is (N, C, ...), floating; a and b (N, ...), integer; lam () or (N,); weight None or (C,); ignore_index None where no label is
-    ignored; reduction "mean", "sum" or "none". The result is () or (N, ...), of `dtype`. Sums are float32 (float64 for float64).
-    With "mean" each term is divided by its own denominator, the sum of the weights of its labels, whatever lam.
+    z is (N, C, ...), floating; a and b (N, ...), integer; lam () or (N,); weight None or (C,); ignore_index None where no label
+    is ignored; reduction "mean", "sum" or "none". The result is () or (N, ...), of `dtype`. Sums are float32 (float64 for
+    float64). With "mean" each term is divided by its own denominator, the sum of the weights of its labels, whatever lam.
     Source: Zhang et al., "mixup: Beyond Empirical Risk Minimization" (2018); label smoothing: Szegedy et al., "Rethinking the
     Inception Architecture for Computer Vision" (2016).
     """
