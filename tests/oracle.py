@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from scipy import ndimage
+from scipy import ndimage, special
 
 _BORDER = {"partial": "edge", "replicate": "edge", "reflect": "reflect", "zeros": "constant"}
 
@@ -76,6 +76,24 @@ def mixup(x, index, lam, boxes, mean, std):
             y[i][..., y0:y1, x0:x1] = x[j][..., y0:y1, x0:x1]
     mean, std = (np.reshape(value, (-1, *(1,) * (x.ndim - 2))) for value in (mean, std))
     return (y - mean) / std if x.ndim > 1 else y
+
+
+def mixup_cross_entropy(x, a, b, lam, weight, ignore_index, reduction, label_smoothing):
+    """Row by row, and each term of the mean by its own sum of weights."""
+    log_p, weight = special.log_softmax(x, axis=1), np.asarray(weight)
+    shares = np.broadcast_to(np.reshape(lam, (-1, *(1,) * (x.ndim - 2))), a.shape)
+    total = 0.0
+    for labels, share in ((a, shares), (b, 1 - shares)):
+        losses, weights = np.zeros(a.shape), np.zeros(a.shape)
+        for place in np.ndindex(a.shape):
+            if labels[place] != ignore_index:
+                row = log_p[(place[0], slice(None), *place[1:])]
+                weights[place] = weight[labels[place]]
+                smooth = label_smoothing / len(row) * (weight * row).sum()
+                losses[place] = -(1 - label_smoothing) * weights[place] * row[labels[place]] - smooth
+        losses = share * losses
+        total = total + {"mean": losses.sum() / weights.sum(), "sum": losses.sum(), "none": losses}[reduction]
+    return np.asarray(total)
 
 
 def _correlate(maxima, zeros_at, leads, strides, taps_per_axis, padding_mode, outputs):

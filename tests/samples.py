@@ -7,6 +7,7 @@ the smallest that still have an interior and a border, and two samples have more
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -187,6 +188,42 @@ def mixup_op_calls(x: Tensor, y: Tensor, sample: Sample) -> list[tuple[Any, tupl
     ]
 
 
+def loss(x: Tensor, lam: float | Tensor, **arguments: Any) -> Tensor:
+    return functional.mixup_cross_entropy(x, (*labels_of(x), lam), **arguments)
+
+
+def labels_of(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Two labels of each row of logits, (N, C, ...): every class and, in places, the same one twice."""
+    shape = x.shape[:1] + x.shape[2:]
+    rows = torch.arange(math.prod(shape), device=x.device).view(shape)
+    return (13 * rows + 1) % x.shape[1], (11 * rows + 2) % x.shape[1]
+
+
+def loss_arguments(sample: Sample, device: torch.device) -> dict[str, Any]:
+    """Tuples as tensors."""
+    given = sample.arguments.items()
+    return {name: torch.tensor(value, device=device) if isinstance(value, tuple) else value for name, value in given}
+
+
+def loss_oracle(x: Any, sample: Sample) -> Any:
+    defaults = {"weight": (1.0,) * x.shape[1], "ignore_index": -100, "reduction": "mean", "label_smoothing": 0.0}
+    a, b = (labels.numpy() for labels in labels_of(torch.from_numpy(x)))
+    return oracle.mixup_cross_entropy(x, a, b, **(defaults | sample.arguments))
+
+
+def loss_op_calls(x: Tensor, y: Tensor, sample: Sample) -> list[tuple[Any, tuple]]:
+    ops, arguments = torch.ops.regfast, loss_arguments(sample, x.device)
+    lam = torch.as_tensor(arguments["lam"], device=x.device)
+    terms = (x, *labels_of(x), lam, arguments.get("weight"))
+    ignore_index, smoothing = arguments.get("ignore_index", -100), arguments.get("label_smoothing", 0.0)
+    options = (ignore_index, arguments.get("reduction", "mean"), smoothing, x.dtype)
+    _, statistics, denominators = ops.mixup_cross_entropy(*terms, *options)
+    return [
+        (ops.mixup_cross_entropy.default, (*terms, *options)),
+        (ops.mixup_cross_entropy_backward.default, (y, *terms, statistics, denominators, ignore_index, smoothing)),
+    ]
+
+
 # core: forward, backward and tangent in the core suite; formats: with innermost channels and in half precision too. main: every
 # dtype, layout and transform as well. special: with infinities and NaN too. Sizes of 4, 8 and 16 are aligned to the vectors.
 POOL = [
@@ -250,8 +287,23 @@ MIXUP = [
     Sample((4, 2, 2, 2, 3, 3), {"index": "repeats", "lam": "each", "box": (0, 2, 1, 3)}),
     Sample((4, 2, 3, 3), {"index": "permutation", "lam": 0.3, "std": (1.0, 2.0), "mean": 0.0, "box": (1, 2, 0, 3)}),
 ]
+LOSS = [
+    Sample((6, 10), {"lam": 0.3}, "core formats main special"),
+    Sample(
+        (2, 5, 3, 4), {"lam": (0.25, 1.0), "weight": (0.5, 2.0, 0.0, 1.0, 3.0), "ignore_index": 1}, "core formats main special"
+    ),
+    Sample((3, 4, 16), {"lam": (0.0, 0.5, 0.75), "reduction": "none", "label_smoothing": 0.1}, "core formats main"),
+    Sample(
+        (2, 7), {"lam": 0.6, "reduction": "sum", "label_smoothing": 0.2, "weight": (1.0, 2.0, 0.5, 1.0, 1.5, 1.0, 1.0)}, "core"
+    ),
+    Sample((1, 3, 2, 2, 5), {"lam": 0.6, "ignore_index": 0}, "core formats"),
+    Sample((2, 5000), {"lam": 0.3, "label_smoothing": 0.1}, "core"),
+    Sample((300, 3), {"lam": 0.3}),
+    Sample((1, 300, 6, 7), {"lam": 0.3, "label_smoothing": 0.1}),
+]
 OPERATIONS = [
     Operation("max_blur_pool", pool, pool_oracle, pool_op_calls, POOL, least=least_image),
     Operation("blur_pool", blur, blur_oracle, blur_op_calls, BLUR, least=least_image),
     Operation("mixup", functional.mixup, mixup_oracle, mixup_op_calls, MIXUP, mixup_arguments),
+    Operation("mixup_cross_entropy", loss, loss_oracle, loss_op_calls, LOSS, loss_arguments),
 ]
