@@ -131,11 +131,11 @@ def _region(box_ptr, i, box_stride, place):
 
 
 @triton.jit
-def _mix(own, partner, lam, region, UNIT: tl.constexpr):
-    """lam*own + (1 - lam)*partner; where a sample is not blended the partner within the box and itself around it. By UNIT."""
+def _mix(own, partner, lam, region, unit):
+    """lam*own + (1 - lam)*partner; where a sample is not blended the partner within the box and itself around it. By `unit`."""
     blended, within = region
-    mixed = (lam * UNIT) * own + ((1.0 - lam) * UNIT) * partner
-    return tl.where(blended, mixed, tl.where(within, partner, own) * UNIT)
+    mixed = (lam * unit) * own + ((1.0 - lam) * unit) * partner
+    return tl.where(blended, mixed, tl.where(within, partner, own) * unit)
 
 
 @triton.jit
@@ -170,12 +170,13 @@ def _forward_kernel(
     None; scale and shift (size_c,) or None.
 
     This program processes BLOCK elements of one sample, and IN_PLACE, where y is x and the index an involution, those of its
-    partner too: of a pair, the first does it.
+    partner too: of a pair, the first does it. A sample whose partner does not exist is filled with NaN.
     """
     i = tl.program_id(0) % batch
     block = tl.program_id(0) // batch
     j = tl.load(index_ptr + i)
-    if IN_PLACE and j < i:
+    known = (j >= 0) & (j < batch)
+    if IN_PLACE and (known & (j < i)):
         return
     start = block.to(numel.dtype) * BLOCK
     k, place = _elements(start, (size_c, size_a, size_h, size_w), ORDER, BLOCK)
@@ -183,15 +184,16 @@ def _forward_kernel(
     x_offsets = _offsets(start, k, place, (x_stride_c, x_stride_a, x_stride_h, x_stride_w), READ_FLAT, ORDER)
     y_offsets = _offsets(start, k, place, (y_stride_c, y_stride_a, y_stride_h, y_stride_w), WRITE_FLAT, ORDER)
     own = tl.load(_sample(x_ptr, i, x_stride_n, READ_FLAT, ALIGN) + x_offsets, mask=exists).to(ACC)
-    partner = tl.load(_sample(x_ptr, j, x_stride_n, READ_FLAT, ALIGN) + x_offsets, mask=exists).to(ACC)
+    partner = tl.load(_sample(x_ptr, j, x_stride_n, READ_FLAT, ALIGN) + x_offsets, mask=exists & known).to(ACC)
 
     UNIT: tl.constexpr = 1.0 / 255.0 if x_ptr.dtype.element_ty == tl.uint8 else 1.0
+    unit = tl.where(known, UNIT, float("nan")).to(ACC)
     to = y_ptr.dtype.element_ty
-    value = _mix(own, partner, tl.load(lam_ptr + i * lam_stride).to(ACC), _region(box_ptr, i, box_stride, place), UNIT)
+    value = _mix(own, partner, tl.load(lam_ptr + i * lam_stride).to(ACC), _region(box_ptr, i, box_stride, place), unit)
     value = _scale(value, scale_ptr, shift_ptr, place[0], size_c)
     tl.store(_sample(y_ptr, i, y_stride_n, WRITE_FLAT, ALIGN) + y_offsets, value.to(to), mask=exists)
-    if IN_PLACE:
-        value = _mix(partner, own, tl.load(lam_ptr + j * lam_stride).to(ACC), _region(box_ptr, j, box_stride, place), UNIT)
+    if IN_PLACE and known:
+        value = _mix(partner, own, tl.load(lam_ptr + j * lam_stride).to(ACC), _region(box_ptr, j, box_stride, place), unit)
         value = _scale(value, scale_ptr, shift_ptr, place[0], size_c)
         tl.store(_sample(y_ptr, j, y_stride_n, WRITE_FLAT, ALIGN) + y_offsets, value.to(to), mask=exists)
 

@@ -212,6 +212,26 @@ def test_values_on_the_device_are_looked_at_by_the_debug_switch():
         mixup(x, far, lam)
 
 
+@pytest.mark.parametrize("box", [None, (1, 3, 0, 2)], ids=["blended", "box"])
+def test_a_partner_that_does_not_exist_makes_a_sample_nan_and_no_other(box, device, kernels):
+    """On CUDA nobody looks at the index: what it says is neither read nor written beyond the batch."""
+    x = torch.randn(6, 2, 4, 5, device=device)
+    lam, far = torch.tensor(0.25, device=device), torch.tensor([1, 0, -3, 6, 5, 4], device=device)
+    box = None if box is None else torch.tensor(box, device=device)
+    near = far.where((far >= 0) & (far < 6), 0)
+    expected = mixup(x, near, lam, box=box)
+    expected[2:4] = float("nan")
+    y = torch.ops.regfast.mixup(x, far, lam, box, None, None, x.dtype, torch.preserve_format)
+    torch.testing.assert_close(y, expected, equal_nan=True, **FLOAT32)
+    around = torch.full((8, 2, 4, 5), 7.0, device=device)
+    inner = around[1:-1].copy_(x)
+    torch.ops.regfast.mixup_out(inner, far, lam, box, None, None, inner)
+    torch.testing.assert_close(inner, expected, equal_nan=True, **FLOAT32)
+    assert (around[0] == 7).all() and (around[-1] == 7).all()
+    order, starts = torch.arange(6, device=device), torch.tensor([0, 1, 2, 2, 2, 3, 4], device=device)
+    assert torch.ops.regfast.mixup_backward(y.nan_to_num(), order, starts, lam, box, None, x.stride(), x.dtype).isfinite().all()
+
+
 X, U8 = torch.randn(4, 3, 6, 5), torch.zeros(4, 3, 6, 5, dtype=torch.uint8)
 ARGUMENTS = [
     (lambda: mixup([1.0], PERMUTATION, 0.5), TypeError, ["x", "list", "Tensor"]),
