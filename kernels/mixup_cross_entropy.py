@@ -1,20 +1,22 @@
 """The cross entropy of blended labels in one pass over the logits, and its gradient in another.
 
-Logits are (N, C, A, B), with a row of C classes at each of the positions (N, A, B); rows are numbered in that order. A program has
-tiles of ROWS rows by BLOCK_C classes, and goes along the classes with the maximum so far and the sum of exponentials so far. Which
+Logits are (N, C, A, B), with a row of C classes at each of the positions (N, A, B); rows are numbered in that order. A program
+has tiles of ROWS rows by BLOCK_C classes, and goes along the classes with the maximum and the sum of exponentials so far. Which
 of the two lie side by side in memory is compiled for, and with it the order of a tile's axes, so that a warp's reads are runs.
 Axes of the rows that are one run for every tensor are one, so that a row's place takes a division only where it must.
 
-Two numbers a row are kept for the backward: the maximum, and the logarithm of the sum of exponentials of what is below it. Their
-sum, one log-sum-exp, would lose in float32 the small number beside a large one: with logits of 1e4, all but the third digit.
+Two numbers a row are kept for the backward: the maximum, and the logarithm of the sum of exponentials of differences from it. In
+float32 their sum, the log-sum-exp, would lose of the small number what the large one leaves no digits for: with logits of 1e4
+everything below a thousandth, and a probability is then wrong by as much.
 
 A reduced loss is added up by each program, and then over programs by one more of its own: in an order that does not change, and
-without atomics, so that two runs give the same bits. It also has the denominators of the mean, which the backward divides by; so
+without atomics, so that two runs give the same bits. That one also has the denominators of a mean, which the backward divides by:
 nobody waits for the device.
 
-Two numbers, per logit of e bytes (labels and statistics, some 24 bytes a row, apart):
-    forward    e bytes; a maximum, a subtraction, an exponential and a sum, with label smoothing 2 multiply-adds
-    backward   2 e bytes; 2 subtractions, an exponential, a product, 2 comparisons, selections and subtractions
+Two numbers, per logit of e bytes, and a row's 24 bytes of labels and statistics apart:
+    forward    e bytes; a maximum, a subtraction, an exponential and a sum; with label smoothing a multiply-add and another sum
+    backward   2 e bytes; a subtraction, a multiply-add, an exponential, a product, and for each label a comparison, a selection
+               and a subtraction
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ import triton
 import triton.language as tl
 
 from .lanes import alignment_of, device_guard
-
+from .mixup import contiguous
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 
@@ -36,8 +38,8 @@ LOG2_E = tl.constexpr(math.log2(math.e))
 class Access(NamedTuple):
     """How a launch reads and writes, known at compile time.
 
-    `axes` of the rows are left when those that are one run are one. A warp goes along the rows where `by_rows`, and else along the
-    classes, in vectors of `align`, of which every size, stride and address is a multiple.
+    `axes` of the rows are left when those that are one run are one. A warp goes along the rows where `by_rows`, and else along
+    the classes, in vectors of `align`, of which every size, stride and address is a multiple.
     """
 
     axes: int
@@ -310,7 +312,7 @@ def cut_for(classes: int, by_rows: bool) -> Cut:
     if width <= 64:
         # A thread has all of a row's classes.
         return Cut(256, min(width, 8), 2)
-    return Cut(128, 32, 4) if width <= 256 else Cut(32, 128, 8)
+    return Cut(128, 32, 4) if width <= 256 else Cut(32, 64, 8)
 
 
 class Rows(NamedTuple):
@@ -356,8 +358,8 @@ def plan(
     shape: tuple[int, ...], logits: tuple[tuple[int, ...], ...], others: tuple[tuple[int, ...], ...], ignore_index: int,
     smoothing: float, alignment: int, itemsize: int,
 ) -> Plan:  # fmt: skip
-    """The launch on (N, C, A, B) logits. `logits` has the strides of each tensor of their shape, `others` those along N, A and B of
-    each that has one number a row."""
+    """The launch on (N, C, A, B) logits. `logits` has the strides of each tensor of their shape, `others` those along N, A and B
+    of each that has one number a row."""
     n, classes, *positions = shape
     along = tuple(stride for pair in zip((s[:1] + s[2:] for s in logits), others) for stride in pair)
     rows = rows_of((n, *positions), along)
@@ -383,14 +385,10 @@ def plan(
 
 
 def _align(rows: Rows, strides_c: list[int], classes: int, by_rows: bool, most: int) -> int:
-    """The width of the vectors that sizes and strides of the logits allow, up to `most`."""
-    along = [stride for tensor in rows.strides[::2] for stride in tensor]
-    if by_rows:
-        dense = all(tensor[2] == 1 for tensor in rows.strides[::2])
-        # A row's other axes and the classes are multiples; so is the run's length, or else a vector would reach into the next.
-        divided = [rows.sizes[2], *strides_c, *(stride for tensor in rows.strides[::2] for stride in tensor[:2])]
-    else:
-        dense, divided = all(stride == 1 for stride in strides_c), [classes, *along]
+    """The width of the vectors that sizes and strides of the logits allow, up to `most`: none may reach beyond its run."""
+    along_n, along_a, along_b = zip(*rows.strides[::2])
+    run, inner, outer = (rows.sizes[2], along_b, strides_c) if by_rows else (classes, strides_c, along_b)
+    dense, divided = all(stride == 1 for stride in inner), (run, *outer, *along_n, *along_a)
     align = most
     while align > 1 and not (dense and all(number % align == 0 for number in divided)):
         align //= 2
@@ -398,7 +396,7 @@ def _align(rows: Rows, strides_c: list[int], classes: int, by_rows: bool, most: 
 
 
 def as_logits(z: torch.Tensor) -> torch.Tensor:
-    """z as (N, C, A, B): an axis that it has not got has size 1, and all between C and the last are one (which may take a copy)."""
+    """z as (N, C, A, B): an axis that it has not got has size 1, those between C and the last are one (which may take a copy)."""
     n, classes, *positions = z.shape
     return z.reshape(n, classes, math.prod(positions[:-1]), positions[-1] if positions else 1)
 
@@ -426,7 +424,7 @@ def mixup_cross_entropy(
     z: torch.Tensor, a: torch.Tensor, b: torch.Tensor, lam: torch.Tensor, weight: torch.Tensor | None, ignore_index: int,
     smoothing: float, loss: torch.Tensor, statistics: torch.Tensor, denominators: torch.Tensor,
 ) -> None:  # fmt: skip
-    """Fills the loss, (N, ...) or (), with the two statistics of each row, (2, N, ...), and the denominators, (2,) of a mean or (0,).
+    """Fills the loss, (N, ...) or (), the two statistics of each row, (2, N, ...), and the denominators, (2,) of a mean or (0,).
 
     z is (N, C, ...), a and b (N, ...), lam () or (N,), weight (C,) or None.
     """
@@ -438,8 +436,9 @@ def mixup_cross_entropy(
     with device_guard(z):
         if programs:
             _forward_kernel[(programs,)](
-                logits, a.contiguous(), b.contiguous(), shares, weight, statistics, loss, sums, *launch.numbers, **launch.options
-            )
+                logits, *contiguous(a, b), shares, *contiguous(weight), statistics, loss, sums,
+                *launch.numbers, **launch.options,
+            )  # fmt: skip
         if reduced:
             mean = denominators if denominators.numel() else None
             _finish_kernel[(1,)](sums, loss, mean, programs, BLOCK=PROGRAMS, num_warps=8)
@@ -459,7 +458,7 @@ def mixup_cross_entropy_backward(
     weight_sum = weight.sum(dtype=statistics.dtype) if weight is not None and smoothing else None
     with device_guard(z):
         _backward_kernel[(launch.tiles,)](
-            gradients, logits, a.contiguous(), b.contiguous(), shares, weight, weight_sum, statistics, mean, filled,
+            gradients, logits, *contiguous(a, b), shares, *contiguous(weight, weight_sum, statistics, mean), filled,
             *launch.numbers, **launch.options,
         )  # fmt: skip
     if filled.data_ptr() != dz.data_ptr():
