@@ -56,12 +56,27 @@ def _in_parts(
 ) -> Tensor:
     """Fills y, some samples at a time."""
     count = max(_PART // max(x.shape[1:].numel(), 1), 1)
+    plain = box is None and scale is None and x.dtype == dtype == accumulator(dtype)
+    # (A CPU's tensor, which nobody need wait for.)
+    lam = lam.item() if isinstance(lam, Tensor) and lam.ndim == 0 else lam
     for first in range(0, x.shape[0], count):
         part = slice(first, first + count)
-        weight = lam[part] if isinstance(lam, Tensor) and lam.ndim else lam
-        boxes = None if box is None else box[part]
-        y[part] = _mixed(x[part], _take(x, index[part]), weight, boxes, scale, shift, dtype)
+        own, partner = x[part], _take(x, index[part])
+        weight = lam[part] if isinstance(lam, Tensor) else lam
+        if plain:
+            _blend_into(y[part], own, partner, _weight(weight, x.ndim, dtype))
+        else:
+            y[part] = _mixed(own, partner, weight, None if box is None else box[part], scale, shift, dtype)
     return y
+
+
+def _blend_into(y: Tensor, own: Tensor, partner: Tensor, lam: float | Tensor) -> None:
+    """Fills y with `_blend`, and makes no other tensor: `partner` is spent."""
+    partner.mul_(1 - lam)
+    if isinstance(lam, Tensor):
+        torch.addcmul(partner, own, lam, out=y)
+    else:
+        torch.add(partner, own, alpha=lam, out=y)
 
 
 def _mixed(
