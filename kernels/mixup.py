@@ -308,9 +308,11 @@ def plan(read: Layout, written: Layout, lam_stride: int, box_stride: int, positi
         # In whatever order.
         flat = [True, True]
     needed = positions or not all(flat)
+    # Scattered elements have an address each, and registers for half as many.
+    block = BLOCK if all(flat) else BLOCK // 2
     aligned = [numel, *(layout.strides[0] for layout, is_flat in zip((read, written), flat) if is_flat)]
     return Plan(
-        grid=(n * -(-numel // BLOCK),),
+        grid=(n * -(-numel // block),),
         numbers=(n, numel, *sizes, lam_stride, box_stride, *read.strides, *written.strides),
         options=dict(
             READ_FLAT=flat[0],
@@ -318,7 +320,7 @@ def plan(read: Layout, written: Layout, lam_stride: int, box_stride: int, positi
             ALIGN=next(align for align in (16, 4, 1) if all(number % align == 0 for number in aligned)),
             ORDER=order_of(written.shape, channels_last) if needed else Order(False, 16, 0, False),
             ACC=tl.float64 if double else tl.float32,
-            BLOCK=BLOCK,
+            BLOCK=block,
             num_warps=WARPS,
         ),
     )
