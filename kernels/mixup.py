@@ -187,7 +187,7 @@ def _forward_kernel(
     partner = tl.load(_sample(x_ptr, j, x_stride_n, READ_FLAT, ALIGN) + x_offsets, mask=exists & known).to(ACC)
 
     UNIT: tl.constexpr = 1.0 / 255.0 if x_ptr.dtype.element_ty == tl.uint8 else 1.0
-    unit = tl.where(known, UNIT, float("nan")).to(ACC)
+    unit = tl.where(known, tl.full((), UNIT, ACC), float("nan"))
     to = y_ptr.dtype.element_ty
     value = _mix(own, partner, tl.load(lam_ptr + i * lam_stride).to(ACC), _region(box_ptr, i, box_stride, place), unit)
     value = _scale(value, scale_ptr, shift_ptr, place[0], size_c)

@@ -7,6 +7,8 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import numpy as np
 import oracle
 import pytest
@@ -133,6 +135,31 @@ def test_out_is_written_to_in_its_own_format(path, on_path, device):
 
 
 @paths
+def test_autograd_sees_that_a_batch_was_written_to(path, device):
+    x, w = torch.randn(4, 3, device=device), torch.randn(4, 3, device=device, requires_grad=True)
+    y = (x * w).sum()
+    with regfast.backend(path):
+        mixup(x, INVOLUTION.to(device), 0.5, out=x)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
+
+
+def test_out_may_be_another_part_of_the_same_memory(device):
+    both = torch.randn(8, 3, device=device)
+    expected = mixup(both[:4], PERMUTATION.to(device), 0.25)
+    mixup(both[:4], PERMUTATION.to(device), 0.25, out=both[4:])
+    torch.testing.assert_close(both[4:], expected, rtol=0, atol=0)
+
+
+@paths
+def test_bytes_become_float64_in_float64(path, on_path, device):
+    x, index = images(device, False), PERMUTATION.to(device)
+    y = mixup(x, index, torch.tensor(0.3, dtype=torch.float64), mean=MEAN, std=STD, dtype=torch.float64)
+    expected = oracle.mixup(x.cpu().numpy() / 255.0, PERMUTATION.tolist(), [0.3] * 4, [None] * 4, MEAN, STD)
+    torch.testing.assert_close(y.cpu(), torch.from_numpy(expected), rtol=1e-12, atol=1e-12)
+
+
+@paths
 def test_an_empty_batch_stays_one(path, device):
     with regfast.backend(path):
         for shape in ((0, 3, 4, 4), (2, 0, 4, 4), (0,)):
@@ -145,7 +172,7 @@ def test_an_empty_batch_stays_one(path, device):
 def test_int32_indices_and_numbers_of_other_kinds():
     x = torch.randn(4, 3)
     expected = mixup(x, PERMUTATION, 0.5)
-    for lam in (np.float32(0.5), np.float64(0.5), torch.tensor(0.5, dtype=torch.float64)):
+    for lam in (np.float32(0.5), np.float64(0.5), Fraction(1, 2), torch.tensor(0.5, dtype=torch.float64)):
         torch.testing.assert_close(mixup(x, PERMUTATION.int(), lam), expected, **FLOAT32)
     assert mixup(x, PERMUTATION, 1).equal(x)
     assert mixup(x, PERMUTATION, 0).equal(x[PERMUTATION])
@@ -275,7 +302,8 @@ ARGUMENTS = [
     (lambda: mixup(X, REPEATS, 0.5, out=X), ValueError, ["out=x", "involution"]),
     (lambda: mixup(X, INVOLUTION, 0.5, out=X[..., :4]), ValueError, ["out", "(4, 3, 6, 4)"]),
     (lambda: mixup(WIDE[1:], INVOLUTION, 0.5, out=WIDE[:-1]), ValueError, ["out", "share no memory"]),
-    (lambda: mixup(ONE, INVOLUTION, 0.5, out=ONE), ValueError, ["out=x", "overlap", "(0, 30, 5, 1)"]),
+    (lambda: mixup(ONE, INVOLUTION, 0.5, out=ONE), ValueError, ["out", "overlap", "(0, 30, 5, 1)"]),
+    (lambda: mixup(X, INVOLUTION, 0.5, out=ONE.clone()[:1].expand(4, 3, 6, 5)), ValueError, ["out", "overlap"]),
     (lambda: mixup(LEAF, INVOLUTION, 0.5, out=LEAF), ValueError, ["out=", "x requires"]),
     (lambda: mixup(X, INVOLUTION, LEAF[0, 0, 0, 0].sigmoid(), out=X), ValueError, ["out=", "lam requires"]),
     (lambda: mixup(X, INVOLUTION, 0.5, memory_format=torch.channels_last, out=X), ValueError, ["out", "memory_format"]),

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from ..dispatch import may_read, use_triton
 from ..reference.mixup import accumulator
@@ -148,6 +149,8 @@ def mixup(
     check_batch(x)
     check_index(index, x)
     check_lam(lam, x)
+    if not isinstance(lam, (Tensor, float, torch.SymFloat)):
+        lam = float(lam)
     if box is not None:
         box = _box_of(box, x)
     dtype = result_dtype(x.dtype, dtype, mean, std)
@@ -185,6 +188,9 @@ def blend(
         lam = torch.full((), lam, dtype=accumulator(x.dtype, dtype), device=x.device)
     if out is not None:
         torch.ops.regfast.mixup_out(x, index, lam, box, scale, shift, out)
+        if not out.is_inference():
+            # For autograd: who has saved what was there must not use it.
+            torch.autograd.graph.increment_version(out)
         return out
     return apply(_Mixup, _MixupWithJvp, x, lam, index, box, scale, shift, dtype, memory_format)
 
@@ -239,9 +245,9 @@ def check_lam(lam: Any, x: Tensor) -> None:
 def _box_of(box: Any, x: Tensor) -> Tensor:
     """A box as a tensor, checked."""
     if not isinstance(box, Tensor):
-        if not isinstance(box, Sequence) or not all(isinstance(edge, int) for edge in box):
+        if not isinstance(box, Sequence) or not all(isinstance(edge, Integral) for edge in box):
             raise TypeError(f"mixup: box must be four integers (y0, y1, x0, x1) or a Tensor, got {box!r}")
-        box = torch.tensor(box)
+        box = torch.tensor([int(edge) for edge in box])
     if box.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"mixup: box must be int64 or int32, got {box.dtype}")
     if x.ndim < 4:
@@ -283,6 +289,9 @@ def _check_format(memory_format: Any, x: Tensor) -> None:
 def affine(mean: Any, std: Any) -> tuple[Tensor, Tensor]:
     """What a mean and a deviation, numbers or one a channel, make of a value v: scale*v + shift, () or (C,) in float64."""
     mean, std = (_numbers(name, value) for name, value in (("mean", mean), ("std", std)))
+    # One of them may have been given in numbers.
+    device = std.device if mean.device.type == "cpu" else mean.device
+    mean, std = (numbers.to(device, non_blocking=True) for numbers in (mean, std))
     if mean.ndim and std.ndim and 1 not in (len(mean), len(std)) and len(mean) != len(std):
         raise ValueError(f"mixup: mean and std must be of the same channels, got {len(mean)} and {len(std)}")
     if may_read(std) and not (std > 0).all():
@@ -332,15 +341,23 @@ def _check_out(
     for name, t in (("x", x), ("lam", lam), ("out", out)):
         if isinstance(t, Tensor) and t.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"mixup: out= has no gradient, and {name} requires one")
+    if torch._debug_has_internal_overlap(out) == 1:
+        raise ValueError(f"mixup: out must not overlap itself, got strides {out.stride()}")
     if out is x:
-        _check_in_place(x, index)
-    elif may_read(index) and out.untyped_storage().data_ptr() == x.untyped_storage().data_ptr() and x.numel():
+        if may_read(index) and not torch.equal(index[index.long()], torch.arange(len(index)).to(index)):
+            raise ValueError(f"mixup: out=x needs an involution, index[index[i]] = i for every i, got {index.tolist()}")
+    elif not torch.compiler.is_compiling() and _may_overlap(out, x):
         raise ValueError("mixup: out must be x itself or share no memory with it")
 
 
-def _check_in_place(x: Tensor, index: Tensor) -> None:
-    """Refuses a batch, or a pairing, that cannot be blended where it lies."""
-    if torch._debug_has_internal_overlap(x) == 1:
-        raise ValueError(f"mixup: out=x needs an x that does not overlap itself, got strides {x.stride()}")
-    if may_read(index) and not torch.equal(index[index.long()], torch.arange(len(index)).to(index)):
-        raise ValueError(f"mixup: out=x needs an involution, index[index[i]] = i for every i, got {index.tolist()}")
+def _may_overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether the memory from the first to the last element of one meets that of the other."""
+    if type(a) is not Tensor or type(b) not in (Tensor, Parameter) or a.numel() == 0:
+        return False
+    (start_a, end_a), (start_b, end_b) = (_extent(t) for t in (a, b))
+    return a.device == b.device and start_a < end_b and start_b < end_a
+
+
+def _extent(t: Tensor) -> tuple[int, int]:
+    last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride()))
+    return t.data_ptr(), t.data_ptr() + (last + 1) * t.element_size()
