@@ -2,7 +2,7 @@
 
     python bench/compiled.py [--target sm_90 ...] [--only 2d ...] [--write]
 
-Each launch of `LAUNCHES` is recorded from the operation's own launcher, on tensors without data, so that what is compiled is
+Each launch of `LAUNCHES` is recorded from the operation's own launcher, on tensors that nobody reads, so that what is compiled is
 what a GPU would be given: the same blocks, the same specialisation on alignment. Without --write the figures are compared with
 compiled.csv beside this file, and a kernel that spills, has a stack or differs from its row is named and makes the exit status 1;
 with it they become the table. (Not to be run under TRITON_INTERPRET=1, which leaves nothing to compile.)
@@ -11,6 +11,7 @@ with it they become the table. (Not to be run under TRITON_INTERPRET=1, which le
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import itertools
 import re
@@ -29,12 +30,15 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from regfast.geometry import Window, blur_window, max_blur_window
-from regfast.kernels import blur_pool, max_blur_pool
+from regfast.kernels import blur_pool, max_blur_pool, mixup, mixup_cross_entropy
 from regfast.layout import CHANNELS_LAST, empty_output, is_channels_last
 
 TABLE = Path(__file__).with_suffix(".csv")
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
-TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
+TYPES = {
+    torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64", torch.uint8: "u8",
+    torch.int64: "i64",
+}  # fmt: skip
 
 
 def target_of(name: str) -> GPUTarget:
@@ -44,23 +48,44 @@ def target_of(name: str) -> GPUTarget:
     return GPUTarget("hip", name, 64 if name.startswith("gfx9") else 32)
 
 
+class Recorded(NamedTuple):
+    """A launch that was not made: the kernel, its arguments and its options."""
+
+    kernel: Any
+    args: tuple
+    options: dict[str, Any]
+
+
 class Recorder:
     """Stands in for a kernel: `recorder[grid](*args, **options)` notes the launch instead of making it."""
 
-    def __init__(self, kernel):
-        self.kernel, self.launches = kernel, []
+    def __init__(self, kernel: Any, launches: list[Recorded]) -> None:
+        self.kernel, self.launches = kernel, launches
 
     def __getitem__(self, grid):
-        return lambda *args, **options: self.launches.append((grid, args, options))
+        return lambda *args, **options: self.launches.append(Recorded(self.kernel, args, options))
 
 
-def source_of(kernel, args: tuple, options: dict[str, Any]) -> tuple[ASTSource, dict[str, Any]]:
-    """The source and compiler options of one launch, specialised as Triton's launcher would: on 1 and on multiples of 16."""
+def record(call: Callable[[], Any], target: str = "sm_90") -> list[Recorded]:
+    """The launches that a call of a launcher would give a GPU of the target."""
+    launches: list[Recorded] = []
+    with contextlib.ExitStack() as patches:
+        for module in (max_blur_pool, mixup, mixup_cross_entropy):
+            kernels = {name: Recorder(kernel, launches) for name, kernel in vars(module).items() if name.endswith("_kernel")}
+            patches.enter_context(patch.multiple(module, **kernels))
+        patches.enter_context(patch.object(max_blur_pool, "warp_size", lambda device: target_of(target).warp_size))
+        call()
+    return launches
+
+
+def source_of(launch: Recorded) -> tuple[ASTSource, dict[str, Any]]:
+    """The source and compiler options of one launch, specialised as Triton's launcher would: on None, 1 and multiples of 16."""
+    kernel, args, options = launch
     values = dict(zip(kernel.arg_names, args)) | {name: value for name, value in options.items() if name in kernel.arg_names}
     signature, constants, attributes = {}, {}, {}
     for param in kernel.params:
         value = values[param.name]
-        if param.is_constexpr:
+        if param.is_constexpr or value is None:
             signature[param.name], constants[param.name] = "constexpr", value
         elif isinstance(value, torch.Tensor):
             signature[param.name] = "*" + TYPES[value.dtype]
@@ -142,38 +167,21 @@ def widths(bits: list[int]) -> str:
     return " ".join(f"{bits.count(width)}x{width}" for width in sorted(set(bits), reverse=True))
 
 
-def figures(kernel, args, options, target: str) -> dict[str, int | str]:
-    source, rest = source_of(kernel, args, options)
+def figures(launch: Recorded, target: str) -> dict[str, int | str]:
+    source, rest = source_of(launch)
     compiled = triton.compile(source, target=target_of(target), options=rest)
     return amd_figures(compiled.asm["amdgcn"]) if target.startswith("gfx") else nvidia_figures(compiled.asm["cubin"])
 
 
-class Launch(NamedTuple):
-    """One launch of an operation: which kernel, on what."""
+class Problem(NamedTuple):
+    """What an operation is compiled for: in which directions, with channels innermost or not, and how its launcher is called.
 
-    operation: str
-    direction: str
-    case: str
-    channels_last: bool
+    `call` takes a direction, a dtype and whether channels are innermost.
+    """
 
-    def record(self, dtype: torch.dtype, target: str) -> tuple[Any, tuple, dict[str, Any]]:
-        """The kernel, arguments and options that the launcher would give a GPU of the target."""
-        window, shape = CASES[self.operation, self.case]
-        channels_last = CHANNELS_LAST[window.rank] if self.channels_last and window.rank > 1 else torch.contiguous_format
-        x = torch.empty(shape, dtype=dtype, device="meta", memory_format=channels_last)
-        return record(self.operation, self.direction, x, window, target)
-
-
-def record(
-    operation: str, direction: str, x: torch.Tensor, window: Window, target: str = "sm_90"
-) -> tuple[Any, tuple, dict[str, Any]]:
-    """The kernel, arguments and options of an operation's launch on x, a tensor without data."""
-    name = "_backward_kernel" if direction == "backward" else "_forward_kernel"
-    recorder = Recorder(getattr(max_blur_pool, name))
-    with patch.multiple(max_blur_pool, **{name: recorder}, warp_size=lambda device: target_of(target).warp_size):
-        DIRECTIONS[operation, direction](x, empty_output(x, window), window)
-    ((_, args, options),) = recorder.launches
-    return recorder.kernel, args, options
+    directions: tuple[str, ...]
+    formats: tuple[bool, ...]
+    call: Callable[[str, torch.dtype, bool], Any]
 
 
 def pool(rank: int, kernel_size: int, stride: int, padding: int, padding_mode: str = "partial") -> Window:
@@ -184,19 +192,8 @@ def blur(rank: int) -> Window:
     return blur_window(rank, 3, 2, "same", "binomial", "reflect")
 
 
-SIGNAL, IMAGE, VOLUME = (64, 64, 4096), (256, 64, 112, 112), (16, 64, 32, 32, 32)
-CASES = {
-    ("max_blur_pool", "1d k=2"): (pool(1, 2, 2, 0), SIGNAL),
-    ("max_blur_pool", "2d k=2"): (pool(2, 2, 2, 0), IMAGE),
-    ("max_blur_pool", "2d (3, 2, 1)"): (pool(2, 3, 2, 1), IMAGE),
-    ("max_blur_pool", "2d k=2 reflect"): (pool(2, 2, 2, 0, "reflect"), IMAGE),
-    ("max_blur_pool", "3d k=2"): (pool(3, 2, 2, 0), VOLUME),
-    ("blur_pool", "1d"): (blur(1), SIGNAL),
-    ("blur_pool", "2d"): (blur(2), IMAGE),
-    ("blur_pool", "3d"): (blur(3), VOLUME),
-}
 # Of an input, a gradient and a window.
-DIRECTIONS: dict[tuple[str, str], Callable[[torch.Tensor, torch.Tensor, Window], torch.Tensor]] = {
+POOLINGS: dict[tuple[str, str], Callable[[torch.Tensor, torch.Tensor, Window], torch.Tensor]] = {
     ("max_blur_pool", "forward"): lambda x, g, w: max_blur_pool.max_blur_pool(x, w),
     ("max_blur_pool", "backward"): lambda x, g, w: max_blur_pool.max_blur_pool_backward(g, x, w),
     ("max_blur_pool", "tangent"): lambda x, g, w: max_blur_pool.max_blur_pool_tangent(x, x, w),
@@ -208,12 +205,103 @@ WINDOWS: dict[str, Callable[..., Window]] = {
     "max_blur_pool": lambda k, s, p: pool(2, k, s, p),
     "blur_pool": lambda k, s: blur_window(2, k, s, "same", "binomial", "reflect"),
 }
+
+
+def pooling(operation: str, window: Window, shape: tuple[int, ...]) -> Problem:
+    def call(direction: str, dtype: torch.dtype, channels_last: bool) -> None:
+        memory_format = CHANNELS_LAST[window.rank] if channels_last else torch.contiguous_format
+        x = torch.empty(shape, dtype=dtype, device="meta", memory_format=memory_format)
+        POOLINGS[operation, direction](x, empty_output(x, window), window)
+
+    directions = tuple(direction for owner, direction in POOLINGS if owner == operation)
+    return Problem(directions, (False, True) if window.rank > 1 else (False,), call)
+
+
+def batch(shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool = False) -> torch.Tensor:
+    """A batch on the host, uninitialised: by their addresses a launcher knows whether it writes where it reads."""
+    return torch.empty(shape, dtype=dtype, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+
+def blend(read: torch.dtype | None = None, from_contiguous: bool = False, boxes: bool = False, in_place: bool = False) -> Problem:
+    """MixUp of images, read in another dtype and then normalised, or in another format; or CutMix, with a lam a sample."""
+    n, c, *_ = shape = (8, 3, 224, 224)
+    index, starts = torch.empty(n, dtype=torch.int64), torch.empty(n + 1, dtype=torch.int64)
+    lam, box = (torch.empty(n), torch.empty((n, 4), dtype=torch.int64)) if boxes else (torch.empty(()), None)
+    scale, shift = (None, None) if read is None else torch.empty((2, c))
+
+    def call(direction: str, dtype: torch.dtype, channels_last: bool) -> None:
+        x = batch(shape, read or dtype, channels_last and not from_contiguous)
+        y = x if in_place else batch(shape, dtype, channels_last)
+        if direction == "forward":
+            mixup.mixup(x, index, lam, box, scale, shift, y)
+        else:
+            mixup.mixup_backward(y, index, starts, lam, box, scale, x)
+
+    directions = ("forward", "backward") if read is None and not in_place else ("forward",)
+    return Problem(directions, (True,) if from_contiguous else (False, True), call)
+
+
+def loss(shape: tuple[int, ...], smoothed: bool = False, directions: tuple[str, ...] = ("forward", "backward")) -> Problem:
+    """The mean loss of logits; smoothed, and with weights of the classes."""
+    n, c, *positions = shape
+    a = torch.empty((n, *positions), dtype=torch.int64)
+    weight, smoothing = (torch.empty(c), 0.1) if smoothed else (None, 0.0)
+    lam, value, statistics, denominators = torch.empty(()), torch.empty(()), torch.empty((2, *a.shape)), torch.empty(2)
+
+    def call(direction: str, dtype: torch.dtype, channels_last: bool) -> None:
+        z = batch(shape, dtype, channels_last)
+        if direction == "backward":
+            mixup_cross_entropy.mixup_cross_entropy_backward(
+                value, z, a, a, lam, weight, statistics, denominators, -100, smoothing, torch.empty_like(z)
+            )
+        else:
+            mixup_cross_entropy.mixup_cross_entropy(z, a, a, lam, weight, -100, smoothing, value, statistics, denominators)
+
+    return Problem(directions, (False, True) if positions else (False,), call)
+
+
+SIGNAL, IMAGE, VOLUME = (64, 64, 4096), (256, 64, 112, 112), (16, 64, 32, 32, 32)
+PROBLEMS = {
+    ("max_blur_pool", "1d k=2"): pooling("max_blur_pool", pool(1, 2, 2, 0), SIGNAL),
+    ("max_blur_pool", "2d k=2"): pooling("max_blur_pool", pool(2, 2, 2, 0), IMAGE),
+    ("max_blur_pool", "2d (3, 2, 1)"): pooling("max_blur_pool", pool(2, 3, 2, 1), IMAGE),
+    ("max_blur_pool", "2d k=2 reflect"): pooling("max_blur_pool", pool(2, 2, 2, 0, "reflect"), IMAGE),
+    ("max_blur_pool", "3d k=2"): pooling("max_blur_pool", pool(3, 2, 2, 0), VOLUME),
+    ("blur_pool", "1d"): pooling("blur_pool", blur(1), SIGNAL),
+    ("blur_pool", "2d"): pooling("blur_pool", blur(2), IMAGE),
+    ("blur_pool", "3d"): pooling("blur_pool", blur(3), VOLUME),
+    ("mixup", "images"): blend(),
+    ("mixup", "images in place"): blend(in_place=True),
+    ("mixup", "boxes"): blend(boxes=True),
+    ("mixup", "uint8"): blend(torch.uint8),
+    ("mixup", "uint8 from contiguous"): blend(torch.uint8, from_contiguous=True),
+    ("mixup_cross_entropy", "rows"): loss((1024, 1000), directions=("forward", "finish", "backward")),
+    ("mixup_cross_entropy", "rows smoothed"): loss((1024, 1000), smoothed=True),
+    ("mixup_cross_entropy", "maps"): loss((8, 21, 256, 256)),
+    ("mixup_cross_entropy", "maps smoothed"): loss((8, 21, 256, 256), smoothed=True),
+}
+
+
+class Launch(NamedTuple):
+    """One launch of an operation: which kernel, on what."""
+
+    operation: str
+    direction: str
+    case: str
+    channels_last: bool
+
+    def record(self, dtype: torch.dtype, target: str) -> Recorded:
+        """What the launcher would give a GPU of the target. The loss's forward is followed by a second launch, its finish."""
+        call = PROBLEMS[self.operation, self.case].call
+        launches = record(lambda: call(self.direction, dtype, self.channels_last), target)
+        return launches[-1 if self.direction == "finish" else 0]
+
+
 LAUNCHES = [
     Launch(operation, direction, case, channels_last)
-    for operation, case in CASES
-    for owner, direction in DIRECTIONS
-    for channels_last in (False, True)
-    if owner == operation and not (channels_last and case.startswith("1d"))
+    for (operation, case), problem in PROBLEMS.items()
+    for direction in problem.directions
+    for channels_last in problem.formats
 ]
 KEYS = ("operation", "direction", "case", "format", "dtype", "target")
 
@@ -222,7 +310,7 @@ def row_of(launch: Launch, dtype: torch.dtype, target: str) -> dict[str, str]:
     """A row of the table: what was compiled, and its figures."""
     layout = "channels last" if launch.channels_last else "contiguous"
     key = dict(zip(KEYS, (launch.operation, launch.direction, launch.case, layout, TYPES[dtype], target)))
-    return {name: str(value) for name, value in (key | figures(*launch.record(dtype, target), target)).items()}
+    return {name: str(value) for name, value in (key | figures(launch.record(dtype, target), target)).items()}
 
 
 def rows_for(targets: list[str], only: list[str]) -> list[dict[str, str]]:

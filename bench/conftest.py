@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from contestants import DIRECTIONS, DTYPES, FORMATS, OPERATIONS, Case
+from contest import DIRECTIONS, DTYPES, FORMATS, Case, formats_of
+from contestants import OPERATIONS
 from measure import QUICK, USUAL, Rounds, measure
 
 
@@ -35,9 +37,9 @@ def add_options(add: Callable[..., object]) -> None:
     add("--quick", action="store_true", help="a tenth of the rounds, and only the first shape and arguments of each operation")
     add("--seconds", type=float, help="what a case's rounds may take, if there are enough of them (default: 3, or 0.3 if quick)")
     add("--dtypes", type=some_of(DTYPES), help="default: float32 on the CPU, bfloat16,float32 on CUDA")
-    add("--formats", type=some_of(tuple(FORMATS)), default=list(FORMATS), help="default: NCHW,NHWC")
-    add("--directions", type=some_of(DIRECTIONS), help="default: forward,forward+backward on the CPU, backward too on CUDA")
-    add("--shapes", type=shapes, help="instead of each operation's own, for example 8x64x112x112,8x256x28x28")
+    add("--formats", type=some_of(tuple(FORMATS)), default=list(FORMATS), help="default: all that a shape has")
+    add("--directions", type=some_of(DIRECTIONS), help="default: those of an operation; on the CPU no backward alone")
+    add("--shapes", type=shapes, help="instead of the operation's own, those of its rank: 8x64x112x112,64x1000")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -52,15 +54,18 @@ def pytest_configure(config: pytest.Config) -> None:
 def cases(operation: str, config: pytest.Config) -> list[Case]:
     row, cpu, quick = OPERATIONS[operation], config.getoption("device") == "cpu", config.getoption("quick")
     least = 1 if quick or cpu else None
+    choices = itertools.product(
+        row.arguments[:least],
+        config.getoption("shapes") or row.shapes[config.getoption("device")][:least],
+        config.getoption("formats"),
+        config.getoption("dtypes") or (["float32"] if cpu else ["bfloat16", "float32"]),
+        config.getoption("directions") or [way for way in DIRECTIONS if not cpu or way != "backward"],
+    )
+    ranks = {len(shape) for shapes in row.shapes.values() for shape in shapes}
     return [
-        Case(operation, *choice)
-        for choice in itertools.product(
-            row.arguments[:least],
-            config.getoption("shapes") or row.shapes[config.getoption("device")][:least],
-            config.getoption("formats"),
-            config.getoption("dtypes") or (["float32"] if cpu else ["bfloat16", "float32"]),
-            config.getoption("directions") or [way for way in DIRECTIONS if not cpu or way != "backward"],
-        )
+        case
+        for case in itertools.starmap(partial(Case, operation), choices)
+        if len(case.shape) in ranks and case.format in formats_of(case.shape) and case.direction in row.directions
     ]
 
 

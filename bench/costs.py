@@ -23,7 +23,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from contestants import OPERATIONS, Case
+from contest import Case, formats_of, leaves
+from contestants import FUNCTIONS, OPERATIONS
 from measure import Call, describe, enter, interleave, stopwatch, stopwatch_of
 from peers import AbsentError, load
 from report import keep
@@ -35,10 +36,10 @@ Row = dict[str, Any]
 
 
 def case_of(operation: str, device: str) -> Case:
-    """The case that costs are measured on: the operation's first arguments and shape."""
+    """The case that costs are measured on: the operation's first arguments and shape, images with innermost channels."""
     cuda, row = device == "cuda", OPERATIONS[operation]
     shape = row.shapes["cuda" if cuda else "toy"][0]
-    return Case(operation, row.arguments[0], shape, "NHWC", "bfloat16" if cuda else "float32", "")
+    return Case(operation, row.arguments[0], shape, formats_of(shape)[-1], "bfloat16" if cuda else "float32", "")
 
 
 def memory(operation: str, device: str) -> Iterator[Row]:
@@ -80,7 +81,8 @@ def peak(step: Callable[..., Tensor], inputs: tuple[Tensor, ...], grad: Tensor) 
     torch.cuda.reset_peak_memory_stats()
     before = requested("current")
     y = step(*inputs)
-    gradients = torch.autograd.grad(y, [tensor for tensor in inputs if tensor.requires_grad], grad)
+    sources = leaves(step, inputs)
+    gradients = torch.autograd.grad(y, sources, grad) if sources else ()
     return requested("peak") - before - y.nbytes - sum(gradient.nbytes for gradient in gradients)
 
 
@@ -196,7 +198,7 @@ def guarded(cost: str, operation: str, rows: Iterator[Row]) -> Iterator[Row]:
 def main() -> int:
     """0, or 1 where regfast has no figure that it should have."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=OPERATIONS, default=list(OPERATIONS), metavar="OP")
+    parser.add_argument("--only", nargs="+", choices=FUNCTIONS, default=FUNCTIONS, metavar="OP")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=Path("out/costs.json"))
     options = parser.parse_args()

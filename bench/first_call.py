@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 import triton
-from contestants import FORMATS, OPERATIONS, Case
+from contest import Case, formats_of, leaves
+from contestants import FUNCTIONS, OPERATIONS
 from torch import Tensor
 
 import regfast
@@ -48,24 +49,30 @@ class Clock:
 
 
 def train(case: Case, step: Callable[..., Tensor], clock: Clock) -> dict[str, tuple[float, int]]:
-    """A forward and a backward: the seconds of each, and the kernels that it compiled."""
+    """A forward and, where there is something to differentiate by, a backward: the seconds of each, and what it compiled."""
     inputs = OPERATIONS[case.operation].inputs(case, torch.device(clock.device))
-    leaves = [tensor for tensor in inputs if tensor.requires_grad]
+    sources = leaves(step, inputs)
     y, *forward = clock.time(lambda: step(*inputs))
+    if not sources:
+        return {"forward": tuple(forward)}
     grad = torch.randn_like(y)
-    _, *backward = clock.time(lambda: torch.autograd.grad(y, leaves, grad))
+    _, *backward = clock.time(lambda: torch.autograd.grad(y, sources, grad))
     return {"forward": tuple(forward), "backward": tuple(backward)}
 
 
 def first_calls(case: Case, clock: Clock) -> list[dict[str, Any]]:
-    """The case's first calls, and how many kernels two other sizes of the image compile, the first aligned as the case's is."""
+    """The case's first calls, and how many kernels two other sizes compile, the first aligned as the case's is.
+
+    The size is an image's, or the number of classes of logits that have no positions.
+    """
     step = OPERATIONS[case.operation].contestants["regfast"](case)
     rows = [
         {"cost": f"first {direction}", "value": seconds / max(kernels, 1), "unit": "seconds a kernel"}
         for direction, (seconds, kernels) in train(case, step, clock).items()
     ]
     for what, more in (("a new size", 16), ("a size of another alignment", 3)):
-        other = case._replace(shape=(*case.shape[:2], *(size + more for size in case.shape[2:])))
+        fixed = min(2, len(case.shape) - 1)
+        other = case._replace(shape=(*case.shape[:fixed], *(size + more for size in case.shape[fixed:])))
         kernels = sum(kernels for _, kernels in train(other, step, clock).values())
         rows.append({"cost": f"compiled for {what}", "value": kernels, "unit": "kernels"})
     return [{"case": f"{case.call} {case.size} {case.format} {case.dtype}"} | row for row in rows]
@@ -73,7 +80,7 @@ def first_calls(case: Case, clock: Clock) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("operation", choices=OPERATIONS)
+    parser.add_argument("operation", choices=FUNCTIONS)
     parser.add_argument("--device", choices=("cpu", "cuda"), required=True)
     options = parser.parse_args()
     operation, clock = OPERATIONS[options.operation], Clock(options.device)
@@ -84,7 +91,7 @@ def main() -> None:
     shape = operation.shapes["cuda" if options.device == "cuda" else "toy"][0]
     with regfast.backend("triton"):
         # One is enough for the interpreter, which compiles nothing.
-        for format in FORMATS if options.device == "cuda" else ["NHWC"]:
+        for format in formats_of(shape)[0 if options.device == "cuda" else -1 :]:
             case = Case(options.operation, operation.arguments[0], shape, format, "float32", "")
             rows += first_calls(case, clock)
     print(json.dumps([{"operation": options.operation, "contestant": "regfast"} | row for row in rows]))

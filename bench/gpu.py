@@ -4,11 +4,12 @@
 
 tests: the contract suite on CUDA, where it is an error that a call waits for the device. sanitize: memcheck and racecheck over a
 launch of every kernel. bench: every operation and its peers, and a copy's bandwidth. costs: memory, the host's time, first
-calls, a ResNet-50's training step. tune, if asked for: what bench/tune.py finds for the operations named.
+calls, a ResNet-50's training step. tune, if asked for: what bench/tune.py finds for the poolings named.
 
 Every step is a process of its own with a share of the time left, so that one that fails, hangs or spoils its device costs no
-other its results. gpu.json and gpu.md are written anew after each step; the goals and their verdicts come last. The exit status
-is 1 if a step failed. On a CPU everything is a toy, and tests this code alone.
+other its results. (They would take an estimated 18 minutes: for every row of the benchmark, run the parts one by one.) gpu.json
+and gpu.md are written anew after each step; the goals and their verdicts come last. The exit status is 1 if a step failed. On a
+CPU everything is a toy, and tests this code alone.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from contestants import OPERATIONS
+from contestants import FUNCTIONS, OPERATIONS
 from goals import GOALS, HEADER, judge, line
 from report import keep, markdown, notes, setting, table
 from steps import Step, run_all
@@ -76,9 +77,9 @@ def bench(options: argparse.Namespace) -> Iterator[Step]:
             everyone += ["--shapes", toys, "--quick"]
         else:
             everyone += ["--dtypes", "bfloat16,float16,float32", "--seconds", "0.5"]
-            compilers += ["--dtypes", "bfloat16", "--directions", "forward+backward"]
+            compilers += ["--dtypes", "bfloat16", "--directions", OPERATIONS[operation].directions[-1]]
         out = options.out / f"bench-{operation}"
-        share = 60 * len(OPERATIONS[operation].arguments)
+        share = 60 * len(OPERATIONS[operation].arguments) if operation in FUNCTIONS else 20
         yield Step(out.name, [*run, *everyone, "--out", out], share, out / "report.json")
         if options.device == "cuda":
             out = options.out / f"bench-{operation}-compiled"
@@ -88,7 +89,7 @@ def bench(options: argparse.Namespace) -> Iterator[Step]:
 def costs(options: argparse.Namespace) -> Iterator[Step]:
     results = options.out / "costs.json"
     command = [sys.executable, ROOT / "bench" / "costs.py", "--device", options.device, "--out", results, "--only"]
-    yield Step("costs", [*command, *options.operations], 100, results)
+    yield Step("costs", [*command, *(name for name in options.operations if name in FUNCTIONS)], 100, results)
 
 
 def tune(options: argparse.Namespace) -> Iterator[Step]:
@@ -120,8 +121,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
         parser.error(f"--only: {part!r} is no part: {', '.join(PARTS)}")
     if operations and part not in BY_OPERATION:
         parser.error(f"--only {part} takes no operation")
-    if not set(options.operations) <= OPERATIONS.keys():
-        parser.error(f"--only {part}: operations are {', '.join(OPERATIONS)}")
+    known = OPERATIONS if part == "bench" else FUNCTIONS
+    if not set(operations) <= set(known):
+        parser.error(f"--only {part}: operations are {', '.join(known)}")
     if part == "tune" and not operations:
         parser.error("--only tune: which operation?")
     return options

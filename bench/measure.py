@@ -11,7 +11,8 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
-from contestants import OPERATIONS, Bytes, Case
+from contest import Bytes, Case, leaves
+from contestants import OPERATIONS
 from peers import AbsentError
 from torch import Tensor
 
@@ -35,7 +36,7 @@ USUAL, QUICK = Rounds(3.0, 7), Rounds(0.3, 3)
 
 
 class Pass(NamedTuple):
-    """One interleaved pass: each contestant's seconds, or why it has none; and the bytes that bound them."""
+    """One interleaved pass: each contestant's seconds, or why it has none; and the bytes that bound them, if they do."""
 
     case: Case
     baseline: str
@@ -51,9 +52,11 @@ class Pass(NamedTuple):
         if name not in self.seconds:
             return row
         median, copy = statistics.median(self.seconds[name]), statistics.median(self.seconds[COPY])
-        bandwidth, copy_bandwidth = self.bytes / median, self.copy_bytes / copy
-        row |= {"median_ms": 1e3 * median, "rounds": len(self.seconds[name]), "bytes": self.bytes}
-        row |= {"gb_per_s": bandwidth / 1e9, "copy_gb_per_s": copy_bandwidth / 1e9, "of_copy": bandwidth / copy_bandwidth}
+        copy_bandwidth = self.copy_bytes / copy
+        row |= {"median_ms": 1e3 * median, "rounds": len(self.seconds[name]), "copy_gb_per_s": copy_bandwidth / 1e9}
+        if self.bytes:
+            bandwidth = self.bytes / median
+            row |= {"bytes": self.bytes, "gb_per_s": bandwidth / 1e9, "of_copy": bandwidth / copy_bandwidth}
         if self.baseline in self.seconds:
             row |= {"baseline": self.baseline, "ratio": median / statistics.median(self.seconds[self.baseline])}
         return row
@@ -101,7 +104,7 @@ def enter(case: Case, names: tuple[str, ...], device: torch.device) -> Field:
         try:
             step = operation.contestants[name](case)
             if isinstance(step, torch.nn.Module):
-                step = step.to(device=device, dtype=getattr(torch, case.dtype))
+                step = step.to(device=device, dtype=case.torch_dtype)
             with torch.no_grad():
                 output = step(*inputs[0])
             y = output if y is None else y
@@ -126,13 +129,13 @@ def preparation(step: Callable[..., Tensor], direction: str, field: Field) -> Ca
 
     def prepare(turn: int) -> Call:
         inputs, grad = field.inputs[turn % INPUT_SETS], field.grads[turn % INPUT_SETS]
-        leaves = [tensor for tensor in inputs if tensor.requires_grad]
+        sources = leaves(step, inputs)
         if direction == "forward":
             return lambda: step(*inputs)
         if direction == "backward":
             y = step(*inputs)
-            return lambda: torch.autograd.grad(y, leaves, grad)
-        return lambda: torch.autograd.grad(step(*inputs), leaves, grad)
+            return lambda: torch.autograd.grad(y, sources, grad)
+        return lambda: torch.autograd.grad(step(*inputs), sources, grad)
 
     return prepare
 

@@ -20,7 +20,7 @@ class AbsentError(Exception):
 def load(name: str) -> ModuleType:
     """The module of that name. Raises AbsentError where it is not installed, or is but does not import."""
     try:
-        if name == "timm":
+        if name.split(".")[0] in ("timm", "torchvision"):
             _help_torchvision()
         return importlib.import_module(name)
     except ImportError as error:
@@ -31,7 +31,7 @@ def load(name: str) -> ModuleType:
 
 @cache
 def _help_torchvision() -> torch.library.Library | None:
-    """Lets torchvision, which timm imports, load beside a build of torch that its C++ operators were not made for.
+    """Lets torchvision, which timm imports too, load beside a build of torch that its C++ operators were not made for.
 
     It then stops at its first fake operator, because the real one was never declared. Naming the operators is enough: nothing
     that is timed here calls them. The cache keeps the library alive, and with it the names.

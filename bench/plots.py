@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-from contestants import Case
+from contest import Case
 
 matplotlib.use("agg")
 from matplotlib import pyplot as plt

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from contestants import Case
+from contest import Case
 
 Row = dict[str, Any]
 
@@ -70,7 +70,8 @@ def cells(row: Row) -> list[str]:
     if row["absent"] or row["error"]:
         return [*group, "absent" if row["absent"] else "failed", "", ""]
     ratio = f"{row['ratio']:.2f}" if "ratio" in row else ""
-    return [*group, f"{row['median_ms']:.3f}", ratio, f"{row['of_copy']:.0%}"]
+    of_copy = f"{row['of_copy']:.0%}" if "of_copy" in row else ""
+    return [*group, f"{row['median_ms']:.3f}", ratio, of_copy]
 
 
 def table(rows: list[Row]) -> str:

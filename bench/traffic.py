@@ -18,7 +18,8 @@ and, in bytes, as multiples of the floor, which is what the operation must move:
 
 The L2 is empty at first, drops what was used least recently and is sized in bytes, so that cuts into few large programs and into
 many small ones have the same. It holds the floor of --l2 samples, by default one, which is more than lies between neighbouring
-blocks and less than the batch, as on a GPU: an H100's 50 MB hold 25 of 256 samples of (64, 112, 112), pooled in bfloat16.
+blocks and less than the batch, as on a GPU: an H100's 50 MB hold 25 of 256 samples of (64, 112, 112), pooled in bfloat16. (A
+sample of (N, C) logits is one row, whose label shares its line with others': give those eight.)
 
 A candidate changes fields of what the launchers' `cut_for` answers. It is ranked with the pinned cut, by device, then L1, then
 L2, each to a hundredth of the floor. The pinned cut is the answer for the toy; a large batch may be cut otherwise, and what it
@@ -35,7 +36,6 @@ os.environ["TRITON_INTERPRET"] = "1"
 import argparse
 import contextlib
 import importlib
-import itertools
 import pkgutil
 import sys
 from collections import OrderedDict, defaultdict
@@ -47,7 +47,8 @@ from unittest.mock import patch
 import numpy as np
 import report
 import torch
-from contestants import DTYPES, FORMATS, OPERATIONS, Case
+from contest import DTYPES, FORMATS, Case, formats_of, leaves
+from contestants import FUNCTIONS, OPERATIONS
 from triton.runtime.errors import InterpreterError
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle
 
@@ -61,10 +62,6 @@ FIGURES = ("L1", "lines", "L2", "device", "grid")
 COLUMNS = ("operation", "format", "direction", "cut", "programs", *KINDS, *FIGURES)
 # The key of a line: its number in a tensor, with the bit WRITE if it is stored to, and above that the tensor's number.
 WRITE = 1 << 40
-SAMPLES = 3
-# Small, because a program of pooling takes the interpreter up to half a second: 10 to 50 programs, 10 s a row of the table. Yet
-# most axes have several blocks, so that what neighbours read twice is there, and the columns fill no whole number of lines.
-IMAGE = (SAMPLES, 32, 32, 56)
 
 
 class CandidateError(Exception):
@@ -229,12 +226,12 @@ def rows_of(case: Case, directions: list[str], candidate: dict[str, int], sample
     inputs = operation.inputs(case, torch.device("cpu"))
     step = operation.contestants["regfast"](case)
     if isinstance(step, torch.nn.Module):
-        step = step.to(getattr(torch, case.dtype))
-    leaves = [tensor for tensor in inputs if tensor.requires_grad]
+        step = step.to(case.torch_dtype)
+    sources = leaves(step, inputs)
     records = {"forward": record(lambda: step(*inputs), candidate)}
     y = records["forward"].result
     if "backward" in directions:
-        records["backward"] = record(lambda: torch.autograd.grad(y, leaves, torch.ones_like(y)), candidate)
+        records["backward"] = record(lambda: torch.autograd.grad(y, sources, torch.ones_like(y)), candidate)
     rows = []
     for direction in directions:
         floor = operation.floor(inputs, y).of(direction)
@@ -291,18 +288,21 @@ def candidate(text: str) -> dict[str, int]:
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form own=2,rows=8") from error
 
 
-def toy(operation: str) -> tuple[int, ...]:
-    """The shape to count on: IMAGE for an operation on images, else the benchmark's with few samples."""
-    real = OPERATIONS[operation].shapes["cuda"][0]
-    return IMAGE if len(real) == len(IMAGE) else (SAMPLES, *real[1:])
+def cases(operation: str, options: argparse.Namespace) -> Iterator[Case]:
+    """Those of the shapes that the operation has for this, in the formats chosen."""
+    row = OPERATIONS[operation]
+    for arguments in [options.arguments] if options.arguments else row.arguments:
+        for shape in [options.shape] if options.shape else row.shapes["traffic"]:
+            formats = [format for format in options.format if format in formats_of(shape)]
+            yield from (Case(operation, arguments, shape, format, options.dtype, "") for format in formats)
 
 
 def parse(argv: list[str]) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("operations", nargs="+", choices=OPERATIONS, metavar="OP", help=" or ".join(OPERATIONS))
+    add("operations", nargs="+", choices=FUNCTIONS, metavar="OP", help=" or ".join(FUNCTIONS))
     add("--arguments", type=integers(","), help="instead of each operation's own, for example 2,2,0")
-    add("--shape", type=integers("x"), help=f"default for images: {'x'.join(map(str, IMAGE))}")
+    add("--shape", type=integers("x"), help="instead of the operation's own")
     add("--dtype", choices=DTYPES, default="bfloat16", help="default: %(default)s")
     add("--format", choices=FORMATS, nargs="+", default=list(FORMATS), help="default: all")
     add("--direction", choices=DIRECTIONS, nargs="+", default=DIRECTIONS, help="default: all")
@@ -317,11 +317,10 @@ def main(argv: list[str]) -> int:
     parser, options = parse(argv)
     found, rows = report.setting("cpu"), []
     for operation in options.operations:
-        calls = [options.arguments] if options.arguments else OPERATIONS[operation].arguments
-        for arguments, format in itertools.product(calls, options.format):
-            case = Case(operation, arguments, options.shape or toy(operation), format, options.dtype, "")
+        directions = [direction for direction in options.direction if direction in OPERATIONS[operation].directions]
+        for case in cases(operation, options):
             try:
-                cuts = [rows_of(case, options.direction, fields, options.l2) for fields in ({}, *options.candidates)]
+                cuts = [rows_of(case, directions, fields, options.l2) for fields in ({}, *options.candidates)]
             except CandidateError as error:
                 parser.error(f"{case.call}: {error}")
             for same_direction in zip(*cuts):

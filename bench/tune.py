@@ -1,4 +1,4 @@
-"""The best cut of every launch of an operation: a sweep over tiles, warps and rows a program streams.
+"""The best cut of every launch of a pooling: a sweep over tiles, warps and rows a program streams.
 
     python bench/tune.py OP [--try own=2,4 rows=8,16 ...] [--formats NHWC] [--dtypes bfloat16] [--device cuda] [--out DIR]
 
@@ -37,7 +37,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import compiled
 import report
 from conftest import some_of
-from contestants import DTYPES, FORMATS, OPERATIONS, Case
+from contest import DTYPES, FORMATS, Case
+from contestants import OPERATIONS
 from measure import COPY, copy_tensors, interleave, stopwatch_of
 
 from regfast.geometry import Window
@@ -65,9 +66,17 @@ class Candidate(NamedTuple):
 def figures(case: Case, cut: Cut, target: str) -> tuple[str, dict[str, int | str]]:
     """The launch that a cut comes to, which cuts beyond a tensor's alignment share, and the compiler's figures for it."""
     with patch.object(max_blur_pool, "cut_for", lambda *_: cut):
-        kernel, args, options = compiled.record(case.operation, case.direction, meta(case), window_of(case), target)
-    given = [arg for arg in args if not isinstance(arg, torch.Tensor)]
-    return repr((given, options)), compiled.figures(kernel, args, options, target)
+        launch = record(case, target)
+    given = [arg for arg in launch.args if not isinstance(arg, torch.Tensor)]
+    return repr((given, launch.options)), compiled.figures(launch, target)
+
+
+def record(case: Case, target: str = "sm_90") -> compiled.Recorded:
+    """The launch that a GPU of the target would be given."""
+    x, window = meta(case), window_of(case)
+    call = compiled.POOLINGS[case.operation, case.direction]
+    (launch,) = compiled.record(lambda: call(x, empty_output(x, window), window), target)
+    return launch
 
 
 def window_of(case: Case) -> Window:
@@ -76,7 +85,7 @@ def window_of(case: Case) -> Window:
 
 def meta(case: Case) -> torch.Tensor:
     """A tensor of the case without data."""
-    return torch.empty(case.shape, dtype=getattr(torch, case.dtype), device="meta", memory_format=FORMATS[case.format])
+    return torch.empty(case.shape, dtype=case.torch_dtype, device="meta", memory_format=FORMATS[case.format])
 
 
 def compile_all(case: Case, space: dict[str, tuple[int, ...]], target: str, processes: ProcessPoolExecutor) -> list[Candidate]:
@@ -99,7 +108,7 @@ def time_all(case: Case, cuts: dict[str, Cut | None], device: torch.device, turn
     window = window_of(case)
     x = OPERATIONS[case.operation].inputs(case, device)[0].detach()
     g = torch.randn_like(empty_output(x, window))
-    call = compiled.DIRECTIONS[case.operation, case.direction]
+    call = compiled.POOLINGS[case.operation, case.direction]
     source, target = copy_tensors(device)
 
     def launch(cut: Cut | None) -> Any:
@@ -156,7 +165,7 @@ def pinned(case: Case) -> Cut:
     asked = []
     original = max_blur_pool.cut_for
     with patch.object(max_blur_pool, "cut_for", lambda *args: asked.append(original(*args)) or asked[0]):
-        compiled.record(case.operation, case.direction, meta(case), window_of(case))
+        record(case)
     return asked[0]
 
 
@@ -192,9 +201,9 @@ def field(text: str) -> tuple[str, tuple[int, ...]]:
 def parse(argv: list[str]) -> argparse.Namespace:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("operation", choices=[operation for operation, _ in compiled.DIRECTIONS], metavar="OP")
+    parser.add_argument("operation", choices=compiled.WINDOWS, metavar="OP")
     parser.add_argument("--try", dest="fields", type=field, nargs="+", default=[], metavar="FIELD=INTEGER,...", help="of SPACE")
-    parser.add_argument("--formats", type=some_of(tuple(FORMATS)), default=list(FORMATS), help="default: all")
+    parser.add_argument("--formats", type=some_of(tuple(FORMATS)), default=["NCHW", "NHWC"], help="default: NCHW,NHWC")
     parser.add_argument("--dtypes", type=some_of(DTYPES), default=["bfloat16", "float32"], help="default: bfloat16,float32")
     parser.add_argument("--directions", type=some_of(DIRECTIONS), default=list(DIRECTIONS), help="default: all")
     parser.add_argument("--device", choices=("cpu", "cuda"), default=device, help="default: %(default)s")

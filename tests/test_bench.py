@@ -125,22 +125,109 @@ def test_reports_are_there(run: tuple[Path, str]) -> None:
     assert {"date", "device", "torch"} <= json.loads((out / "report.json").read_text()).keys()
 
 
-@pytest.mark.parametrize("operation", ["max_blur_pool", "blur_pool"])
-def test_contestants_compute_the_same(operation: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """But for the baseline, which does not blur, and for the border, where each has its own mode."""
+@pytest.fixture
+def operations(monkeypatch: pytest.MonkeyPatch) -> dict:
     monkeypatch.syspath_prepend(BENCH)
-    from contestants import OPERATIONS, Case
+    from contestants import OPERATIONS
+
+    return OPERATIONS
+
+
+def outputs_of(operations: dict, case: tuple, but: tuple[str, ...] = ()) -> dict[str, list[torch.Tensor]]:
+    """What each contestant gives for the same inputs, and the gradients of what it is differentiated by; `but` some."""
+    from contest import Case, leaves
     from peers import AbsentError
 
-    row = OPERATIONS[operation]
-    for arguments in row.arguments:
-        case = Case(operation, arguments, (2, 3, 17, 16), "NCHW", "float32", "forward")
-        (x,) = row.inputs(case, torch.device("cpu"))
-        expected = row.contestants["regfast"](case)(x)
-        for name in ("kornia", "timm", "antialiased-cnns", "composer", "eager composite"):
-            try:
-                y = row.contestants[name](case)(x)
-            except AbsentError:
-                continue
-            assert y.shape == expected.shape, name
-            assert torch.allclose(y[..., 1:-1, 1:-1], expected[..., 1:-1, 1:-1], atol=1e-6), name
+    case = Case(*case)
+    row, found = operations[case.operation], {}
+    inputs = row.inputs(case, torch.device("cpu"))
+    for name, make in row.contestants.items():
+        if name in but or "compiled" in name:
+            continue
+        own = tuple(t.clone().detach().requires_grad_(t.requires_grad) for t in inputs)
+        try:
+            step = make(case)
+        except AbsentError:
+            continue
+        if isinstance(step, torch.nn.Module):
+            step = step.to(case.torch_dtype)
+        y = step(*own)
+        torch.manual_seed(1)
+        gradients = torch.autograd.grad(y, leaves(step, own), torch.randn_like(y)) if y.requires_grad else ()
+        found[name] = [y.detach(), *gradients]
+    assert {"regfast"} < found.keys()
+    return found
+
+
+@pytest.mark.parametrize("operation", ["max_blur_pool", "blur_pool"])
+def test_poolings_compute_the_same(operation: str, operations: dict) -> None:
+    """But for the baseline, which does not blur, and for the border, where each has its own mode."""
+    for arguments in operations[operation].arguments:
+        baseline = next(iter(operations[operation].contestants))
+        found = outputs_of(operations, (operation, arguments, (2, 3, 17, 16), "NCHW", "float32", "forward"), but=(baseline,))
+        for name, (y, _) in found.items():
+            assert y.shape == found["regfast"][0].shape, name
+            assert torch.allclose(y[..., 1:-1, 1:-1], found["regfast"][0][..., 1:-1, 1:-1], atol=1e-6), name
+
+
+@pytest.fixture
+def swapped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever pairs a batch of two at random swaps them, as a flip and a roll do; and ManifoldMixup draws the others' lam."""
+    monkeypatch.syspath_prepend(BENCH)
+    import mixings
+
+    from regfast import manifold
+
+    monkeypatch.setattr(torch, "randperm", lambda n, **_: torch.arange(n).flip(0))
+    monkeypatch.setattr(manifold, "beta", lambda alpha, size, generator: torch.full(size, mixings.LAM))
+
+
+@pytest.mark.parametrize("format", ["NCHW", "NHWC"])
+@pytest.mark.parametrize("operation", ["mixup", "mixup_uint8"])
+def test_blends_compute_the_same(operation: str, format: str, operations: dict, swapped: None) -> None:
+    """To rounding, which comes in another order where the images are normalised."""
+    found = outputs_of(operations, (operation, (), (2, 3, 13, 12), format, "float32", "forward"))
+    assert not torch.allclose(found["regfast"][0], found["regfast"][0].flip(0))
+    for name, outputs in found.items():
+        assert len(outputs) == len(found["regfast"]), name
+        for y, expected in zip(outputs, found["regfast"]):
+            assert torch.allclose(y, expected, atol=2e-6), name
+
+
+@pytest.mark.parametrize(("shape", "format"), [((6, 10), "NC"), ((2, 5, 4, 3), "NCHW"), ((2, 5, 4, 3), "NHWC")])
+def test_losses_compute_the_same(shape: tuple[int, ...], format: str, operations: dict) -> None:
+    found = outputs_of(operations, ("mixup_cross_entropy", (), shape, format, "float32", "forward"))
+    for name, (loss, gradient) in found.items():
+        assert torch.allclose(loss, found["regfast"][0], atol=1e-6), name
+        assert torch.allclose(gradient, found["regfast"][1], atol=1e-6), name
+
+
+@pytest.mark.parametrize("operation", ["manifold_mixup", "mixup_step"])
+def test_training_steps_compute_the_same(operation: str, operations: dict, swapped: None) -> None:
+    """In float64, because batch normalisation of the few pixels that are left at the end magnifies what rounding does.
+
+    lam and the labels are rounded to float32 by some.
+    """
+    (arguments,) = operations[operation].arguments
+    found = outputs_of(operations, (operation, arguments, (2, 3, 64, 64), "NCHW", "float64", "forward"))
+    for name, (loss, *gradients) in found.items():
+        assert torch.allclose(loss, found["regfast"][0], rtol=1e-5), name
+        for gradient, expected in zip(gradients, found["regfast"][1:], strict=True):
+            assert torch.allclose(gradient, expected, rtol=1e-3, atol=1e-5 * expected.abs().max()), name
+
+
+def test_a_step_has_no_floor() -> None:
+    """Its row has a time and a ratio, and no fraction of a bandwidth."""
+    from contest import Case
+    from measure import COPY, Pass
+    from report import cells
+
+    case = Case("mixup_step", (), (4, 3, 32, 32), "NCHW", "float32", "forward+backward")
+    timed = {"seeds' code": [2.0], "regfast": [1.0], COPY: [1.0]}
+    row = Pass(case, "seeds' code", timed, {}, {}, 0, 10**9).row("regfast")
+    assert row["ratio"] == 0.5 and not {"of_copy", "bytes", "gb_per_s"} & row.keys()
+    assert cells(row)[-3:] == ["1000.000", "0.50", ""]
+
+
+def test_every_operation_has_its_file(operations: dict) -> None:
+    assert {file.stem.removeprefix("bench_") for file in BENCH.glob("bench_*.py")} == operations.keys()

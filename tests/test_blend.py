@@ -210,6 +210,14 @@ def test_a_compiled_graph_follows_lam_and_index_and_compiles_once():
     assert counter.frame_count == 1
 
 
+def test_a_compiled_graph_writes_in_place():
+    compiled = torch.compile(lambda x, index, lam: mixup(x, index, lam, out=x), fullgraph=True, backend="aot_eager")
+    x, lam = torch.randn(4, 3, 8, 8), torch.tensor(0.3)
+    expected = mixup(x, INVOLUTION, lam)
+    torch.testing.assert_close(compiled(x, INVOLUTION, lam), expected, **FLOAT32)
+    torch.testing.assert_close(x, expected, **FLOAT32)
+
+
 @pytest.mark.slow
 def test_inductor_follows_a_lam_that_is_a_number():
     """PyTorch 2.13's keeps the `alpha` of torch.add from an earlier call where it is an expression of one."""

@@ -23,8 +23,9 @@ def check(*arguments: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_image_kernels_for_sm_90_are_as_the_table_says():
-    check("--target", "sm_90", "--only", "2d k=2", "2d (3")
+@pytest.mark.parametrize("cases", [["2d k=2", "2d (3"], ["images in", "rows smoothed"]], ids=["poolings", "mixup"])
+def test_image_kernels_for_sm_90_are_as_the_table_says(cases: list[str]):
+    check("--target", "sm_90", "--only", *cases)
 
 
 @pytest.mark.slow
@@ -32,20 +33,63 @@ def test_all_kernels_are_as_the_table_says():
     check()
 
 
-def test_the_table_has_no_spill_no_stack_and_wide_accesses():
-    """A lane's aligned vector is read and written at once: of channels where they are innermost, else of columns."""
+@pytest.fixture(scope="module")
+def table() -> list[dict[str, str]]:
+    with SCRIPT.with_suffix(".csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_table_is_whole_and_has_no_spill_and_no_stack(table: list[dict[str, str]]):
+    assert {row["operation"] for row in table} == {"max_blur_pool", "blur_pool", "mixup", "mixup_cross_entropy"}
+    assert {row["target"] for row in table} == {"sm_80", "sm_90", "sm_100", "gfx942"}
+    assert {row["dtype"] for row in table} == {"fp16", "bf16", "fp32"}
+    assert [row for row in table if (row["spills"], row["stack"]) != ("0", "0")] == []
+
+
+def narrowest(accesses: str) -> int:
+    return min(int(access.split("x")[1]) for access in accesses.split())
+
+
+def widest(accesses: str) -> int:
+    return max(int(access.split("x")[1]) for access in accesses.split())
+
+
+def test_poolings_write_whole_vectors(table: list[dict[str, str]]):
+    """A lane's aligned vector is written at once: of channels where they are innermost, else of columns."""
     from regfast.kernels.max_blur_pool import CUTS
 
-    with SCRIPT.with_suffix(".csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert {row["target"] for row in rows} == {"sm_80", "sm_90", "sm_100", "gfx942"}
-    assert {row["dtype"] for row in rows} == {"fp16", "bf16", "fp32"}
-    for row in rows:
-        assert (row["spills"], row["stack"]) == ("0", "0"), row
+    for row in table:
+        if "pool" not in row["operation"]:
+            continue
         blur = "blur" if row["operation"] == "blur_pool" else ""
         kernel = " ".join(filter(None, (blur, "" if blur and row["direction"] == "forward" else row["direction"])))
         cut = CUTS[kernel][2 * row["case"].startswith("3d") + (row["format"] == "channels last")]
         # Every case has stride 2, and a backward writes the inputs of `own` outputs.
         elements = cut.vector if row["format"] == "channels last" else cut.own * (2 if row["direction"] == "backward" else 1)
         bits = min(elements * (32 if row["dtype"] == "fp32" else 16), 128)
-        assert all(int(access.split("x")[1]) >= bits for access in row["stores"].split()), row
+        assert narrowest(row["stores"]) >= bits, row
+
+
+def test_blends_read_and_write_128_bits(table: list[dict[str, str]]):
+    """Elements are taken in the output's order, so that every store is wide, and every load of what lies in the same.
+
+    A lane of a gfx942 has eight elements, so that of bytes it reads 64 bits.
+    """
+    for row in table:
+        if row["operation"] != "mixup":
+            continue
+        assert narrowest(row["stores"]) == 128, row
+        if "from contiguous" not in row["case"]:
+            assert widest(row["loads"]) == (64 if (row["case"], row["target"]) == ("uint8", "gfx942") else 128), row
+
+
+def test_losses_read_vectors_along_a_row_of_classes_or_along_the_rows(table: list[dict[str, str]]):
+    """But for 21 innermost classes, an odd number, of which no vector is aligned."""
+    for row in table:
+        if row["operation"] != "mixup_cross_entropy" or row["direction"] == "finish" or row["format"] == "channels last":
+            continue
+        bits = 128 if row["case"].startswith("rows") or row["dtype"] == "fp32" else 64
+        vectors = [access for access in row["loads"].split() if int(access.split("x")[1]) >= bits]
+        assert vectors, row
+        if row["direction"] == "backward":
+            assert narrowest(row["stores"]) >= bits, row

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,8 @@ import pytest
 
 pytest.importorskip("pytest_benchmark", reason="the bench extra is not installed")
 
-from goals import GOALS, Goal, cost, cost_ratio, judge, of_copy, own, times_faster
+from contestants import FUNCTIONS, OPERATIONS
+from goals import GOALS, Goal, cases, cost, cost_ratio, judge, of_copy, own, times_faster
 from gpu import parse
 
 BENCH = Path(__file__).parent.parent / "bench"
@@ -31,7 +33,7 @@ import sys
 
 import gpu
 
-gpu.OPERATIONS = {"blur_pool": gpu.OPERATIONS["blur_pool"]}
+gpu.OPERATIONS = {{"{0}": gpu.OPERATIONS["{0}"]}}
 sys.exit(gpu.main(sys.argv[1:]))
 """
 
@@ -93,21 +95,23 @@ def check_everything(status: int, printed: str, kept: dict, out: Path, operation
     (tests,) = kept["parts"]["tests"]
     assert tests["counts"]["tests"] > 0 and tests["counts"]["failures"] == 0
     assert {row["operation"] for row in kept["rows"] if "median_ms" in row} == operations
+    assert {row["operation"] for row in kept["costs"]} - {"resnet18"} == operations & set(FUNCTIONS)
     assert {"saved beside x", "host time of a call", "first forward", "first backward"} <= {row["cost"] for row in kept["costs"]}
     assert {goal["met?"] for goal in kept["goals"]} == {"not measured (cpu)"}
     written = (out / "gpu.md").read_text()
-    assert "## costs" in written and "| nn.AvgPool2d " in written
+    assert "## costs" in written and "| regfast " in written
     summary = written.split("## Summary")[1]
     assert summary.strip() in printed and len(summary) < 6000
 
 
-def test_all_parts_leave_their_figures(tmp_path: Path) -> None:
-    check_everything(*run(ONE_OPERATION, tmp_path), tmp_path, {"blur_pool"})
+@pytest.mark.parametrize("operation", ["blur_pool", pytest.param("mixup", marks=pytest.mark.slow)])
+def test_all_parts_leave_their_figures(tmp_path: Path, operation: str) -> None:
+    check_everything(*run(ONE_OPERATION.format(operation), tmp_path), tmp_path, {operation})
 
 
 @pytest.mark.slow
 def test_all_parts_leave_their_figures_of_every_operation(tmp_path: Path) -> None:
-    check_everything(*run(WHOLE, tmp_path), tmp_path, {"max_blur_pool", "blur_pool"})
+    check_everything(*run(WHOLE, tmp_path), tmp_path, set(OPERATIONS))
 
 
 def test_a_part_in_trouble_costs_no_other_its_results(tmp_path: Path) -> None:
@@ -135,12 +139,14 @@ def test_a_part_in_trouble_costs_no_other_its_results(tmp_path: Path) -> None:
 
 def test_only_chooses_a_part_and_its_operations() -> None:
     assert parse([]).parts == ("tests", "sanitize", "bench", "costs")
-    assert parse(["--only", "bench"]).operations == ["max_blur_pool", "blur_pool"]
+    assert parse(["--only", "bench"]).operations == list(OPERATIONS)
     chosen = parse(["--only", "bench", "blur_pool"])
     assert (chosen.parts, chosen.operations) == (("bench",), ["blur_pool"])
 
 
-@pytest.mark.parametrize("only", [["nothing"], ["bench", "nothing"], ["tests", "blur_pool"], ["tune"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "only", [["nothing"], ["bench", "nothing"], ["costs", "mixup_step"], ["tests", "blur_pool"], ["tune"]], ids=" ".join
+)
 def test_only_refuses_what_is_not_there(only: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parse(["--only", *only])
@@ -202,6 +208,7 @@ def test_rivals_are_compared_within_a_pass() -> None:
     assert f"composer, {case}" not in figures
     verdict = judge(Goal("", times_faster("max_blur_pool", ("kornia", "timm"), ["bfloat16"]), 5, False, "{:.2f}"), rows)
     assert (verdict.met, verdict.case) == ("no", f"timm, {case}")
+    assert set(times_faster("max_blur_pool", ["timm"], ["bfloat16"], direction="forward")(rows).values()) == {None}
 
 
 def test_costs_are_regfast_s_own_or_a_ratio() -> None:
@@ -212,6 +219,21 @@ def test_costs_are_regfast_s_own_or_a_ratio() -> None:
     assert ratio(rows) == {"c": 3.0}
     assert ratio(rows[:1]) == {"c": None}
     assert judge(Goal("", ratio, 2, True, "{:.2f}"), rows).met == "no"
+
+
+def test_goals_ask_for_the_cases_that_are_timed() -> None:
+    """Rows of logits have one format, images two; and a step is timed in one direction."""
+    found = [str(case) for case in cases("mixup_cross_entropy", "backward", ["bfloat16"])]
+    assert found == [
+        "mixup_cross_entropy() 65536x1000 NC bfloat16 backward",
+        "mixup_cross_entropy() 4096x32000 NC bfloat16 backward",
+        "mixup_cross_entropy() 32x21x512x512 NCHW bfloat16 backward",
+        "mixup_cross_entropy() 32x21x512x512 NHWC bfloat16 backward",
+    ]
+    timed = [re.search(r"(\w+)\(.*\) \S+ \S+ \S+ (\S+)$", case) for goal in GOALS for case in goal.figures([])]
+    for operation, direction in {found.groups() for found in timed if found}:
+        assert direction in OPERATIONS[operation].directions, operation
+    assert {found[1] for found in timed if found} == set(OPERATIONS)
 
 
 def test_every_goal_can_be_judged_without_a_row() -> None:

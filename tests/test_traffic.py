@@ -97,25 +97,6 @@ found["copied"] = torch.equal(y, x[:300])
 print(json.dumps(found))
 """
 
-# traffic.py with one more operation, of which no kernel runs.
-IDENTITY = """
-import sys
-
-import torch
-import traffic
-from contestants import OPERATIONS, Bytes, Operation, images
-
-OPERATIONS["identity"] = Operation(
-    function=torch.nn.functional.relu,
-    contestants={"regfast": lambda case: torch.nn.Identity()},
-    arguments=[()],
-    shapes={"cuda": [(2, 4, 8, 8)]},
-    inputs=images,
-    floor=lambda inputs, y: Bytes(0, 0),
-)
-sys.exit(traffic.main(sys.argv[1:]))
-"""
-
 
 def python(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     path = os.pathsep.join(filter(None, (str(BENCH), os.environ.get("PYTHONPATH"))))
@@ -136,6 +117,12 @@ def counted(tmp_path_factory: pytest.TempPathFactory) -> dict:
     done = python(driver)
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def blended(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    """The blend's rows for a batch of six, in random pairs: a cache of one sample holds a block of every sample, twice."""
+    return rows_of(tmp_path_factory.mktemp("blended") / "rows.json", "mixup", "--shape=6x16x32x48")
 
 
 @pytest.fixture(scope="module")
@@ -229,6 +216,46 @@ def test_the_pooling_loads_as_often_as_its_docstring_says(pooled: list[dict]) ->
         assert row["stores"] == (y if forward else x)
 
 
+def test_a_blend_reads_each_sample_from_memory_once(blended: list[dict]) -> None:
+    """Though it asks for each twice, with programs of the whole batch in between, and the batch is six times the cache."""
+    batch = 2 * 6 * 16 * 32 * 48
+    assert [(row["format"], row["direction"]) for row in blended] == [
+        (format, direction) for format in ("NCHW", "NHWC") for direction in ("forward", "backward")
+    ]
+    for row in blended:
+        assert row["floor"] == 2 * batch and row["l2"] == 2 * batch // 6
+        # Beside the batch there are a few numbers of index and lam, which every program asks for.
+        assert row["loads"] == pytest.approx(2 * row["inputs"], rel=0.005)
+        assert row["stores"] == row["inputs"]
+        assert row["device"] == pytest.approx(row["floor"], rel=0.01)
+        assert row["L2"] == pytest.approx(1.5 * row["floor"], rel=0.05)
+
+
+def test_a_cache_too_small_for_a_block_of_every_sample_is_seen(blended: list[dict], tmp_path: Path) -> None:
+    """Partners are then read anew: three passes in place of two, but for those who come close after one another."""
+    arguments = ["mixup", "--shape=6x16x32x48", "--format=NCHW", "--direction=forward", "--l2=0.1"]
+    (row,) = rows_of(tmp_path / "rows.json", *arguments)
+    assert 1.2 * row["floor"] < row["device"] <= row["L2"]
+
+
+def test_bytes_are_blended_and_normalised_in_one_pass(tmp_path: Path) -> None:
+    """One byte is read an element, and two are written; the backward is left out, for there is none."""
+    (row,) = rows_of(tmp_path / "rows.json", "mixup_uint8", "--shape=2x3x32x64", "--format=NCHW")
+    assert row["direction"] == "forward" and row["floor"] == 3 * 2 * 3 * 32 * 64
+    assert row["device"] == pytest.approx(row["floor"], rel=0.05)
+
+
+def test_a_loss_moves_its_three_passes(tmp_path: Path) -> None:
+    """And two statistics a row, where the floor has one; four sums of each program, which has a row; a loss and denominators."""
+    for row in rows_of(tmp_path / "rows.json", "mixup_cross_entropy", "--shape=32x1000", "--l2=8"):
+        rows, classes = 32, 1000
+        passes = 1 if row["direction"] == "forward" else 2
+        assert row["floor"] == passes * 2 * rows * classes + (8 + 8 + 4) * rows
+        assert row["grid"] == pytest.approx(row["floor"], rel=0.05)
+        assert row["device"] == pytest.approx(row["floor"], rel=0.05)
+        assert row["stores"] == (row["inputs"] if passes == 2 else (2 + 4) * rows + 3)
+
+
 def test_candidates_are_ranked_with_the_pinned_cut(tmp_path: Path) -> None:
     """Fewer rows a program are more programs, and more that two of them read."""
     # A program has lanes of both samples: a cache of one would not hold what two programs share.
@@ -250,10 +277,11 @@ def test_candidates_are_ranked_with_the_pinned_cut(tmp_path: Path) -> None:
         ([*POOL, "--candidates", "rows"], "'rows' is not of the form own=2,rows=8"),
         ([*POOL, "--candidates", "depth=4"], "depth=4: the fields of a cut are own, vector, rows, num_warps, programs"),
         ([*POOL, "--candidates", "num_warps=3"], "num_warps=3: "),
-        (["identity", "--candidates", "rows=4"], "rows=4: no launcher asks a cut_for for its cut"),
+        (["mixup", "--candidates", "rows=4"], "rows=4: no launcher asks a cut_for for its cut"),
+        (["mixup_step"], "invalid choice: 'mixup_step'"),
     ],
 )
 def test_what_is_not_there_is_named(arguments: list[str], complaint: str) -> None:
-    done = python("-c", IDENTITY, *arguments, "--shape=1x2x8x8", "--format=NCHW", "--direction=forward")
+    done = python(SCRIPT, *arguments, "--shape=1x2x8x8", "--format=NCHW", "--direction=forward")
     assert done.returncode == 2, done.stdout + done.stderr
     assert complaint in done.stderr
