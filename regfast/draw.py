@@ -134,11 +134,12 @@ def beta(alpha: float, size: tuple[int, ...], generator: torch.Generator) -> Ten
     smallest number, and their ratio is not. Source: Marsaglia and Tsang, "A Simple Method for Generating Gamma Variables" (2000).
     """
     if alpha == 0:
-        return torch.ones(size, device=generator.device)
+        return torch.ones(size, dtype=torch.float32, device=generator.device)
     raised = torch.full((2, *size), alpha + 1, dtype=torch.float64, device=generator.device)
     uniform = torch.rand(raised.shape, generator=generator, dtype=torch.float64, device=generator.device)
-    log_gamma = torch._standard_gamma(raised, generator=generator).log() + (-uniform).log1p() / alpha
-    return torch.sigmoid(log_gamma[0] - log_gamma[1]).float()
+    gamma, power = torch._standard_gamma(raised, generator=generator).log(), (-uniform).log1p()
+    # Differences first: of the smallest alphas both quotients are infinite.
+    return torch.sigmoid(gamma[0] - gamma[1] + (power[0] - power[1]) / alpha).float()
 
 
 def pairing(name: str, batch: int, generator: torch.Generator) -> Tensor:

@@ -116,6 +116,8 @@ class MixupBCEWithLogitsLoss(nn.BCEWithLogitsLoss):
     def forward(self, input: Tensor, target: Any) -> Tensor:
         mixed = _as_mixed(target)
         if mixed is None:
+            if not isinstance(target, Tensor):
+                raise TypeError(f"target must be a Tensor or a tuple (a, b, lam), got {type(target).__name__}")
             return super().forward(input, target if target.is_floating_point() else target.to(input.dtype))
         a, b, lam = mixed
         for name, labels in (("a", a), ("b", b)):

@@ -164,7 +164,7 @@ class ManifoldMixup(nn.Module):
 
     def _draw(self, batch: int, device: torch.device) -> _Mix:
         generator = self._stream.generator
-        k = int(torch.randint(len(self._candidates), (), generator=generator))
+        k = int(torch.randint(len(self._candidates), (), generator=generator, device="cpu"))
         index, lam = pairing("random", batch, generator), beta(self.alpha, (), generator)
         self.last_k, self.last_lam = k, float(lam)
         index, lam = (t.to(device, non_blocking=True) for t in (index, lam))

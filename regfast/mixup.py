@@ -12,7 +12,8 @@ from torch.utils.data import default_collate
 
 from .dispatch import may_read, outside_graphs
 from .draw import PAIRINGS, Stream, beta, boxes, check_alpha, check_generator, pairing
-from .ops.mixup import affine, blend, check_batch, check_channels, mixup, on_device, result_dtype
+from .ops.mixup import affine, blend, check_batch, check_channels, check_lam, mixup, on_device, result_dtype
+from .reference.mixup import accumulator
 
 __all__ = ["MixUp", "MixedTarget", "MixupCollator", "mixup_data"]
 
@@ -41,8 +42,12 @@ class MixedTarget(NamedTuple):
         nn.CrossEntropyLoss smooths: (1 - smoothing) * label + smoothing / num_classes.
 
         Raises:
-            ValueError: for a smoothing outside [0, 1], or a label that is no class (an ignored one has no soft target).
+            ValueError: for a smoothing or a lam outside [0, 1], a label that is no class (an ignored one has no soft target), or
+                dense labels of another number of classes.
         """
+        if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
+            raise ValueError(f"num_classes must be an integer of at least 1, got {num_classes!r}")
+        check_lam(self.lam, self.a)
         if not 0 <= smoothing <= 1:
             raise ValueError(f"smoothing must be in [0, 1], got {smoothing}")
         a, b = (_dense(labels, num_classes) for labels in (self.a, self.b))
@@ -56,6 +61,8 @@ class MixedTarget(NamedTuple):
 def _dense(labels: Tensor, num_classes: int) -> Tensor:
     """Labels as float32 probabilities."""
     if labels.is_floating_point() or labels.dtype == torch.bool:
+        if labels.shape[-1:] != (num_classes,):
+            raise ValueError(f"dense labels must have shape (B, ..., {num_classes}), got {tuple(labels.shape)}")
         return labels.float()
     if may_read(labels) and labels.numel():
         low, high = (int(bound) for bound in labels.aminmax())
@@ -105,9 +112,6 @@ class MixUp(nn.Module):
         (torch.bfloat16, torch.Size([]))
     """
 
-    scale: Tensor | None
-    shift: Tensor | None
-
     def __init__(
         self,
         alpha: float = 0.25,
@@ -141,27 +145,25 @@ class MixUp(nn.Module):
         self.dtype = dtype
         self.mean = mean
         self.std = std
-        scale, shift = (None, None) if mean is None else (numbers.float() for numbers in affine(mean, std))
-        self.register_buffer("scale", scale, persistent=False)
-        self.register_buffer("shift", shift, persistent=False)
+        # No buffers: a model that is cast to half precision must not take them along. On each device they are wanted once.
+        self._affine = None if mean is None else affine(mean, std)
+        self._sent: dict[tuple[torch.device, torch.dtype], tuple[Tensor, ...]] = {}
         self._stream = Stream(generator)
 
     def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor | MixedTarget]:
         check_batch(x)
         _check_labels(y, x)
         dtype = result_dtype(x.dtype, self.dtype, self.mean, self.std)
-        if self.scale is not None and self.shift is not None:
-            check_channels(self.scale, x)
-            check_channels(self.shift, x)
+        scale, shift = self._constants(x, accumulator(x.dtype, dtype))
         if not self.training:
-            if self.scale is None and x.is_floating_point():
+            if scale is None and x.is_floating_point():
                 return x.to(dtype), y
-            return blend(x, torch.arange(len(x), device=x.device), 1.0, None, self.scale, self.shift, dtype), y
+            return blend(x, torch.arange(len(x), device=x.device), 1.0, None, scale, shift, dtype), y
         if self.cutmix_alpha > 0 and x.ndim < 4:
             raise ValueError(f"CutMix is for images, (B, C, ..., H, W), got x of shape {tuple(x.shape)}")
         index, lam, box = self.draw(len(x), x.shape[-2:])
         lam = on_device(lam, x)
-        return blend(x, index, lam, box, self.scale, self.shift, dtype), MixedTarget(y, _partners(y, index), lam)
+        return blend(x, index, lam, box, scale, shift, dtype), MixedTarget(y, _partners(y, index), lam)
 
     @outside_graphs("a torch.Generator cannot be drawn from in a graph: draw outside, with MixUp.draw")
     def draw(
@@ -205,6 +207,18 @@ class MixUp(nn.Module):
             return index, lam, box
         index, lam = (t.to(device, non_blocking=True) for t in (index, lam))
         return index, lam, box if box is None else box.to(device, non_blocking=True)
+
+    def _constants(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+        """What normalises x's channels, where x is."""
+        if self._affine is None:
+            return None, None
+        for numbers in self._affine:
+            check_channels(numbers, x)
+        key = x.device, dtype
+        if key not in self._sent:
+            self._sent[key] = tuple(numbers.to(x.device, dtype, non_blocking=True) for numbers in self._affine)
+        scale, shift = self._sent[key]
+        return scale, shift
 
     def get_extra_state(self) -> Tensor:
         return self._stream.get_state()

@@ -103,6 +103,27 @@ def test_ops_refuse_a_gradient_or_a_tangent_of_another_image(wrong, device):
             torch.ops.regfast.blur_pool_backward(wrong, list(x.shape), False, *blur)
 
 
+@pytest.mark.parametrize(
+    "changes,words",
+    [
+        (dict(index=torch.zeros(2, dtype=torch.int64)), ["index", "(4,)", "(2,)"]),
+        (dict(lam=torch.rand(3)), ["lam", "(4,)", "(3,)"]),
+        (dict(box=torch.zeros(3, 4, dtype=torch.int64)), ["box", "(4, 4)", "(3, 4)"]),
+        (dict(scale=torch.rand(3)), ["scale", "(2,)", "(3,)"]),
+        (dict(out=torch.empty(3, 2, 5, 5)), ["out", "(4, 2, 5, 5)", "(3, 2, 5, 5)"]),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_the_blend_s_ops_refuse_what_a_kernel_would_read_beyond(changes, words, device):
+    x = torch.randn(4, 2, 5, 5)
+    given = dict(index=torch.arange(4), lam=torch.rand(4), box=None, scale=None, shift=None) | changes
+    given = {name: None if value is None else value.to(device) for name, value in given.items()}
+    out = given.pop("out", torch.empty_like(x, device=device))
+    with pytest.raises(ValueError) as raised:
+        torch.ops.regfast.mixup_out(x.to(device), *given.values(), out)
+    assert all(word in str(raised.value) for word in words), str(raised.value)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="two kinds of device are needed")
 def test_ops_refuse_a_mix_of_devices():
     pool = flatten(POOL(2)._window)

@@ -23,6 +23,12 @@ def generator():
     return torch.Generator().manual_seed(1)
 
 
+@pytest.mark.parametrize("alpha", [1e-310, 1e-30])
+def test_the_smallest_alphas_toss_a_coin(alpha):
+    lam = beta(alpha, (1000,), torch.Generator().manual_seed(0))
+    assert ((lam == 0) | (lam == 1)).all() and 400 < int(lam.sum()) < 600
+
+
 @pytest.mark.parametrize("alpha", [0.01, 0.25, 1, 8])
 def test_beta_is_scipy_s(alpha, generator):
     """Kolmogorov-Smirnov from 1e-30 to 1/2, where float32 resolves every lam; beyond, how many there are.

@@ -173,9 +173,18 @@ def test_float_images_are_normalised_too(batch):
         torch.testing.assert_close(found, (x - 0.5) * scale, **ROUNDING)
 
 
-def test_the_constants_follow_the_module():
-    mix = MixUp(mean=0.5, std=(0.1, 0.2)).to("meta")
-    assert len(list(mix.buffers())) == 2 and all(buffer.is_meta for buffer in mix.buffers())
+def test_the_constants_are_where_the_batch_is_and_keep_their_precision():
+    x, y = torch.rand(4, 2, 3, 3, dtype=torch.float64), torch.arange(4)
+    mix = MixUp(alpha=0, mean=(0.3, 0.4), std=(0.1, 0.2)).half()
+    assert not list(mix.buffers())
+    expected = (x - torch.tensor([0.3, 0.4]).double().view(2, 1, 1)) / torch.tensor([0.1, 0.2]).double().view(2, 1, 1)
+    # The tensors of the expected value went through float32.
+    torch.testing.assert_close(mix(x, y)[0], expected, rtol=1e-6, atol=1e-6)
+    exact = (x[:, 0] - 0.3) / 0.1
+    torch.testing.assert_close(mix(x, y)[0][:, 0], exact, rtol=1e-12, atol=1e-12)
+    assert mix(x.to("meta"), y)[0].is_meta
+    copied = pickle.loads(pickle.dumps(mix))
+    assert torch.equal(copied(x, y)[0], mix(x, y)[0])
 
 
 @pytest.mark.parametrize(
@@ -351,6 +360,20 @@ def test_soft_targets_are_what_cross_entropy_smooths():
     found = nn.functional.cross_entropy(logits, target.soft(5, 0.1))
     expected = nn.functional.cross_entropy(logits, target.soft(5), label_smoothing=0.1)
     torch.testing.assert_close(found, expected, **ROUNDING)
+
+
+@pytest.mark.parametrize(
+    "target,num_classes,words",
+    [
+        (MixedTarget(torch.tensor([0, 1]), torch.tensor([1, 0]), 0.5), 0, ["num_classes", "0", "at least 1"]),
+        (MixedTarget(torch.tensor([0, 1]), torch.tensor([1, 0]), 7.0), 2, ["lam", "7.0", "[0, 1]"]),
+        (MixedTarget(torch.rand(2, 3), torch.rand(2, 3), 0.5), 4, ["dense labels", "4", "(2, 3)"]),
+    ],
+)
+def test_soft_targets_refuse(target, num_classes, words):
+    with pytest.raises(ValueError) as raised:
+        target.soft(num_classes)
+    assert all(word in str(raised.value) for word in words), str(raised.value)
 
 
 def test_soft_targets_of_maps_have_the_classes_last():

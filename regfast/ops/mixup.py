@@ -13,7 +13,7 @@ from torch.nn import Parameter
 from ..dispatch import may_read, use_triton
 from ..reference.mixup import accumulator
 from ..reference.mixup import mixup as reference
-from .schema import apply, define
+from .schema import apply, check_like, define
 
 __all__ = ["blend", "mixup"]
 
@@ -28,6 +28,7 @@ _FORMATS = {
 def _forward(x, index, lam, box, scale, shift, dtype, memory_format):
     from ..kernels import mixup as kernels
 
+    _check_op(x, index, lam, box, scale, shift)
     y = torch.empty_like(x, dtype=dtype, memory_format=memory_format)
     return kernels.mixup(x, index, lam, box, scale, shift, y)
 
@@ -35,14 +36,33 @@ def _forward(x, index, lam, box, scale, shift, dtype, memory_format):
 def _forward_out(x, index, lam, box, scale, shift, out):
     from ..kernels import mixup as kernels
 
+    _check_op(x, index, lam, box, scale, shift)
+    check_like("mixup_out: out", out, x.shape, out)
     kernels.mixup(x, index, lam, box, scale, shift, out)
 
 
 def _backward(grad, samples, starts, lam, box, scale, stride, dtype):
     from ..kernels import mixup as kernels
 
+    _check_op(grad, samples, lam, box, scale, None)
+    check_like("mixup_backward: starts", starts, (len(samples) + 1,), samples)
     dx = torch.empty_strided(grad.shape, stride, dtype=dtype, device=grad.device)
     return kernels.mixup_backward(grad, samples, starts, lam, box, scale, dx)
+
+
+def _check_op(x: Tensor, index: Tensor, lam: Tensor, box: Tensor | None, scale: Tensor | None, shift: Tensor | None) -> None:
+    """Refuses what a kernel would read beyond, if an op is called by hand."""
+    check_like("mixup: index", index, x.shape[:1], index)
+    if lam.ndim:
+        check_like("mixup: lam", lam, x.shape[:1], lam)
+    if box is not None:
+        check_like("mixup: box", box, (4,) if box.ndim == 1 else (len(x), 4), box)
+    for numbers in (scale, shift):
+        if numbers is not None:
+            check_like("mixup: scale and shift", numbers, x.shape[1:2], numbers)
+    for t in (index, lam, box, scale, shift):
+        if t is not None and t.device != x.device:
+            raise ValueError(f"mixup: all tensors must be on x's device, {x.device}, got one on {t.device}")
 
 
 _MIX = "Tensor lam, Tensor? box, Tensor? scale, Tensor? shift"
@@ -303,7 +323,7 @@ def _numbers(name: str, value: Any) -> Tensor:
     """A number or a channel's each, as a constant."""
     if isinstance(value, (bool, str)) or not isinstance(value, (Real, Sequence, Tensor)):
         raise TypeError(f"mixup: {name} must be a number, a sequence of numbers or a Tensor, got {value!r}")
-    t = value.detach().double() if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
+    t = value.detach().double() if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64, device="cpu")
     if t.ndim > 1 or t.numel() == 0:
         raise ValueError(f"mixup: {name} must be a number or one a channel, got shape {tuple(t.shape)}")
     return t
@@ -341,6 +361,8 @@ def _check_out(
     for name, t in (("x", x), ("lam", lam), ("out", out)):
         if isinstance(t, Tensor) and t.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"mixup: out= has no gradient, and {name} requires one")
+    if torch._C._are_functorch_transforms_active():
+        raise ValueError("mixup: out= has no transform of torch.func")
     if torch.compiler.is_compiling():
         return
     if torch._debug_has_internal_overlap(out) == 1:
