@@ -23,7 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .lanes import device_guard
+from .lanes import contiguous, device_guard
 
 # Elements a program, and its warps: 16 elements a thread, which is one 128-bit load of bytes and two of half precision.
 BLOCK, WARPS = 2048, 4
@@ -338,11 +338,6 @@ def plan_of(
         box is not None or channels is not None,
         torch.float64 in (read.dtype, written.dtype),
     )
-
-
-def contiguous(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
-    """Small tensors as the kernels read them."""
-    return [t if t is None else t.contiguous() for t in tensors]
 
 
 def mixup(

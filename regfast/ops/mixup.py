@@ -248,18 +248,18 @@ def check_lam(lam: Any, x: Tensor) -> None:
     """Refuses a lam that is no weight, or not one of each sample."""
     if isinstance(lam, Tensor):
         if not lam.is_floating_point():
-            raise TypeError(f"mixup: lam must be floating-point, got {lam.dtype}")
+            raise TypeError(f"lam must be floating-point, got {lam.dtype}")
         if lam.ndim and lam.shape != x.shape[:1]:
-            raise ValueError(f"mixup: lam must be a number, 0-d or of shape {tuple(x.shape[:1])}, got {tuple(lam.shape)}")
+            raise ValueError(f"lam must be a number, 0-d or of shape {tuple(x.shape[:1])}, got {tuple(lam.shape)}")
         if not may_read(lam) or not lam.numel():
             return
         outside = lam.detach()[~((lam >= 0) & (lam <= 1))]
         if outside.numel():
-            raise ValueError(f"mixup: lam must be in [0, 1], got {outside.flatten()[0].item()}")
+            raise ValueError(f"lam must be in [0, 1], got {outside.flatten()[0].item()}")
     elif isinstance(lam, bool) or not isinstance(lam, (Real, torch.SymFloat)):
-        raise TypeError(f"mixup: lam must be a number or a Tensor, got {type(lam).__name__}")
+        raise TypeError(f"lam must be a number or a Tensor, got {type(lam).__name__}")
     elif not torch.compiler.is_compiling() and not 0 <= float(lam) <= 1:
-        raise ValueError(f"mixup: lam must be in [0, 1], got {lam}")
+        raise ValueError(f"lam must be in [0, 1], got {lam}")
 
 
 def _box_of(box: Any, x: Tensor) -> Tensor:
