@@ -194,6 +194,11 @@ def alignment_of(*tensors: torch.Tensor) -> int:
     return max((address & -address) // tensors[0].element_size(), 1)
 
 
+def contiguous(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
+    """Small tensors, or none, as kernels read them that are not told their strides."""
+    return [t if t is None else t.contiguous() for t in tensors]
+
+
 @functools.cache
 def warp_size(device: torch.device) -> int:
     """The threads of a warp: a device's own, and NVIDIA's where no device runs the kernel."""

@@ -29,8 +29,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .lanes import alignment_of, device_guard
-from .mixup import contiguous
+from .lanes import alignment_of, contiguous, device_guard
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 
