@@ -17,6 +17,7 @@ from test_contract import derivatives
 from torch import Tensor
 
 import regfast
+from regfast.functional import mixup
 
 
 def inputs(device: str) -> Iterator[tuple[Operation, Sample, Tensor]]:
@@ -29,6 +30,17 @@ def inputs(device: str) -> Iterator[tuple[Operation, Sample, Tensor]]:
         yield from ((operation, sample, sample.input(torch.bfloat16, device, channels_last=True)) for sample in main)
 
 
+def other_blends(device: str) -> int:
+    """The blends that no sample is of: in place, and of bytes, to the other format too. How many there were."""
+    index = torch.tensor([1, 0, 3, 2], device=device)
+    x, images = torch.randn(4, 3, 7, 5, device=device), torch.randint(256, (4, 3, 7, 16), dtype=torch.uint8, device=device)
+    mixup(x, index, 0.25, out=x)
+    formats = (torch.contiguous_format, torch.channels_last)
+    for memory_format in formats:
+        mixup(images, index, 0.25, box=(1, 3, 0, 2), mean=0.5, std=0.25, memory_format=memory_format)
+    return 1 + len(formats)
+
+
 def main() -> None:
     torch.manual_seed(0)
     device, count = "cuda" if torch.cuda.is_available() else "cpu", 0
@@ -37,9 +49,10 @@ def main() -> None:
             y = operation(x, sample)
             derivatives(operation, sample, x, x, y)
             count += 1
+        count += other_blends(device)
     if device == "cuda":
         torch.cuda.synchronize()
-    print(f"{count} samples: forward, backward and tangent, on {device}")
+    print(f"{count} samples and calls, on {device}")
 
 
 if __name__ == "__main__":
