@@ -131,6 +131,11 @@ def outside_graphs(reason: str) -> Callable[[F], F]:
     return decorate
 
 
+def on_device(t: Tensor, device: torch.device) -> Tensor:
+    """t on a device, sent without waiting for it to arrive; but the host waits for what it is to read itself."""
+    return t.to(device, non_blocking=device.type != "cpu")
+
+
 def is_variable(t: Tensor) -> bool:
     """Whether somebody differentiates by t, in either mode."""
     if t.requires_grad and torch.is_grad_enabled():

@@ -39,6 +39,7 @@ class Stream:
         # Where the generator was seeded: in which worker, in the main process, or nowhere yet.
         self._home = None if generator is None else _worker()
         self._rank: int | None = None
+        self._seeded_rank: int | None = None
 
     @property
     def generator(self) -> torch.Generator:
@@ -46,8 +47,17 @@ class Stream:
         if self._home != _worker():
             seed = int(torch.randint(2**63 - 1, (), device="cpu")) + (self._generator.initial_seed() if self._given else 0)
             self._generator.manual_seed(_for_rank(seed, self._own_rank()))
-            self._home = _worker()
+            self._home, self._seeded_rank = _worker(), self._own_rank()
+        elif not self._given and self._seeded_rank != self._own_rank():
+            # Seeded before torch.distributed was: as every other rank was.
+            self._part()
         return self._generator
+
+    def _part(self) -> None:
+        """Goes on from a stream of this rank's own, which follows from the state so far."""
+        seed = int(torch.randint(2**63 - 1, (), generator=self._generator, device="cpu"))
+        self._generator.manual_seed(_for_rank(seed, self._own_rank()))
+        self._seeded_rank = self._own_rank()
 
     def get_state(self) -> Tensor:
         """The state of the stream, a uint8 tensor: the generator's, and of a generator of its own the rank too."""
@@ -72,15 +82,16 @@ class Stream:
         state = state.cpu()
         self._generator.set_state(state[: expected - rank_bytes])
         self._home = _worker()
-        rank = self._own_rank()
-        if not self._given and rank != int(state[-8:].clone().view(torch.int64)):
-            seed = int(torch.randint(2**63 - 1, (), generator=self._generator, device="cpu"))
-            self._generator.manual_seed(_for_rank(seed, rank))
+        if not self._given:
+            self._seeded_rank = int(state[-8:].clone().view(torch.int64))
+            if self._seeded_rank != self._own_rank():
+                self._part()
 
     def _own_rank(self) -> int:
-        # A spawned DataLoader worker knows no process group: its parent's rank came with the pickle.
         rank = _rank()
-        return (self._rank or 0) if rank is None else rank
+        # A spawned DataLoader worker knows no process group: its parent's rank came with the pickle.
+        self._rank = self._rank if rank is None else rank
+        return self._rank or 0
 
     def __getstate__(self) -> dict[str, Any]:
         # As bytes: a spawned process is sent a tensor by its file descriptor, and a generator's state does not live so long.

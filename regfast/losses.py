@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .ops.mixup import check_lam, on_device
+from .dispatch import on_device
+from .ops.mixup import check_lam
 from .ops.mixup_cross_entropy import mixup_cross_entropy
 
 __all__ = ["MixupBCEWithLogitsLoss", "MixupCrossEntropyLoss", "MixupLoss", "mixup_accuracy", "mixup_criterion"]
@@ -161,4 +162,4 @@ def _broadcast(lam: float | Tensor, like: Tensor) -> float | Tensor:
     """lam as it meets a tensor with the batch first, on its device."""
     if not isinstance(lam, Tensor) or lam.ndim == 0:
         return lam
-    return on_device(lam, like).view(-1, *(1,) * (like.ndim - 1))
+    return on_device(lam, like.device).view(-1, *(1,) * (like.ndim - 1))

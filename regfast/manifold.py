@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 from torch.utils.hooks import RemovableHandle
 
-from .dispatch import outside_graphs
+from .dispatch import on_device, outside_graphs
 from .draw import Stream, beta, check_alpha, pairing
 from .mixup import MixedTarget
-from .ops.mixup import blend, on_device
+from .ops.mixup import blend
 
 __all__ = ["ManifoldMixup"]
 
@@ -160,14 +160,14 @@ class ManifoldMixup(nn.Module):
         mix = self._draw(len(y), y.device) if node is None else self._past.find(node)
         if mix is None:
             raise RuntimeError("ManifoldMixup was called within a backward that is not recomputing a call of it")
-        return mix, MixedTarget(y, y[on_device(mix.index, y)], mix.lam)
+        return mix, MixedTarget(y, y[on_device(mix.index, y.device)], mix.lam)
 
     def _draw(self, batch: int, device: torch.device) -> _Mix:
         generator = self._stream.generator
         k = int(torch.randint(len(self._candidates), (), generator=generator, device="cpu"))
         index, lam = pairing("random", batch, generator), beta(self.alpha, (), generator)
         self.last_k, self.last_lam = k, float(lam)
-        index, lam = (t.to(device, non_blocking=True) for t in (index, lam))
+        index, lam = (on_device(t, device) for t in (index, lam))
         self._active = self._past.begin(_Mix(k, index, lam, [int(c == _INPUT) for c in self._candidates]))
         return self._active
 

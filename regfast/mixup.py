@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
-from .dispatch import may_read, outside_graphs
+from .dispatch import may_read, on_device, outside_graphs
 from .draw import PAIRINGS, Stream, beta, boxes, check_alpha, check_generator, pairing
-from .ops.mixup import affine, blend, check_batch, check_channels, check_lam, mixup, on_device, result_dtype
+from .ops.mixup import affine, blend, check_batch, check_channels, check_lam, mixup, result_dtype
 from .reference.mixup import accumulator
 
 __all__ = ["MixUp", "MixedTarget", "MixupCollator", "mixup_data"]
@@ -53,7 +53,7 @@ class MixedTarget(NamedTuple):
         a, b = (_dense(labels, num_classes) for labels in (self.a, self.b))
         lam = self.lam
         if isinstance(lam, Tensor):
-            lam = on_device(lam.float(), a)
+            lam = on_device(lam.float(), a.device)
             lam = lam.view(-1, *(1,) * (a.ndim - 1)) if lam.ndim else lam
         return (lam * a + (1 - lam) * b) * (1 - smoothing) + smoothing / num_classes
 
@@ -162,7 +162,7 @@ class MixUp(nn.Module):
         if self.cutmix_alpha > 0 and x.ndim < 4:
             raise ValueError(f"CutMix is for images, (B, C, ..., H, W), got x of shape {tuple(x.shape)}")
         index, lam, box = self.draw(len(x), x.shape[-2:])
-        lam = on_device(lam, x)
+        lam = on_device(lam, x.device)
         return blend(x, index, lam, box, scale, shift, dtype), MixedTarget(y, _partners(y, index), lam)
 
     @outside_graphs("a torch.Generator cannot be drawn from in a graph: draw outside, with MixUp.draw")
@@ -205,8 +205,9 @@ class MixUp(nn.Module):
             box = box if box is None else box.where(mixed.unsqueeze(-1), -1)
         if device is None:
             return index, lam, box
-        index, lam = (t.to(device, non_blocking=True) for t in (index, lam))
-        return index, lam, box if box is None else box.to(device, non_blocking=True)
+        device = torch.device(device)
+        index, lam = (on_device(t, device) for t in (index, lam))
+        return index, lam, box if box is None else on_device(box, device)
 
     def _constants(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
         """What normalises x's channels, where x is."""
@@ -216,7 +217,9 @@ class MixUp(nn.Module):
             check_channels(numbers, x)
         key = x.device, dtype
         if key not in self._sent:
-            self._sent[key] = tuple(numbers.to(x.device, dtype, non_blocking=True) for numbers in self._affine)
+            # Tensors of inference mode could not be used in training.
+            with torch.inference_mode(False):
+                self._sent[key] = tuple(on_device(numbers, x.device).to(dtype) for numbers in self._affine)
         scale, shift = self._sent[key]
         return scale, shift
 
@@ -309,8 +312,7 @@ def mixup_data(
 
 
 def _partners(y: Tensor, index: Tensor) -> Tensor:
-    # Labels on the host cannot be gathered by an index that has not arrived yet.
-    return y[index.to(y.device, non_blocking=y.device.type != "cpu")]
+    return y[on_device(index, y.device)]
 
 
 def _check_labels(y: Any, x: Tensor) -> None:

@@ -25,7 +25,7 @@ def warm_up(
     memory_formats: Iterable[torch.memory_format] = (torch.contiguous_format, torch.channels_last),
     backward: bool = True,
 ) -> None:
-    """Compiles every kernel that the model's regfast layers will want, for images of whatever size.
+    """Compiles every kernel that the model's pooling and blurring layers will want, for images of whatever size.
 
     A kernel is compiled for a window, a dtype, a memory format and an alignment, and never for a size. The alignments are, of
     contiguous images, whether the width is a multiple of 4, 2 or 1 times the stride, and the output's width of 4, 2 or 1; of

@@ -144,6 +144,15 @@ def test_autograd_sees_that_a_batch_was_written_to(path, device):
         y.backward()
 
 
+@paths
+def test_out_is_refused_where_a_tangent_would_be_lost(path, device):
+    x = torch.randn(4, 3, device=device)
+    with regfast.backend(path), torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        with pytest.raises(ValueError, match="out= has no gradient, and x requires one"):
+            mixup(dual, INVOLUTION.to(device), 0.5, out=torch.empty_like(x))
+
+
 def test_out_may_be_another_part_of_the_same_memory(device):
     both = torch.randn(8, 3, device=device)
     expected = mixup(both[:4], PERMUTATION.to(device), 0.25)
@@ -243,8 +252,13 @@ def test_values_on_the_device_are_looked_at_by_the_debug_switch():
     x, far = torch.randn(4, 3, device="cuda"), torch.tensor([0, 1, 2, 0], device="cuda")
     lam = torch.tensor(1.5, device="cuda")
     mixup(x, far, lam)
-    with regfast.debug(), pytest.raises(ValueError, match=r"lam.*1\.5"):
-        mixup(x, far, lam)
+    with regfast.debug():
+        with pytest.raises(ValueError, match=r"lam.*1\.5"):
+            mixup(x, far, lam)
+        with pytest.raises(ValueError, match=r"index.*\[0, 4\).*4"):
+            mixup(x, far + 1, 0.5)
+        with pytest.raises(ValueError, match=r"\[0, 3\).*3"):
+            regfast.functional.mixup_cross_entropy(x, (far % 3, far + 1, 0.5))
 
 
 @pytest.mark.parametrize("box", [None, (1, 3, 0, 2)], ids=["blended", "box"])

@@ -23,6 +23,24 @@ def generator():
     return torch.Generator().manual_seed(1)
 
 
+def test_a_stream_that_was_used_before_its_rank_was_known_parts_from_the_others(monkeypatch):
+    """A checkpoint may be loaded, or saved, before torch.distributed is initialised."""
+
+    def draws(rank):
+        monkeypatch.setattr(draw, "_rank", lambda: None)
+        torch.manual_seed(0)
+        stream = Stream()
+        before = torch.rand(3, generator=stream.generator)
+        stream.set_state(stream.get_state())
+        monkeypatch.setattr(draw, "_rank", lambda: rank)
+        return before, torch.rand(3, generator=stream.generator), torch.rand(3, generator=stream.generator)
+
+    zero, one, again = draws(0), draws(1), draws(1)
+    assert torch.equal(zero[0], one[0])
+    assert not torch.equal(zero[1], one[1]) and not torch.equal(one[1], one[2])
+    assert torch.equal(one[1], again[1]) and torch.equal(one[2], again[2])
+
+
 @pytest.mark.parametrize("alpha", [1e-310, 1e-30])
 def test_the_smallest_alphas_toss_a_coin(alpha):
     lam = beta(alpha, (1000,), torch.Generator().manual_seed(0))

@@ -173,6 +173,15 @@ def test_float_images_are_normalised_too(batch):
         torch.testing.assert_close(found, (x - 0.5) * scale, **ROUNDING)
 
 
+def test_inference_mode_leaves_nothing_to_training():
+    x, y = torch.rand(4, 2, 3, 3), torch.arange(4)
+    mix = MixUp(mean=0.5, std=0.5)
+    with torch.inference_mode():
+        mix(x, y)
+    mix(x.requires_grad_(), y)[0].sum().backward()
+    assert x.grad is not None
+
+
 def test_the_constants_are_where_the_batch_is_and_keep_their_precision():
     x, y = torch.rand(4, 2, 3, 3, dtype=torch.float64), torch.arange(4)
     mix = MixUp(alpha=0, mean=(0.3, 0.4), std=(0.1, 0.2)).half()

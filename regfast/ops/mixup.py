@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from ..dispatch import may_read, use_triton
+from ..dispatch import is_variable, may_read, on_device, use_triton
 from ..reference.mixup import accumulator
 from ..reference.mixup import mixup as reference
 from .schema import apply, check_like, define
@@ -194,12 +194,12 @@ def blend(
 ) -> Tensor:
     """`mixup` with arguments already checked, and pairings that are trusted: what the modules call."""
     dtype = x.dtype if dtype is None else dtype
-    index = on_device(index, x).long()
-    box = box if box is None else on_device(box, x)
-    lam = on_device(lam, x) if isinstance(lam, Tensor) else lam
+    index = on_device(index, x.device).long()
+    box = box if box is None else on_device(box, x.device)
+    lam = on_device(lam, x.device) if isinstance(lam, Tensor) else lam
     if scale is not None and shift is not None:
         wide = accumulator(x.dtype, dtype)
-        scale, shift = (numbers.to(x.device, wide, non_blocking=True).expand(x.shape[1]) for numbers in (scale, shift))
+        scale, shift = (on_device(numbers, x.device).to(wide).expand(x.shape[1]) for numbers in (scale, shift))
     dtypes = (dtype,) if x.dtype == torch.uint8 else (x.dtype, dtype)
     if not use_triton(x, dtypes=dtypes, elementwise=True, constants={"lam": lam}):
         y = reference(x, index, lam, box, scale, shift, dtype, memory_format)
@@ -208,16 +208,11 @@ def blend(
         lam = torch.full((), lam, dtype=accumulator(x.dtype, dtype), device=x.device)
     if out is not None:
         torch.ops.regfast.mixup_out(x, index, lam, box, scale, shift, out)
-        if not out.is_inference():
+        if not torch.compiler.is_compiling() and not out.is_inference():
             # For autograd: who has saved what was there must not use it.
             torch.autograd.graph.increment_version(out)
         return out
     return apply(_Mixup, _MixupWithJvp, x, lam, index, box, scale, shift, dtype, memory_format)
-
-
-def on_device(t: Tensor, x: Tensor) -> Tensor:
-    """t where x is; sent, if it must be, without waiting for it to arrive."""
-    return t.to(x.device, non_blocking=True)
 
 
 def check_batch(x: Any) -> None:
@@ -267,7 +262,7 @@ def _box_of(box: Any, x: Tensor) -> Tensor:
     if not isinstance(box, Tensor):
         if not isinstance(box, Sequence) or not all(isinstance(edge, Integral) for edge in box):
             raise TypeError(f"mixup: box must be four integers (y0, y1, x0, x1) or a Tensor, got {box!r}")
-        box = torch.tensor([int(edge) for edge in box])
+        box = torch.tensor([int(edge) for edge in box], device="cpu")
     if box.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"mixup: box must be int64 or int32, got {box.dtype}")
     if x.ndim < 4:
@@ -311,7 +306,7 @@ def affine(mean: Any, std: Any) -> tuple[Tensor, Tensor]:
     mean, std = (_numbers(name, value) for name, value in (("mean", mean), ("std", std)))
     # One of them may have been given in numbers.
     device = std.device if mean.device.type == "cpu" else mean.device
-    mean, std = (numbers.to(device, non_blocking=True) for numbers in (mean, std))
+    mean, std = (on_device(numbers, device) for numbers in (mean, std))
     if mean.ndim and std.ndim and 1 not in (len(mean), len(std)) and len(mean) != len(std):
         raise ValueError(f"mixup: mean and std must be of the same channels, got {len(mean)} and {len(std)}")
     if may_read(std) and not (std > 0).all():
@@ -359,7 +354,7 @@ def _check_out(
     if memory_format != torch.preserve_format:
         raise ValueError(f"mixup: out has a memory format of its own, got memory_format={memory_format}")
     for name, t in (("x", x), ("lam", lam), ("out", out)):
-        if isinstance(t, Tensor) and t.requires_grad and torch.is_grad_enabled():
+        if isinstance(t, Tensor) and is_variable(t):
             raise ValueError(f"mixup: out= has no gradient, and {name} requires one")
     if torch._C._are_functorch_transforms_active():
         raise ValueError("mixup: out= has no transform of torch.func")
@@ -376,7 +371,7 @@ def _check_out(
 
 def _may_overlap(a: Tensor, b: Tensor) -> bool:
     """Whether the memory from the first to the last element of one meets that of the other."""
-    if type(a) is not Tensor or type(b) not in (Tensor, Parameter) or a.numel() == 0:
+    if not {type(a), type(b)} <= {Tensor, Parameter} or a.numel() == 0:
         return False
     (start_a, end_a), (start_b, end_b) = (_extent(t) for t in (a, b))
     return a.device == b.device and start_a < end_b and start_b < end_a

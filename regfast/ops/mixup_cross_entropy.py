@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..dispatch import may_read, use_triton
+from ..dispatch import may_read, on_device, use_triton
 from ..reference.blur_pool import is_forward_mode
 from ..reference.mixup import accumulator
 from ..reference.mixup_cross_entropy import mixup_cross_entropy as reference
-from .mixup import check_lam, on_device
+from .mixup import check_lam
 from .schema import check_like, define
 
 __all__ = ["mixup_cross_entropy"]
@@ -149,14 +149,14 @@ def mixup_cross_entropy(
         loss = mixup_cross_entropy(input.unsqueeze(0), lifted, weight, ignore_index, reduction, label_smoothing)
         return loss.squeeze(0) if reduction == "none" else loss
     check_lam(lam, input)
-    lam = on_device(lam, input) if isinstance(lam, Tensor) else _filled(lam, input)
+    lam = on_device(lam, input.device) if isinstance(lam, Tensor) else _filled(lam, input)
     if probabilities:
         share = lam.view(-1, *(1,) * (input.ndim - 1))
         # The cross entropy is linear in the probabilities.
         blended = (share * a + (1 - share) * b).to(input.dtype)
         return F.cross_entropy(input, blended, weight, None, ignore_index, None, reduction, label_smoothing)
     ignores = _check_range(input, a, b, ignore_index)
-    arguments = reduction, label_smoothing, result_dtype(input)
+    arguments = reduction, label_smoothing, loss_dtype(input)
     if is_forward_mode() or not use_triton(input, constants={"lam": lam, "weight": weight}):
         return reference(input, a, b, lam, weight, ignore_index if ignores else None, *arguments)
     return _MixupCrossEntropy.apply(input, a, b, lam, weight, ignore_index, *arguments)
@@ -166,7 +166,7 @@ def _filled(lam: float, input: Tensor) -> Tensor:
     return torch.full((), lam, dtype=accumulator(input.dtype), device=input.device)
 
 
-def result_dtype(input: Tensor) -> torch.dtype:
+def loss_dtype(input: Tensor) -> torch.dtype:
     """input's dtype, or under autocast float32 in the place of half precision: torch's rule for a cross entropy."""
     device = input.device.type
     autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
