@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .dispatch import on_device
 from .ops.mixup import check_lam
-from .ops.mixup_cross_entropy import mixup_cross_entropy
+from .ops.mixup_cross_entropy import check_reduction, check_smoothing, mixup_cross_entropy
 
 __all__ = ["MixupBCEWithLogitsLoss", "MixupCrossEntropyLoss", "MixupLoss", "mixup_accuracy", "mixup_criterion"]
 
@@ -33,8 +33,8 @@ class MixupLoss(nn.Module):
 
     def __init__(self, base_loss: Callable[[Any, Any], Any] | None = None) -> None:
         super().__init__()
-        if base_loss is not None and not callable(base_loss):
-            raise TypeError(f"base_loss must be callable, got {base_loss!r}")
+        if base_loss is not None and (isinstance(base_loss, type) or not callable(base_loss)):
+            raise TypeError(f"base_loss must be a loss, such as nn.CrossEntropyLoss(), got {base_loss!r}")
         self.base_loss = nn.CrossEntropyLoss() if base_loss is None else base_loss
 
     def forward(self, input: Any, target: Any) -> Any:
@@ -88,6 +88,8 @@ class MixupCrossEntropyLoss(nn.CrossEntropyLoss):
         reduction: str = "mean",
         label_smoothing: float = 0.0,
     ) -> None:
+        check_reduction(reduction)
+        check_smoothing(label_smoothing)
         super().__init__(weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing)
 
     def forward(self, input: Tensor, target: Any) -> Tensor:
@@ -112,6 +114,7 @@ class MixupBCEWithLogitsLoss(nn.BCEWithLogitsLoss):
     """
 
     def __init__(self, weight: Tensor | None = None, reduction: str = "mean", pos_weight: Tensor | None = None) -> None:
+        check_reduction(reduction)
         super().__init__(weight, reduction=reduction, pos_weight=pos_weight)
 
     def forward(self, input: Tensor, target: Any) -> Tensor:
@@ -147,7 +150,10 @@ def _weigh(name: str, first: Any, second: Any, lam: float | Tensor) -> Any:
     """lam*first + (1 - lam)*second, of one number for the batch or of one a sample, in first's dtype."""
     shape = tuple(getattr(first, "shape", ()))
     if isinstance(lam, Tensor) and lam.ndim and lam.shape != shape[:1]:
-        expected = f"{tuple(lam.shape)}, a value a sample (reduction='none')"
+        hint = "reduction='none', and the mean of what comes out; or MixupCrossEntropyLoss, MixupBCEWithLogitsLoss" * (
+            name == "loss"
+        )
+        expected = f"a value a sample, ({lam.shape[0]}, ...)" + (f" ({hint})" if hint else "")
         raise ValueError(f"a lam of shape {tuple(lam.shape)} needs a {name} that returns {expected}, got shape {shape}")
     check_lam(lam, first)
     if not isinstance(first, Tensor):

@@ -140,6 +140,10 @@ class ManifoldMixup(nn.Module):
         if not self.training:
             output = self.model(x, *args, **kwargs)
             return output if y is None else (output, y)
+        if _INPUT in self._candidates and isinstance(x, Tensor) and not x.is_floating_point():
+            raise ValueError(
+                f"ManifoldMixup: x is a candidate, and must be floating-point, got {x.dtype}: or include_input=False"
+            )
         mix, target = self._begin(x, y)
         try:
             if self._candidates[mix.k] == _INPUT:
@@ -410,7 +414,7 @@ def _check_labels(y: Any, x: Any) -> None:
         raise TypeError(f"ManifoldMixup: y must be a Tensor of labels in training mode, got {type(y).__name__}")
     batch = x.shape[:1] if isinstance(x, Tensor) else y.shape[:1]
     if y.ndim == 0 or y.shape[:1] != batch:
-        expected = (*batch, "...") if batch else ("B", "...")
+        expected = f"({batch[0] if batch else 'B'}, ...)"
         raise ValueError(f"ManifoldMixup: y must have shape {expected}, labels of each sample of x, got {tuple(y.shape)}")
 
 

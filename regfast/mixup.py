@@ -76,7 +76,8 @@ class MixUp(nn.Module):
 
     Called as `x, target = mix(x, y)` on a batch that is already on the device. In training mode the target is a `MixedTarget`,
     for `MixupCrossEntropyLoss`, `MixupLoss` or whatever takes (y_i, y_j, lam). In eval mode nothing is mixed: x is normalised and
-    cast as in training, and y goes out as it came in, so that metrics work, and these losses are then the plain ones.
+    cast as in training, and y goes out as it came in, so that metrics work, and these losses are then the plain ones; `mix(x)` is
+    x alone. (It is no child of the model: `model.eval()` does not reach it, `mix.eval()` does.)
 
     Args:
         alpha: lam is drawn from Beta(alpha, alpha). 0 mixes nothing, or leaves CutMix alone where cutmix_alpha is over 0.
@@ -150,15 +151,16 @@ class MixUp(nn.Module):
         self._sent: dict[tuple[torch.device, torch.dtype], tuple[Tensor, ...]] = {}
         self._stream = Stream(generator)
 
-    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor | MixedTarget]:
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor | MixedTarget]:
         check_batch(x)
+        if y is None:
+            if self.training:
+                raise TypeError("y must be a Tensor of labels in training mode, got None; in eval mode mix(x) is x normalised")
+            return self._unmixed(x)
         _check_labels(y, x)
-        dtype = result_dtype(x.dtype, self.dtype, self.mean, self.std)
-        scale, shift = self._constants(x, accumulator(x.dtype, dtype))
         if not self.training:
-            if scale is None and x.is_floating_point():
-                return x.to(dtype), y
-            return blend(x, torch.arange(len(x), device=x.device), 1.0, None, scale, shift, dtype), y
+            return self._unmixed(x), y
+        dtype, scale, shift = self._constants(x)
         if self.cutmix_alpha > 0 and x.ndim < 4:
             raise ValueError(f"CutMix is for images, (B, C, ..., H, W), got x of shape {tuple(x.shape)}")
         index, lam, box = self.draw(len(x), x.shape[-2:])
@@ -184,7 +186,7 @@ class MixUp(nn.Module):
             ValueError: for CutMix without a size.
         """
         if isinstance(B, bool) or not isinstance(B, int) or B < 0:
-            raise ValueError(f"B must be a number of samples, got {B!r}")
+            raise ValueError(f"B must be a number of samples, got {B if isinstance(B, (int, float)) else type(B).__name__}")
         generator = self._stream.generator
         shape = (B,) if self.per_sample else ()
 
@@ -194,7 +196,7 @@ class MixUp(nn.Module):
         index = pairing(self.pairing, B, generator)
         lam, box = beta(self.alpha, shape, generator), None
         if self.cutmix_alpha > 0:
-            if size is None or len(size) != 2 or min(size) < 1:
+            if not isinstance(size, Sequence) or len(size) != 2 or min(size) < 1:
                 raise ValueError(f"size must be the images' (H, W), at least 1, where cutmix_alpha is over 0, got {size!r}")
             pasted = happens(self.switch_prob if self.alpha > 0 else 1.0)
             box, left = boxes(beta(self.cutmix_alpha, shape, generator), size[0], size[1], generator)
@@ -209,19 +211,28 @@ class MixUp(nn.Module):
         index, lam = (on_device(t, device) for t in (index, lam))
         return index, lam, box if box is None else on_device(box, device)
 
-    def _constants(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
-        """What normalises x's channels, where x is."""
+    def _unmixed(self, x: Tensor) -> Tensor:
+        """x normalised and cast as in training."""
+        dtype, scale, shift = self._constants(x)
+        if scale is None and x.is_floating_point():
+            return x.to(dtype)
+        return blend(x, torch.arange(len(x), device=x.device), 1.0, None, scale, shift, dtype)
+
+    def _constants(self, x: Tensor) -> tuple[torch.dtype, Tensor | None, Tensor | None]:
+        """The result's dtype, and what normalises x's channels, where x is."""
+        dtype = result_dtype(x.dtype, self.dtype, self.mean, self.std)
         if self._affine is None:
-            return None, None
+            return dtype, None, None
         for numbers in self._affine:
             check_channels(numbers, x)
-        key = x.device, dtype
+        wide = accumulator(x.dtype, dtype)
+        key = x.device, wide
         if key not in self._sent:
             # Tensors of inference mode could not be used in training.
             with torch.inference_mode(False):
-                self._sent[key] = tuple(on_device(numbers, x.device).to(dtype) for numbers in self._affine)
+                self._sent[key] = tuple(on_device(numbers, x.device).to(wide) for numbers in self._affine)
         scale, shift = self._sent[key]
-        return scale, shift
+        return dtype, scale, shift
 
     def get_extra_state(self) -> Tensor:
         return self._stream.get_state()
@@ -302,6 +313,8 @@ def mixup_data(
     check_alpha("alpha", alpha)
     check_generator(generator)
     check_batch(x)
+    if not x.is_floating_point():
+        raise TypeError(f"x must be floating-point, got {x.dtype}: convert it, or take regfast.MixUp, which normalises bytes")
     _check_labels(y, x)
     generator = torch.default_generator if generator is None else generator
     lam: float | Tensor = beta(alpha, (), generator)
@@ -319,7 +332,7 @@ def _check_labels(y: Any, x: Tensor) -> None:
     if not isinstance(y, Tensor):
         raise TypeError(f"y must be a Tensor of labels, got {type(y).__name__}")
     if y.shape[:1] != x.shape[:1]:
-        raise ValueError(f"y must have shape {(x.shape[0], '...')}, labels of each sample of x, got {tuple(y.shape)}")
+        raise ValueError(f"y must have shape ({x.shape[0]}, ...), labels of each sample of x, got {tuple(y.shape)}")
 
 
 def _check_probability(name: str, value: Any) -> None:

@@ -173,6 +173,13 @@ def test_float_images_are_normalised_too(batch):
         torch.testing.assert_close(found, (x - 0.5) * scale, **ROUNDING)
 
 
+def test_in_eval_mode_images_go_without_labels():
+    x = torch.randint(256, (4, 2, 3, 3), dtype=torch.uint8)
+    mix = MixUp(mean=0.5, std=0.25).eval()
+    torch.testing.assert_close(mix(x), (x / 255 - 0.5) / 0.25, **ROUNDING)
+    assert torch.equal(mix(x, torch.arange(4))[0], mix(x))
+
+
 def test_inference_mode_leaves_nothing_to_training():
     x, y = torch.rand(4, 2, 3, 3), torch.arange(4)
     mix = MixUp(mean=0.5, std=0.5)
@@ -621,20 +628,22 @@ BAD = [
     (lambda: MixUp().eval()(IMAGES.byte(), LABELS), ValueError, ["torch.uint8", "mean and std", "dtype"]),
     (lambda: MixUp()(IMAGES[0, 0, 0, 0], LABELS), ValueError, ["x", "(B, ...)", "0-d"]),
     (lambda: MixUp()(IMAGES, LABELS.tolist()), TypeError, ["y", "list", "Tensor"]),
-    (lambda: MixUp()(IMAGES, LABELS[:3]), ValueError, ["y", "(3,)", "(4, '...')"]),
-    (lambda: MixUp()(IMAGES, LABELS[0]), ValueError, ["y", "()", "(4, '...')"]),
+    (lambda: MixUp()(IMAGES, LABELS[:3]), ValueError, ["y", "(3,)", "(4, ...)"]),
+    (lambda: MixUp()(IMAGES), TypeError, ["y", "None", "training"]),
+    (lambda: MixUp(cutmix_alpha=1.0).draw(4, 32), ValueError, ["size", "(H, W)", "32"]),
+    (lambda: MixUp()(IMAGES, LABELS[0]), ValueError, ["y", "()", "(4, ...)"]),
     (lambda: MixUp(mean=[0.5] * 2, std=1)(IMAGES, LABELS), ValueError, ["mean", "got 2", "3"]),
     (lambda: MixUp(mean=0.5, std=1)(IMAGES[:, 0, 0, 0], LABELS), ValueError, ["channels", "(4,)"]),
     (lambda: MixUp().set_extra_state(torch.zeros(3, dtype=torch.uint8)), ValueError, ["state", "(3,)", "(5064,)"]),
     (lambda: mixup_data(IMAGES, LABELS, -1), ValueError, ["alpha", "-1", "at least 0"]),
-    (lambda: mixup_data(IMAGES, LABELS[:3]), ValueError, ["y", "(3,)", "(4, '...')"]),
+    (lambda: mixup_data(IMAGES, LABELS[:3]), ValueError, ["y", "(3,)", "(4, ...)"]),
     (lambda: mixup_data(IMAGES, LABELS, generator=3), TypeError, ["generator", "int", "torch.Generator"]),
-    (lambda: mixup_data(IMAGES.byte(), LABELS), ValueError, ["torch.uint8", "mean and std", "dtype"]),
+    (lambda: mixup_data(IMAGES.byte(), LABELS), TypeError, ["torch.uint8", "floating-point", "regfast.MixUp"]),
     (lambda: MixupCollator(-1), ValueError, ["alpha", "-1", "at least 0"]),
     (lambda: MixupCollator(base_collate=3), TypeError, ["base_collate", "3", "callable"]),
     (lambda: MixupCollator()([1.0, 2.0]), ValueError, ["base_collate", "pair (x, y)", "Tensor"]),
     (lambda: MixupCollator()([(IMAGES[0], 1, 2)]), ValueError, ["base_collate", "pair (x, y)", "3"]),
-    (lambda: MixupCollator()([(IMAGES[0].byte(), 1)]), ValueError, ["torch.uint8", "mean and std", "dtype"]),
+    (lambda: MixupCollator()([(IMAGES[0].byte(), 1)]), TypeError, ["torch.uint8", "floating-point", "regfast.MixUp"]),
     (lambda: MixedTarget(LABELS, LABELS, 0.5).soft(4, 1.5), ValueError, ["smoothing", "1.5", "[0, 1]"]),
     (lambda: MixedTarget(LABELS, LABELS, 0.5).soft(3), ValueError, ["labels", "3", "[0, 3)"]),
     (lambda: MixedTarget(LABELS, LABELS - 101, 0.5).soft(4), ValueError, ["labels", "-101", "[0, 4)"]),

@@ -188,12 +188,20 @@ def _check_options(input: Tensor, weight: Any, ignore_index: Any, reduction: Any
     _check_weight(input, weight)
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, (int, torch.SymInt)):
         raise TypeError(f"mixup_cross_entropy: ignore_index must be an integer, got {ignore_index!r}")
+    check_reduction(reduction)
+    check_smoothing(label_smoothing)
+
+
+def check_reduction(reduction: Any) -> None:
     if reduction not in REDUCTIONS:
-        raise ValueError(f"mixup_cross_entropy: reduction must be one of {', '.join(map(repr, REDUCTIONS))}, got {reduction!r}")
+        raise ValueError(f"reduction must be one of {', '.join(map(repr, REDUCTIONS))}, got {reduction!r}")
+
+
+def check_smoothing(label_smoothing: Any) -> None:
     if isinstance(label_smoothing, bool) or not isinstance(label_smoothing, (Real, torch.SymFloat)):
-        raise TypeError(f"mixup_cross_entropy: label_smoothing must be a number, got {label_smoothing!r}")
+        raise TypeError(f"label_smoothing must be a number, got {label_smoothing!r}")
     if not 0 <= float(label_smoothing) <= 1:
-        raise ValueError(f"mixup_cross_entropy: label_smoothing must be in [0, 1], got {label_smoothing}")
+        raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
 
 
 def _check_weight(input: Tensor, weight: Any) -> None:
@@ -235,12 +243,16 @@ def _check_labels(input: Tensor, a: Tensor, b: Tensor) -> None:
 def _check_shapes(input: Tensor, a: Tensor, b: Tensor, shape: torch.Size) -> None:
     for name, labels in (("a", a), ("b", b)):
         if labels.shape != shape:
-            found = f"{tuple(labels.shape)} for input of shape {tuple(input.shape)}"
+            found = f"{tuple(labels.shape)} for input of shape {tuple(input.shape)} {_hint(labels)}"
             raise ValueError(f"mixup_cross_entropy: the labels {name} must have shape {tuple(shape)}, got {found}")
         if labels.device != input.device:
             raise ValueError(
                 f"mixup_cross_entropy: the labels {name} must be on {input.device}, as input is, got {labels.device}"
             )
+
+
+def _hint(labels: Tensor) -> str:
+    return " (floating-point labels are probabilities; class indices are integers)" if labels.is_floating_point() else ""
 
 
 def _check_op(z: Tensor, a: Tensor, b: Tensor, lam: Tensor, weight: Tensor | None) -> None:
