@@ -282,11 +282,14 @@ class Plan(NamedTuple):
     options: dict[str, Any]
 
 
-def order_of(shape: tuple[int, ...], channels_last: bool) -> Order:
-    """The order of a format, with runs as long as they may be: 16 elements, or as many as wrap no further than the next row."""
+def order_of(shape: tuple[int, ...], channels_last: bool, flat: bool) -> Order:
+    """The order of a format, with runs as long as they may be: as many elements as wrap no further than the next row.
+
+    At most 16 of them; 8 where they are not `flat`, as the addresses of longer ones would be more than there are registers for.
+    """
     _, size_c, _, size_h, size_w = shape
     inner, outer = (size_c, size_w) if channels_last else (size_w, size_h)
-    run, small = 16, inner < 16
+    run, small = 16 if flat else 8, inner < 16
     while run > 1 and small and (inner + run - 2) // inner > outer:
         run //= 2
     wraps = 0 if inner % run == 0 else 1 if inner * outer % run == 0 else 2
@@ -308,19 +311,17 @@ def plan(read: Layout, written: Layout, lam_stride: int, box_stride: int, positi
         # In whatever order.
         flat = [True, True]
     needed = positions or not all(flat)
-    # Scattered elements have an address each, and registers for half as many.
-    block = BLOCK if all(flat) else BLOCK // 2
     aligned = [numel, *(layout.strides[0] for layout, is_flat in zip((read, written), flat) if is_flat)]
     return Plan(
-        grid=(n * -(-numel // block),),
+        grid=(n * -(-numel // BLOCK),),
         numbers=(n, numel, *sizes, lam_stride, box_stride, *read.strides, *written.strides),
         options=dict(
             READ_FLAT=flat[0],
             WRITE_FLAT=flat[1],
             ALIGN=next(align for align in (16, 4, 1) if all(number % align == 0 for number in aligned)),
-            ORDER=order_of(written.shape, channels_last) if needed else Order(False, 16, 0, False),
+            ORDER=order_of(written.shape, channels_last, all(flat)) if needed else Order(False, 16, 0, False),
             ACC=tl.float64 if double else tl.float32,
-            BLOCK=block,
+            BLOCK=BLOCK,
             num_warps=WARPS,
         ),
     )
