@@ -138,9 +138,7 @@ def on_device(t: Tensor, device: torch.device) -> Tensor:
 
 def is_variable(t: Tensor) -> bool:
     """Whether somebody differentiates by t, in either mode."""
-    if t.requires_grad and torch.is_grad_enabled():
-        return True
-    return torch.autograd.forward_ad._current_level >= 0 and torch.autograd.forward_ad.unpack_dual(t).tangent is not None
+    return (t.requires_grad and torch.is_grad_enabled()) or torch.autograd.forward_ad.unpack_dual(t).tangent is not None
 
 
 def use_triton(

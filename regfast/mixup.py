@@ -12,8 +12,8 @@ from torch.utils.data import default_collate
 
 from .dispatch import may_read, on_device, outside_graphs
 from .draw import PAIRINGS, Stream, beta, boxes, check_alpha, check_generator, pairing
-from .ops.mixup import affine, blend, check_batch, check_channels, check_lam, mixup, result_dtype
-from .reference.mixup import accumulator
+from .ops.mixup import affine, blend, check_batch, check_channels, check_lam, result_dtype
+from .reference.blur_pool import accumulator
 
 __all__ = ["MixUp", "MixedTarget", "MixupCollator", "mixup_data"]
 
@@ -163,9 +163,10 @@ class MixUp(nn.Module):
         dtype, scale, shift = self._constants(x)
         if self.cutmix_alpha > 0 and x.ndim < 4:
             raise ValueError(f"CutMix is for images, (B, C, ..., H, W), got x of shape {tuple(x.shape)}")
-        index, lam, box = self.draw(len(x), x.shape[-2:])
+        drawn, lam, box = self.draw(len(x), x.shape[-2:])
         lam = on_device(lam, x.device)
-        return blend(x, index, lam, box, scale, shift, dtype), MixedTarget(y, _partners(y, index), lam)
+        index, b = _partners(x, y, drawn)
+        return blend(x, index, lam, box, scale, shift, dtype), MixedTarget(y, b, lam)
 
     @outside_graphs("a torch.Generator cannot be drawn from in a graph: draw outside, with MixUp.draw")
     def draw(
@@ -223,8 +224,7 @@ class MixUp(nn.Module):
         dtype = result_dtype(x.dtype, self.dtype, self.mean, self.std)
         if self._affine is None:
             return dtype, None, None
-        for numbers in self._affine:
-            check_channels(numbers, x)
+        check_channels(self._affine, x)
         wide = accumulator(x.dtype, dtype)
         key = x.device, wide
         if key not in self._sent:
@@ -320,12 +320,15 @@ def mixup_data(
     lam: float | Tensor = beta(alpha, (), generator)
     if generator.device.type == "cpu":
         lam = float(lam)
-    index = pairing("random", len(x), generator)
-    return mixup(x, index, lam), y, _partners(y, index), lam
+    index, b = _partners(x, y, pairing("random", len(x), generator))
+    return blend(x, index, lam), y, b, lam
 
 
-def _partners(y: Tensor, index: Tensor) -> Tensor:
-    return y[on_device(index, y.device)]
+def _partners(x: Tensor, y: Tensor, drawn: Tensor) -> tuple[Tensor, Tensor]:
+    """The index where x is, sent there once, and the partners' labels."""
+    index = on_device(drawn, x.device)
+    # Labels that are elsewhere do not wait for it to come back.
+    return index, y[index if y.device == x.device else on_device(drawn, y.device)]
 
 
 def _check_labels(y: Any, x: Tensor) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from ..dispatch import is_variable, may_read, on_device, use_triton
-from ..reference.mixup import accumulator
+from ..reference.blur_pool import accumulator
 from ..reference.mixup import mixup as reference
 from .schema import apply, check_like, define
 
@@ -329,17 +329,17 @@ def _affine_of(mean: Any, std: Any, x: Tensor) -> tuple[Tensor | None, Tensor | 
     if mean is None:
         return None, None
     scale, shift = affine(mean, std)
-    check_channels(scale, x)
-    check_channels(shift, x)
+    check_channels((scale, shift), x)
     return scale, shift
 
 
-def check_channels(numbers: Tensor, x: Tensor) -> None:
-    """Refuses a mean or a deviation of other channels than x's."""
+def check_channels(affine: Iterable[Tensor], x: Tensor) -> None:
+    """Refuses a mean and a deviation of other channels than x's."""
     if x.ndim < 2:
         raise ValueError(f"mixup: mean and std belong to channels, dimension 1, got x of shape {tuple(x.shape)}")
-    if numbers.ndim and numbers.shape[0] not in (1, x.shape[1]):
-        raise ValueError(f"mixup: mean and std must be numbers or {x.shape[1]}, one a channel of x, got {numbers.shape[0]}")
+    for numbers in affine:
+        if numbers.ndim and numbers.shape[0] not in (1, x.shape[1]):
+            raise ValueError(f"mixup: mean and std must be numbers or {x.shape[1]}, one a channel of x, got {numbers.shape[0]}")
 
 
 def _check_out(

@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..dispatch import may_read, on_device, use_triton
-from ..reference.blur_pool import is_forward_mode
-from ..reference.mixup import accumulator
+from ..reference.blur_pool import accumulator, is_forward_mode
 from ..reference.mixup_cross_entropy import mixup_cross_entropy as reference
 from .mixup import check_lam
 from .schema import check_like, define

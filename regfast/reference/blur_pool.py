@@ -30,9 +30,14 @@ def blur_pool(x: Tensor, window: Window) -> Tensor:
     if window.rank == 1:
         return blur_pool(x.unsqueeze(2), as_image(window)).squeeze(2)
     with outside_autocast(x):
-        wide = _extend(x, window).to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+        wide = _extend(x, window).to(accumulator(x.dtype))
         blur = _convolve if prefers_convolution(x) else _sum_slices
         return in_format_of(x, blur(wide, window).to(x.dtype))
+
+
+def accumulator(*dtypes: torch.dtype) -> torch.dtype:
+    """The dtype of sums over tensors of these."""
+    return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
 def prefers_convolution(x: Tensor) -> bool:

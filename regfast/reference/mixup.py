@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..layout import as_laid_out, is_channels_last
-from .blur_pool import is_differentiated, outside_autocast
+from .blur_pool import accumulator, is_differentiated, outside_autocast
 
 
 def mixup(
@@ -101,11 +101,6 @@ def _mixed(
         channels = (-1, *(1,) * (x.ndim - 2))
         y = torch.addcmul(shift.to(wide).view(channels), y, scale.to(wide).view(channels))
     return y.to(dtype)
-
-
-def accumulator(*dtypes: torch.dtype) -> torch.dtype:
-    """The dtype of sums over tensors of these."""
-    return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
 def _take(x: Tensor, index: Tensor) -> Tensor:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .blur_pool import outside_autocast
-from .mixup import accumulator
+from .blur_pool import accumulator, outside_autocast
 
 
 def mixup_cross_entropy(
