@@ -217,6 +217,11 @@ def pooling(operation: str, window: Window, shape: tuple[int, ...]) -> Problem:
     return Problem(directions, (False, True) if window.rank > 1 else (False,), call)
 
 
+def activated(window: Window) -> Problem:
+    """Images rectified on the way: of these, a blur is a pooling too. (Their tangents differ by a selection.)"""
+    return pooling("max_blur_pool", window._replace(activation="relu"), IMAGE)._replace(directions=("forward", "backward"))
+
+
 def batch(shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool = False) -> torch.Tensor:
     """A batch on the host, uninitialised: by their addresses a launcher knows whether it writes where it reads."""
     return torch.empty(shape, dtype=dtype, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
@@ -266,6 +271,8 @@ PROBLEMS = {
     ("max_blur_pool", "2d k=2"): pooling("max_blur_pool", pool(2, 2, 2, 0), IMAGE),
     ("max_blur_pool", "2d (3, 2, 1)"): pooling("max_blur_pool", pool(2, 3, 2, 1), IMAGE),
     ("max_blur_pool", "2d k=2 reflect"): pooling("max_blur_pool", pool(2, 2, 2, 0, "reflect"), IMAGE),
+    ("max_blur_pool", "2d (3, 2, 1) relu"): activated(pool(2, 3, 2, 1)),
+    ("max_blur_pool", "2d blur relu"): activated(blur(2)),
     ("max_blur_pool", "3d k=2"): pooling("max_blur_pool", pool(3, 2, 2, 0), VOLUME),
     ("blur_pool", "1d"): pooling("blur_pool", blur(1), SIGNAL),
     ("blur_pool", "2d"): pooling("blur_pool", blur(2), IMAGE),

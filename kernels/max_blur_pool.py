@@ -8,7 +8,8 @@ binary serves every image size of an alignment (lanes.py).
 An input row is turned, once, into its horizontal maxima; they are held in registers and serve every window below that
 needs them. A lane's `group` columns share the maxima of the windows that overlap. Nothing is saved for the backward: it
 streams down x again, finds which element each maximum came from, and gathers: first among the rows of a window, then
-along the row, so that a window of k*k costs 2k selections. No atomics, so two runs give the same bits.
+along the row, so that a window of k*k costs 2k selections. No atomics, so two runs give the same bits. An activation is
+applied to the maxima; an element that is not positive is given no gradient, which is one selection more.
 
 Two numbers, 2-d, k=2, b=3, s=2, G columns a lane, per input element of e bytes:
     forward    1.25 e bytes; 1 + 2/G loads, 2 + 2/G maxima, 2.25 multiply-adds
@@ -49,8 +50,9 @@ class Axis(NamedTuple):
     of that. The outputs read `maps` maxima. `windows` windows touch the elements; those are read by `outputs` outputs, the
     first at `first` from the group's own, which reads window e with tap `origin` + e - s*first. `edge` says where a position
     beyond the map's limits is found: "clamp", "reflect", "zeros", or "none" where no output of any size reads there;
-    `ends_within`, whether a plain blur's last output begins within the image. `low` is the first limit, and of the `n_edge`
-    outputs that may read beyond a limit and are sent back, `n_low` are at the low end.
+    `ends_within`, whether a plain blur's last output begins within the image; `relu`, whether the maxima are rectified (ask W).
+    `low` is the first limit, and of the `n_edge` outputs that may read beyond a limit and are sent back, `n_low` are at the low
+    end.
     """
 
     k: int
@@ -70,6 +72,7 @@ class Axis(NamedTuple):
     outputs: int
     edge: str
     ends_within: bool
+    relu: bool
     low: int
     n_low: int
     n_edge: int
@@ -216,6 +219,18 @@ def _window_maxima(planes, a, AXIS_A: tl.constexpr, COUNT: tl.constexpr, CARRY: 
 
 
 @triton.jit
+def _rectify(samples, COUNT: tl.constexpr, CARRY: tl.constexpr):
+    """The samples, zero at least; with CARRY, what travels with those that are positive. A NaN stays, and keeps it."""
+    rectified = ()
+    for t in tl.static_range(COUNT):
+        if CARRY:
+            rectified = rectified + ((samples[t][0], tl.where(samples[t][0] <= 0, 0.0, samples[t][1])),)
+        else:
+            rectified = rectified + ((tl.maximum(samples[t][0], 0.0, propagate_nan=tl.PropagateNan.ALL),),)
+    return rectified
+
+
+@triton.jit
 def _blur_plane(maxima, b, g, high_b, high_w, AXIS_B: tl.constexpr, AXIS_W: tl.constexpr, CARRY: tl.constexpr):
     """The maxima (or, with CARRY, what came with them) weighted by the taps of B and W and summed: a tile for each own output."""
     TAPS_B: tl.constexpr = AXIS_B.b
@@ -281,6 +296,8 @@ def _next_map_row(
                 plane = _plane_maxima(x, t, first + offset, b, high_b, high_w, AXIS_B, AXIS_W, CARRY, ACCESS, ACC)
                 planes = planes + (plane,)
             maxima = _window_maxima(planes, first, AXIS_A, COUNT, CARRY)
+    if AXIS_W.relu:
+        maxima = _rectify(maxima, COUNT, CARRY)
     blurred = _blur_plane(maxima, b, x[1], high_b, high_w, AXIS_B, AXIS_W, CARRY)
     if AXIS_A.edge == "zeros":
         blurred = _keep_each(blurred, (q >= 0) & (q <= high_a), OWN)
@@ -628,6 +645,7 @@ def _unblur_row(outputs, g, out_w, high_w, AXIS_W: tl.constexpr, ACC: tl.constex
 def _route_plane(rows, gradients, g_b, g_w, AXIS_B: tl.constexpr, AXIS_W: tl.constexpr):
     """The gradients of a plane's windows, given to the elements of a group: a tile for each, those of W varying fastest."""
     S_B: tl.constexpr = AXIS_B.s
+    GROUP: tl.constexpr = AXIS_W.group
     ROWS: tl.constexpr = len(rows)
     WINDOWS_B: tl.constexpr = AXIS_B.windows
     WINDOWS_W: tl.constexpr = AXIS_W.windows
@@ -647,8 +665,20 @@ def _route_plane(rows, gradients, g_b, g_w, AXIS_B: tl.constexpr, AXIS_W: tl.con
         for e in tl.static_range(WINDOWS_W):
             values = _slots(rows[f_b + AXIS_B.span], e, AXIS_W)
             given = given + (_route(values, row_gradients[e][f_b], g_w, 0, e - AXIS_W.span, AXIS_W),)
-        elements = elements + _gather(given, AXIS_W)
+        row = _gather(given, AXIS_W)
+        if AXIS_W.relu:
+            row = _rectify_gradients(row, rows[f_b + AXIS_B.span][AXIS_W.span : AXIS_W.span + GROUP], GROUP)
+        elements = elements + row
     return elements
+
+
+@triton.jit
+def _rectify_gradients(gradients, values, COUNT: tl.constexpr):
+    """The gradients of elements that are rectified, of these values."""
+    rectified = ()
+    for t in tl.static_range(COUNT):
+        rectified = rectified + (tl.where(values[t] <= 0, 0.0, gradients[t]),)
+    return rectified
 
 
 @triton.jit
@@ -690,6 +720,14 @@ def _next_gradient_row(
         held = held + (_plane_windows(x, g_a * AXIS_A.s + e, g_b, AXIS_B, AXIS_W, ACCESS, ACC),)
         sums = _route_windows(held, sums, gradients, g_a, e - SPAN, AXIS_A, COUNT)
         return _route_plane(held[0][0], sums[0], g_b, x[1], AXIS_B, AXIS_W), held[1:], sums[1:]
+    elif AXIS_W.relu:
+        S_B: tl.constexpr = AXIS_B.s
+        GROUP: tl.constexpr = AXIS_W.group
+        elements = ()
+        for f_b in tl.static_range(S_B):
+            values = load_columns(x, g_a * AXIS_A.s + e, g_b * S_B + f_b, 0, GROUP, GROUP, 0.0, ACCESS, ACC)
+            elements = elements + _rectify_gradients(gradients[f_b * GROUP : (f_b + 1) * GROUP], values, GROUP)
+        return elements, held, sums
     else:
         return gradients, held, sums
 
@@ -703,10 +741,10 @@ def _backward_kernel(
     AXIS_A: tl.constexpr, AXIS_B: tl.constexpr, AXIS_W: tl.constexpr, TAKES_MAX: tl.constexpr, ACCESS: tl.constexpr,
     LANES: tl.constexpr,
 ):  # fmt: skip
-    """Shapes: x and dx (N, channels, size_a, size_b, size_w); g (N, channels, out_a, out_b, out_w). x is read if TAKES_MAX.
+    """Shapes: x and dx (N, channels, size_a, size_b, size_w); g (N, channels, out_a, out_b, out_w).
 
-    Within a group every window, tap and weight is known at compile time. This program processes `rows` successive groups of A,
-    at one group of B, for LANES lanes of a group of W.
+    x is read if TAKES_MAX, or where maxima are rectified. Within a group every window, tap and weight is known at compile time.
+    This program processes `rows` successive groups of A, at one group of B, for LANES lanes of a group of W.
     """
     ACC: tl.constexpr = tl.float64 if g_ptr.dtype.element_ty == tl.float64 else tl.float32
     S: tl.constexpr = AXIS_A.s
@@ -785,7 +823,7 @@ def axis_of(window: Window, axis: int, own: int) -> Axis:
     return Axis(
         k=k, s=s, p=p, d=d, b=b, taps=taps, lead=lead, span=span, own=own, group=group, windows=group + span, maps=group - s + b,
         origin=origin, first=first, outputs=outputs, edge=edge, ends_within=lead + trail < b,
-        low=low, n_low=n_low, n_edge=n_low + n_high,
+        relu=window.activation == "relu", low=low, n_low=n_low, n_edge=n_low + n_high,
     )  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from .filters import taps_of
 Size = int | Sequence[int]
 MaxPaddingMode = Literal["partial", "replicate", "reflect", "zeros"]
 BlurPaddingMode = Literal["reflect", "replicate", "zeros"]
+Activation = Literal["relu"]
 
 
 class Window(NamedTuple):
@@ -26,6 +27,7 @@ class Window(NamedTuple):
     `kernel_size`, `padding` and `dilation` belong to the maximum, which is taken at every position; `stride` and
     `taps` to the blur. Output `o` reads the maxima at `o * stride - lead + j`, `j < len(taps)`; `lead` and `trail` are the
     positions that the blur is padded by before and after the map. A kernel_size of 1 without padding is a plain blur.
+    `activation` is applied to the maxima: as it never falls, that is the pooling of what was activated.
     """
 
     kernel_size: tuple[int, ...]
@@ -37,6 +39,7 @@ class Window(NamedTuple):
     lead: tuple[int, ...]
     trail: tuple[int, ...]
     padding_mode: str
+    activation: str | None = None
 
     @property
     def rank(self) -> int:
@@ -82,6 +85,7 @@ def max_blur_window(
     blur_size: Any,
     filter: Any,
     padding_mode: str,
+    activation: str | None = None,
 ) -> Window:
     """The `Window` of an anti-aliased max pooling, its arguments checked. See `regfast.MaxPool2dAA` for what they mean."""
     kernel = per_axis("kernel_size", kernel_size, rank, 1)
@@ -99,19 +103,23 @@ def max_blur_window(
             "return_indices must be False, got True: an output is a weighted sum of several maxima, so no one index belongs to it"
         )
     _check_padding_mode(padding_mode, get_args(MaxPaddingMode))
+    _check_activation(activation)
     sizes = _blur_sizes(step, ratio, blur_size)
     blurred = [b > 1 or s > 1 for b, s in zip(sizes, step)]
     taps = taps_of(filter, sizes, where=blurred, resize=blur_size is None)
     lead = tuple((len(w) - 1) // 2 for w in taps)
     trail = tuple(len(w) - 1 - before for w, before in zip(taps, lead))
-    return Window(kernel, step, pad, hole, ceil_mode, taps, lead, trail, padding_mode)
+    return Window(kernel, step, pad, hole, ceil_mode, taps, lead, trail, padding_mode, activation)
 
 
-def blur_window(rank: int, kernel_size: Any, stride: Any, padding: Any, filter: Any, padding_mode: str) -> Window:
+def blur_window(
+    rank: int, kernel_size: Any, stride: Any, padding: Any, filter: Any, padding_mode: str, activation: str | None = None
+) -> Window:
     """The `Window` of a plain strided blur, its arguments checked. See `regfast.BlurPool2d` for what they mean."""
     size = per_axis("kernel_size", kernel_size, rank, 1)
     step = per_axis("stride", stride, rank, 1)
     _check_padding_mode(padding_mode, get_args(BlurPaddingMode))
+    _check_activation(activation)
     taps = taps_of(filter, size, where=[True] * rank, resize=False)
     if isinstance(padding, str):
         if padding != "same":
@@ -121,7 +129,7 @@ def blur_window(rank: int, kernel_size: Any, stride: Any, padding: Any, filter: 
     else:
         lead = trail = per_axis("padding", padding, rank, 0)
     ones = (1,) * rank
-    return Window(ones, step, (0,) * rank, ones, False, taps, lead, trail, padding_mode)
+    return Window(ones, step, (0,) * rank, ones, False, taps, lead, trail, padding_mode, activation)
 
 
 def _blur_sizes(stride: tuple[int, ...], ratio: Any, blur_size: Any) -> tuple[int, ...]:
@@ -150,6 +158,11 @@ def _check_bool(name: str, value: Any) -> None:
 def _check_padding_mode(padding_mode: Any, allowed: tuple[str, ...]) -> None:
     if padding_mode not in allowed:
         raise ValueError(f"padding_mode must be one of {', '.join(map(repr, allowed))}, got {padding_mode!r}")
+
+
+def _check_activation(activation: Any) -> None:
+    if activation is not None and activation not in get_args(Activation):
+        raise ValueError(f"activation must be None or one of {', '.join(map(repr, get_args(Activation)))}, got {activation!r}")
 
 
 def output_size(window: Window, axis: int, size: int) -> int:

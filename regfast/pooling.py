@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .geometry import BlurPaddingMode, MaxPaddingMode, Size, Window, blur_window, max_blur_window
+from .geometry import Activation, BlurPaddingMode, MaxPaddingMode, Size, Window, blur_window, max_blur_window
 from .ops.blur_pool import blur_pool
 from .ops.max_blur_pool import max_blur_pool
 
@@ -34,10 +34,14 @@ class _Pooling(nn.Module):
             self.__dict__["_window"] = self._make_window()
 
 
+def _activation_repr(activation: str | None) -> str:
+    return "" if activation is None else f", activation={activation!r}"
+
+
 class _MaxPoolAA(_Pooling):
     _arguments = (
         "kernel_size", "stride", "padding", "dilation", "return_indices", "ceil_mode",
-        "ratio", "blur_size", "filter", "padding_mode",
+        "ratio", "blur_size", "filter", "padding_mode", "activation",
     )  # fmt: skip
 
     def __init__(
@@ -53,6 +57,7 @@ class _MaxPoolAA(_Pooling):
         blur_size: Size | None = None,
         filter: Any = "binomial",
         padding_mode: MaxPaddingMode = "partial",
+        activation: Activation | None = None,
     ) -> None:
         super().__init__()
         self.kernel_size = kernel_size
@@ -65,6 +70,7 @@ class _MaxPoolAA(_Pooling):
         self.blur_size = blur_size
         self.filter = filter
         self.padding_mode = padding_mode
+        self.activation = activation
 
     def _make_window(self) -> Window:
         return max_blur_window(self.rank, *(getattr(self, argument) for argument in self._arguments))
@@ -77,6 +83,7 @@ class _MaxPoolAA(_Pooling):
         return (
             f"kernel_size={self.kernel_size}, stride={self.stride}, padding={self.padding}, dilation={self.dilation}, "
             f"ceil_mode={self.ceil_mode}, {blur}, filter={self.filter!r}, padding_mode={self.padding_mode!r}"
+            + _activation_repr(self.activation)
         )
 
 
@@ -105,6 +112,7 @@ class MaxPool2dAA(_MaxPoolAA):
         padding_mode: what the blur reads beyond the border. "partial": the maxima of windows that partly overlap the image. Or
             "replicate", "reflect" (as antialiased-cnns and timm train), "zeros" (as kornia and Composer train): a padding of
             nn.MaxPool2d's stride-1 output.
+        activation: "relu" pools what nn.ReLU gives, in the same pass: for a ReLU that stands before the layer.
 
     Shape: (N, C, H, W) or (C, H, W); float16, bfloat16, float32, float64. The output keeps the input's dtype and memory format.
 
@@ -132,7 +140,7 @@ class MaxPool3dAA(_MaxPoolAA):
 
 
 class _BlurPool(_Pooling):
-    _arguments = ("kernel_size", "stride", "padding", "filter", "padding_mode")
+    _arguments = ("kernel_size", "stride", "padding", "filter", "padding_mode", "activation")
 
     def __init__(
         self,
@@ -142,6 +150,7 @@ class _BlurPool(_Pooling):
         *,
         filter: Any = "binomial",
         padding_mode: BlurPaddingMode = "reflect",
+        activation: Activation | None = None,
     ) -> None:
         super().__init__()
         self.kernel_size = kernel_size
@@ -149,6 +158,7 @@ class _BlurPool(_Pooling):
         self.padding = padding
         self.filter = filter
         self.padding_mode = padding_mode
+        self.activation = activation
 
     def _make_window(self) -> Window:
         return blur_window(self.rank, *(getattr(self, argument) for argument in self._arguments))
@@ -159,7 +169,7 @@ class _BlurPool(_Pooling):
     def extra_repr(self) -> str:
         return (
             f"kernel_size={self.kernel_size}, stride={self.stride}, padding={self.padding!r}, "
-            f"filter={self.filter!r}, padding_mode={self.padding_mode!r}"
+            f"filter={self.filter!r}, padding_mode={self.padding_mode!r}" + _activation_repr(self.activation)
         )
 
 
@@ -182,6 +192,7 @@ class BlurPool2d(_BlurPool):
             (or one an axis) on both sides, for floor((H + 2 padding - kernel_size)/stride) + 1.
         filter: "binomial", a window that scipy.signal.get_window knows, 1-d taps (as given), or one of these an axis.
         padding_mode: "reflect", "replicate" or "zeros".
+        activation: "relu" blurs what nn.ReLU gives, in the same pass: for a ReLU that stands before the layer.
         channels, device, dtype: taken and ignored, so that the class serves as timm's `aa_layer`. The blur has no parameters
             and needs no channel count.
 
@@ -203,11 +214,12 @@ class BlurPool2d(_BlurPool):
         *,
         filter: Any = "binomial",
         padding_mode: BlurPaddingMode = "reflect",
+        activation: Activation | None = None,
         channels: Any = None,
         device: Any = None,
         dtype: Any = None,
     ) -> None:
-        super().__init__(kernel_size, stride, padding, filter=filter, padding_mode=padding_mode)
+        super().__init__(kernel_size, stride, padding, filter=filter, padding_mode=padding_mode, activation=activation)
 
 
 class BlurPool3d(_BlurPool):

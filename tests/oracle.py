@@ -27,8 +27,11 @@ def max_pool_outputs(sizes, kernel_size, stride, padding, dilation, ceil_mode):
     return tuple(y.shape[2:])
 
 
-def max_blur_pool(x, kernel_size, stride, padding, dilation, ceil_mode, taps_per_axis, padding_mode, outputs=None):
-    """Every maximum that a window touching the image has, extended by the border mode, then correlated and decimated."""
+def max_blur_pool(
+    x, kernel_size, stride, padding, dilation, ceil_mode, taps_per_axis, padding_mode, rectified=False, outputs=None
+):
+    """Every maximum that a window touching the image has, no less than zero if `rectified`, extended by the border mode, then
+    correlated and decimated."""
     rank = x.ndim - 2
     k, s, p, d = (per_axis(value, rank) for value in (kernel_size, stride, padding, dilation))
     if outputs is None:
@@ -40,6 +43,7 @@ def max_blur_pool(x, kernel_size, stride, padding, dilation, ceil_mode, taps_per
     origin = [-(n // 2) for n in footprint.shape]
     x = np.pad(x, [(0, 0), (0, 0), *((h, 0) for h in holes)], constant_values=-np.inf)
     maxima = ndimage.maximum_filter(x, footprint=footprint, mode="constant", cval=-np.inf, origin=origin)
+    maxima = np.maximum(maxima, 0) if rectified else maxima
     zeros_at = []
     for axis, hole in enumerate(holes, start=2):
         zero = hole - p[axis - 2]

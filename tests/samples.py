@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import oracle
 import torch
 from torch import Tensor
@@ -38,9 +39,10 @@ class Sample:
         return f"{'x'.join(map(str, self.shape))}-{arguments}".replace(" ", "")
 
     def input(self, dtype: torch.dtype = torch.float32, device: str = "cpu", channels_last: bool = False) -> Tensor:
-        """Fresh random data as a ReLU leaves it: half of it zeros, so that ties are everywhere."""
-        x = torch.randn(self.shape, dtype=torch.float32).relu().to(device=device, dtype=dtype)
-        return as_format(x, channels_last)
+        """Fresh random data with ties everywhere: as a ReLU leaves it, half of it zeros; rounded, where there is one to come."""
+        x = torch.randn(self.shape, dtype=torch.float32)
+        x = x.mul(4).round() / 4 if "activation" in self.arguments else x.relu()
+        return as_format(x.to(device=device, dtype=dtype), channels_last)
 
 
 def as_format(x: Tensor, channels_last: bool) -> Tensor:
@@ -123,16 +125,22 @@ def blur_window(sample: Sample) -> Window:
 
 def pool_oracle(x: Any, sample: Sample) -> Any:
     w = pool_window(sample)
-    return oracle.max_blur_pool(x, w.kernel_size, w.stride, w.padding, w.dilation, w.ceil_mode, w.taps, w.padding_mode)
+    rectified = w.activation == "relu"
+    return oracle.max_blur_pool(x, w.kernel_size, w.stride, w.padding, w.dilation, w.ceil_mode, w.taps, w.padding_mode, rectified)
 
 
 def blur_oracle(x: Any, sample: Sample) -> Any:
     w = blur_window(sample)
+    x = np.maximum(x, 0) if w.activation == "relu" else x
     return oracle.blur_pool(x, w.stride, sample.arguments.get("padding", "same"), w.taps, w.padding_mode)
 
 
 def pool_op_calls(x: Tensor, y: Tensor, sample: Sample) -> list[tuple[Any, tuple]]:
-    ops, window = torch.ops.regfast, flatten(pool_window(sample))
+    return window_op_calls(x, y, pool_window(sample))
+
+
+def window_op_calls(x: Tensor, y: Tensor, window: Window) -> list[tuple[Any, tuple]]:
+    ops, window = torch.ops.regfast, flatten(window)
     return [
         (ops.max_blur_pool.default, (x, *window)),
         (ops.max_blur_pool_backward.default, (y, x, *window)),
@@ -141,6 +149,9 @@ def pool_op_calls(x: Tensor, y: Tensor, sample: Sample) -> list[tuple[Any, tuple
 
 
 def blur_op_calls(x: Tensor, y: Tensor, sample: Sample) -> list[tuple[Any, tuple]]:
+    if "activation" in sample.arguments:
+        # An activated blur is a pooling, of windows of one element.
+        return window_op_calls(x, y, blur_window(sample))
     ops, window = torch.ops.regfast, flatten(blur_window(sample))
     return [
         (ops.blur_pool.default, (x, *window)),
@@ -231,6 +242,7 @@ POOL = [
     Sample((2, 4, 5, 16), {"kernel_size": 3, "stride": 2, "padding": 1}, "core formats special"),
     Sample((2, 3, 8, 7), {"kernel_size": 3, "stride": 2, "padding": 1}, "core"),
     Sample((1, 2, 11, 9), {"kernel_size": (2, 3), "stride": (3, 1), "padding": (0, 1), "dilation": (2, 3)}, "core special"),
+    Sample((2, 4, 9, 16), {"kernel_size": 3, "stride": 2, "padding": 1, "activation": "relu"}, "core formats main special"),
     Sample((1, 2, 7, 8), {"kernel_size": 3, "stride": 2, "padding": 1, "ceil_mode": True, "blur_size": 6}, "core"),
     Sample((1, 2, 6, 5), {"kernel_size": 2, "padding_mode": "reflect", "filter": (0.5, -0.25, 1.0, 0.125)}, "core"),
     Sample((1, 2, 7, 6), {"kernel_size": 3, "stride": 3, "padding": 1, "padding_mode": "replicate"}, "core special"),
@@ -254,14 +266,19 @@ POOL = [
     Sample((1, 2, 13), {"kernel_size": 2, "stride": 3, "dilation": 4, "padding": 1, "padding_mode": "reflect"}),
     Sample((2, 2, 9), {"kernel_size": 4, "padding": 2, "ceil_mode": True}),
     Sample((1, 2, 1, 8), {"kernel_size": (1, 2)}),
+    Sample((1, 2, 3, 2), {"padding": 1, "dilation": 3, "ceil_mode": True, "blur_size": 7, "activation": "relu"}),
+    Sample((1, 1, 5, 6, 4), {"kernel_size": 2, "padding_mode": "reflect", "activation": "relu"}),
 ]
 BLUR = [
     Sample((2, 3, 9, 10), {}, "core formats main"),
     Sample((2, 4, 5, 16), {}, "core formats"),
     Sample((1, 2, 8, 8), {"kernel_size": 4, "stride": 3, "padding_mode": "replicate"}, "core"),
     Sample((1, 2, 8, 8), {"kernel_size": 5, "padding": (2, 1), "padding_mode": "zeros"}, "core"),
+    Sample((2, 4, 7, 16), {"activation": "relu"}, "core formats main special"),
     Sample((2, 2, 11), {"kernel_size": 5}, "core formats main"),
     Sample((1, 2, 5, 4, 6), {}, "core formats main"),
+    Sample((1, 1, 5, 4, 6), {"activation": "relu", "padding_mode": "zeros"}),
+    Sample((1, 2, 11), {"kernel_size": 3, "stride": 1, "activation": "relu"}, "core"),
     Sample((1, 2, 3, 1), {"kernel_size": 7, "stride": 1}, "core"),
     Sample((1, 1, 40, 6), {"kernel_size": 5}, "core"),
     Sample((1, 2, 2, 3), {"kernel_size": 5, "padding": 7}),

@@ -38,6 +38,8 @@ ARGUMENTS = [
     (lambda: POOL(2, filter=[1, 2, 1], blur_size=5), ValueError, ["[1, 2, 1]", "3", "5"]),
     (lambda: POOL(2, filter=3), TypeError, ["filter", "3", "name"]),
     (lambda: POOL(2, padding_mode="circular"), ValueError, ["padding_mode", "'circular'", "'partial'", "'zeros'"]),
+    (lambda: POOL(2, activation="gelu"), ValueError, ["activation", "'gelu'", "None", "'relu'"]),
+    (lambda: BLUR(3, activation=torch.relu), ValueError, ["activation", "relu", "None", "'relu'"]),
     (lambda: BLUR(0), ValueError, ["kernel_size", "0", "at least 1"]),
     (lambda: BLUR(3, padding="valid"), ValueError, ["padding", "'valid'", "'same'"]),
     (lambda: BLUR(3, padding=-1), ValueError, ["padding", "-1", "at least 0"]),
@@ -98,6 +100,9 @@ def test_ops_refuse_a_gradient_or_a_tangent_of_another_image(wrong, device):
         torch.ops.regfast.max_blur_pool_backward(wrong, x, *pool)
     with pytest.raises(ValueError, match=r"t must have .*\(1, 2, 8, 8\).*got"):
         torch.ops.regfast.max_blur_pool_tangent(wrong, x, *pool)
+    activated = flatten(BLUR(3, activation="relu")._window)
+    with pytest.raises(ValueError, match="activation must be None, got 'relu'"):
+        torch.ops.regfast.blur_pool_backward(torch.randn(1, 2, 4, 4, device=device), list(x.shape), False, *activated)
     if wrong.dtype == x.dtype:
         with pytest.raises(ValueError, match=r"grad must have .*\(1, 2, 4, 4\).*got"):
             torch.ops.regfast.blur_pool_backward(wrong, list(x.shape), False, *blur)

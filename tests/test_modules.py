@@ -180,6 +180,40 @@ def test_filters_by_name_and_by_value():
         assert taps(given) == (1.0, 2.0, 3.0)
 
 
+ACTIVATED = [
+    (regfast.MaxPool1dAA, (2, 9), (3, 2, 1)), (regfast.MaxPool2dAA, (2, 9, 8), (2,)), (regfast.MaxPool3dAA, (2, 5, 6, 7), (2,)),
+    (regfast.BlurPool1d, (2, 9), ()), (regfast.BlurPool2d, (2, 9, 8), (4, 3)), (regfast.BlurPool3d, (2, 5, 6, 7), ()),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("module,shape,arguments", ACTIVATED, ids=lambda value: getattr(value, "__name__", ""))
+@pytest.mark.parametrize("value", [None, math.nan, math.inf, -math.inf], ids=str)
+def test_an_activation_is_that_of_a_relu_before(module, shape, arguments, value):
+    """The gradient at zero and at NaN is a ReLU's too, and who looks at x afterwards finds it as it was."""
+    x = torch.randn(2, *shape).mul(2).round() / 2
+    if value is not None:
+        x[torch.rand_like(x) < 0.1] = value
+    kept, x = x.clone(), x.requires_grad_()
+    found, expected = module(*arguments, activation="relu")(x), module(*arguments)(x.relu())
+    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+    grad = torch.randn_like(found)
+    gradients = [torch.autograd.grad(y, x, grad)[0] for y in (found, expected)]
+    torch.testing.assert_close(*gradients, rtol=0, atol=0, equal_nan=True)
+    with torch.no_grad():
+        torch.testing.assert_close(module(*arguments, activation="relu")(x), expected, rtol=1e-6, atol=1e-6, equal_nan=True)
+    torch.testing.assert_close(x, kept, rtol=0, atol=0, equal_nan=True)
+    assert repr(module(*arguments, activation="relu")).endswith("activation='relu')")
+
+
+@pytest.mark.parametrize("module", [regfast.MaxPool1dAA(2), regfast.MaxPool2dAA(3, 2, 1), regfast.BlurPool2d(activation="relu")])
+def test_fx_traces_a_layer_as_one_call(module):
+    traced = torch.fx.symbolic_trace(nn.Sequential(module))
+    names = [node.target.__name__ for node in traced.graph.nodes if node.op == "call_function"]
+    assert names == ["Window", "max_blur_pool" if "Max" in repr(module) else "blur_pool"]
+    x = torch.randn(2, 3, *SIDES[module.rank])
+    torch.testing.assert_close(traced(x), module(x), rtol=0, atol=0)
+
+
 def test_autocast_leaves_the_dtype_alone():
     x = torch.randn(1, 2, 8, 8)
     with torch.autocast("cpu", torch.bfloat16):

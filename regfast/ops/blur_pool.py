@@ -6,11 +6,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from ..dispatch import use_triton
-from ..geometry import BlurPaddingMode, Size, Window, blur_window, output_shape
+from ..geometry import Activation, BlurPaddingMode, Size, Window, blur_window, output_shape
 from ..layout import empty, empty_output, is_channels_last
 from ..reference.blur_pool import blur_pool as reference
+from . import max_blur_pool
 from .schema import WINDOW, apply, check_input, check_like, check_output, define, flatten, unflatten
 
 __all__ = ["blur_pool", "blur_pool1d", "blur_pool2d", "blur_pool3d"]
@@ -26,6 +28,8 @@ def _backward(grad: Tensor, size: list[int], channels_last: bool, *args: Any) ->
     from ..kernels import blur_pool as kernels
 
     window = unflatten(*args)
+    if window.activation is not None:
+        raise ValueError(f"blur_pool_backward: activation must be None, got {window.activation!r}; max_blur_pool_backward's may")
     check_like("blur_pool_backward: grad", grad, output_shape(window, size), grad)
     return kernels.blur_pool_backward(grad, size, channels_last, window)
 
@@ -75,11 +79,16 @@ class _AdjointWithJvp(_Adjoint):
 
 def blur_pool(x: Tensor, window: Window) -> Tensor:
     """Blurs x, (C, *spatial) or (N, C, *spatial), with arguments already checked: what the modules call."""
+    if has_torch_function_unary(x):
+        return handle_torch_function(blur_pool, (x,), x, window)
     name = f"blur_pool{window.rank}d"
     if not check_input(name, x, window.rank):
         return blur_pool(x.unsqueeze(0), window).squeeze(0)
     check_output(name, x, window)
-    return apply(_Blur, _BlurWithJvp, x, window) if use_triton(x) else reference(x, window)
+    if not use_triton(x):
+        return reference(x, window)
+    # Activated, the blur is no longer linear: it is the pooling of windows of one element, whose backward reads x.
+    return apply(_Blur, _BlurWithJvp, x, window) if window.activation is None else max_blur_pool.fused(x, window)
 
 
 def blur_pool1d(
@@ -90,9 +99,10 @@ def blur_pool1d(
     *,
     filter: Any = "binomial",
     padding_mode: BlurPaddingMode = "reflect",
+    activation: Activation | None = None,
 ) -> Tensor:
     """A strided blur of a signal, (N, C, L) or (C, L). The arguments are those of `regfast.BlurPool1d`."""
-    return blur_pool(x, blur_window(1, kernel_size, stride, padding, filter, padding_mode))
+    return blur_pool(x, blur_window(1, kernel_size, stride, padding, filter, padding_mode, activation))
 
 
 def blur_pool2d(
@@ -103,9 +113,10 @@ def blur_pool2d(
     *,
     filter: Any = "binomial",
     padding_mode: BlurPaddingMode = "reflect",
+    activation: Activation | None = None,
 ) -> Tensor:
     """A strided blur of an image, (N, C, H, W) or (C, H, W). The arguments are those of `regfast.BlurPool2d`."""
-    return blur_pool(x, blur_window(2, kernel_size, stride, padding, filter, padding_mode))
+    return blur_pool(x, blur_window(2, kernel_size, stride, padding, filter, padding_mode, activation))
 
 
 def blur_pool3d(
@@ -116,6 +127,7 @@ def blur_pool3d(
     *,
     filter: Any = "binomial",
     padding_mode: BlurPaddingMode = "reflect",
+    activation: Activation | None = None,
 ) -> Tensor:
     """A strided blur of a volume, (N, C, D, H, W) or (C, D, H, W). The arguments are those of `regfast.BlurPool3d`."""
-    return blur_pool(x, blur_window(3, kernel_size, stride, padding, filter, padding_mode))
+    return blur_pool(x, blur_window(3, kernel_size, stride, padding, filter, padding_mode, activation))

@@ -7,14 +7,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from ..dispatch import use_triton
-from ..geometry import MaxPaddingMode, Size, Window, max_blur_window, output_shape
+from ..geometry import Activation, MaxPaddingMode, Size, Window, max_blur_window, output_shape
 from ..layout import empty_output
 from ..reference.max_blur_pool import max_blur_pool as reference
 from .schema import WINDOW, apply, check_input, check_like, check_output, define, flatten, unflatten
 
-__all__ = ["max_blur_pool", "max_blur_pool1d", "max_blur_pool2d", "max_blur_pool3d"]
+__all__ = ["fused", "max_blur_pool", "max_blur_pool1d", "max_blur_pool2d", "max_blur_pool3d"]
 
 
 def _forward(x: Tensor, *window: Any) -> Tensor:
@@ -116,13 +117,20 @@ class _TangentWithJvp(_Tangent):
         return _TangentWithJvp.apply(t, *ctx.saved_tensors, ctx.window)
 
 
+def fused(x: Tensor, window: Window) -> Tensor:
+    """The kernels' pooling of x, (N, C, *spatial), differentiable."""
+    return apply(_Pool, _PoolWithJvp, x, window)
+
+
 def max_blur_pool(x: Tensor, window: Window) -> Tensor:
     """Pools x, (C, *spatial) or (N, C, *spatial), with arguments already checked: what the modules call."""
+    if has_torch_function_unary(x):
+        return handle_torch_function(max_blur_pool, (x,), x, window)
     name = f"max_blur_pool{window.rank}d"
     if not check_input(name, x, window.rank):
         return max_blur_pool(x.unsqueeze(0), window).squeeze(0)
     check_output(name, x, window)
-    return apply(_Pool, _PoolWithJvp, x, window) if use_triton(x) else reference(x, window)
+    return fused(x, window) if use_triton(x) else reference(x, window)
 
 
 def max_blur_pool1d(
@@ -138,14 +146,12 @@ def max_blur_pool1d(
     blur_size: Size | None = None,
     filter: Any = "binomial",
     padding_mode: MaxPaddingMode = "partial",
+    activation: Activation | None = None,
 ) -> Tensor:
     """Anti-aliased max pooling of a signal, (N, C, L) or (C, L). The arguments are those of `regfast.MaxPool1dAA`."""
-    return max_blur_pool(
-        x,
-        max_blur_window(
-            1, kernel_size, stride, padding, dilation, return_indices, ceil_mode, ratio, blur_size, filter, padding_mode
-        ),
-    )
+    blur = ratio, blur_size, filter, padding_mode, activation
+    window = max_blur_window(1, kernel_size, stride, padding, dilation, return_indices, ceil_mode, *blur)
+    return max_blur_pool(x, window)
 
 
 def max_blur_pool2d(
@@ -161,14 +167,12 @@ def max_blur_pool2d(
     blur_size: Size | None = None,
     filter: Any = "binomial",
     padding_mode: MaxPaddingMode = "partial",
+    activation: Activation | None = None,
 ) -> Tensor:
     """Anti-aliased max pooling of an image, (N, C, H, W) or (C, H, W). The arguments are those of `regfast.MaxPool2dAA`."""
-    return max_blur_pool(
-        x,
-        max_blur_window(
-            2, kernel_size, stride, padding, dilation, return_indices, ceil_mode, ratio, blur_size, filter, padding_mode
-        ),
-    )
+    blur = ratio, blur_size, filter, padding_mode, activation
+    window = max_blur_window(2, kernel_size, stride, padding, dilation, return_indices, ceil_mode, *blur)
+    return max_blur_pool(x, window)
 
 
 def max_blur_pool3d(
@@ -184,11 +188,9 @@ def max_blur_pool3d(
     blur_size: Size | None = None,
     filter: Any = "binomial",
     padding_mode: MaxPaddingMode = "partial",
+    activation: Activation | None = None,
 ) -> Tensor:
     """Anti-aliased max pooling of a volume, (N, C, D, H, W) or (C, D, H, W). The arguments are those of `regfast.MaxPool3dAA`."""
-    return max_blur_pool(
-        x,
-        max_blur_window(
-            3, kernel_size, stride, padding, dilation, return_indices, ceil_mode, ratio, blur_size, filter, padding_mode
-        ),
-    )
+    blur = ratio, blur_size, filter, padding_mode, activation
+    window = max_blur_window(3, kernel_size, stride, padding, dilation, return_indices, ceil_mode, *blur)
+    return max_blur_pool(x, window)

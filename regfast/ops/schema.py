@@ -16,7 +16,7 @@ LIBRARY = torch.library.Library("regfast", "DEF")
 
 WINDOW = (
     "int[] kernel_size, int[] stride, int[] padding, int[] dilation, bool ceil_mode, "
-    "float[] taps, int[] blur_size, int[] lead, int[] trail, str padding_mode"
+    "float[] taps, int[] blur_size, int[] lead, int[] trail, str padding_mode, str? activation"
 )
 
 
@@ -37,19 +37,19 @@ def apply(function: type[Function], with_jvp: type[Function], *args: Any) -> Ten
 
 def flatten(window: Window) -> tuple[Any, ...]:
     """`window` as the arguments of `WINDOW`."""
-    kernel_size, stride, padding, dilation, ceil_mode, taps, lead, trail, padding_mode = window
+    kernel_size, stride, padding, dilation, ceil_mode, taps, *rest = window
     flat = [tap for axis in taps for tap in axis]
-    return kernel_size, stride, padding, dilation, ceil_mode, flat, [len(axis) for axis in taps], lead, trail, padding_mode
+    return kernel_size, stride, padding, dilation, ceil_mode, flat, [len(axis) for axis in taps], *rest
 
 
-def unflatten(kernel_size, stride, padding, dilation, ceil_mode, taps, blur_size, lead, trail, padding_mode) -> Window:
+def unflatten(kernel_size, stride, padding, dilation, ceil_mode, taps, blur_size, lead, trail, *modes) -> Window:
     """The inverse of `flatten`."""
     axes, start = [], 0
     for size in blur_size:
         axes.append(tuple(taps[start : start + size]))
         start += size
     kernel_size, stride, padding, dilation = map(tuple, (kernel_size, stride, padding, dilation))
-    return Window(kernel_size, stride, padding, dilation, ceil_mode, tuple(axes), tuple(lead), tuple(trail), padding_mode)
+    return Window(kernel_size, stride, padding, dilation, ceil_mode, tuple(axes), tuple(lead), tuple(trail), *modes)
 
 
 def check_input(name: str, x: Any, rank: int) -> bool:

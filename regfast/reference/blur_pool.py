@@ -24,11 +24,13 @@ def blur_pool(x: Tensor, window: Window) -> Tensor:
     """Extend x by its border, correlate each channel with the taps, keep every `stride`-th output.
 
     x is (N, C, *spatial) in float16, bfloat16, float32 or float64; so is the result, in x's memory format.
-    Sums are float32 (float64 for float64) and are rounded once. Source: Zhang, "Making Convolutional
-    Networks Shift-Invariant Again" (2019).
+    Sums are float32 (float64 for float64) and are rounded once. Where the window has an activation, x is activated
+    first. Source: Zhang, "Making Convolutional Networks Shift-Invariant Again" (2019).
     """
     if window.rank == 1:
         return blur_pool(x.unsqueeze(2), as_image(window)).squeeze(2)
+    if window.activation == "relu":
+        x = F.relu(x)
     with outside_autocast(x):
         wide = _extend(x, window).to(accumulator(x.dtype))
         blur = _convolve if prefers_convolution(x) else _sum_slices

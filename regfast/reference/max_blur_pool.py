@@ -32,8 +32,8 @@ def max_blur_pool(x: Tensor, window: Window) -> Tensor:
 
     float16, bfloat16, float32 or float64 in and out, in x's memory format. The maximum is exact, sums are float32
     (float64 for float64) and are rounded once. Of equal maxima the first in row-major order takes the gradient,
-    and a NaN wins, as in PyTorch. Source: Zhang, "Making Convolutional Networks Shift-Invariant Again" (2019), with
-    windows that the image's border cuts, instead of padding, by default.
+    and a NaN wins, as in PyTorch. The window's activation is applied to the maxima. Source: Zhang, "Making Convolutional
+    Networks Shift-Invariant Again" (2019), with windows that the image's border cuts, instead of padding, by default.
     """
     if window.rank == 1:
         return max_blur_pool(x.unsqueeze(2), as_image(window)).squeeze(2)
@@ -64,6 +64,9 @@ def _in_its_format(x: Tensor, window: Window) -> Tensor:
     before, after, blur = _split(window, x.shape[2:])
     with outside_autocast(x):
         maxima = _maxima(x, window, before, after)
+        if window.activation == "relu":
+            # Nobody else has seen maxima that were taken.
+            maxima = F.relu(maxima, inplace=maxima is not x)
         if all(s == 1 and taps == (1.0,) for s, taps in zip(window.stride, window.taps)):
             y = maxima
         else:
