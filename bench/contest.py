@@ -98,6 +98,15 @@ def compiled(make: Maker) -> Maker:
     return lambda case: torch.compile(make(case), dynamic=False)
 
 
+def compiled_network(make: Maker) -> Maker:
+    def make_compiled(case: Case) -> Callable[..., Tensor]:
+        if not torch.cuda.is_available():
+            raise AbsentError("a network takes minutes to compile for a CPU")
+        return compiled(make)(case)
+
+    return make_compiled
+
+
 def compiled_reference(make: Maker) -> Maker:
     """regfast's PyTorch reference, compiled: on CUDA it is not what "regfast compiled" is."""
 

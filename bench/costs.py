@@ -1,4 +1,4 @@
-"""What the benchmark's medians do not say: memory, the host's time, a first call's, and a whole network's training step.
+"""What the benchmark's medians do not say: memory, the host's time, and a first call's.
 
     python bench/costs.py [--only OP ...] [--device cpu|cuda] [--out FILE]
 
@@ -25,12 +25,9 @@ import torch
 import torch.nn.functional as F
 from contest import Case, formats_of, leaves
 from contestants import FUNCTIONS, OPERATIONS
-from measure import Call, describe, enter, interleave, stopwatch, stopwatch_of
-from peers import AbsentError, load
+from measure import Call, describe, enter, interleave, stopwatch
 from report import keep
-from torch import Tensor, nn
-
-import regfast
+from torch import Tensor
 
 Row = dict[str, Any]
 
@@ -129,63 +126,12 @@ def first_call(operation: str, device: str) -> Iterator[Row]:
     yield from json.loads(done.stdout.splitlines()[-1])
 
 
-def networks(plain: str, blurred: str) -> dict[str, nn.Module]:
-    """timm's network, timm's anti-aliased one, and the latter with regfast's blurs and one max-blur pooling as its stem's.
-
-    regfast's stem reads cut windows beyond the border where timm's reflects: a network to train anew.
-    """
-    timm = load("timm")
-    ours = timm.create_model(plain, aa_layer=regfast.BlurPool2d)
-    ours.maxpool = regfast.MaxPool2dAA(3, 2, 1)
-    return {plain: timm.create_model(plain), blurred: timm.create_model(blurred), "regfast": ours}
-
-
-def training_step(device: str) -> Iterator[Row]:
-    """Forward, backward and SGD of a classifier of images, innermost channels, automatic mixed precision in bfloat16."""
-    plain, blurred, batch, side, turns = ("resnet50", "resnetblur50", 128, 224, 20)
-    if device == "cpu":
-        plain, blurred, batch, side, turns = ("resnet18", "resnetblur18", 2, 32, 1)
-    of_case = {"cost": "training step", "operation": plain, "case": f"{plain} {batch}x3x{side}x{side} NHWC AMP", "unit": "ms"}
-    torch.manual_seed(0)
-    torch.backends.cudnn.benchmark = True
-    image = torch.randn(batch, 3, side, side, device=device).contiguous(memory_format=torch.channels_last)
-    label = torch.randint(1000, (batch,), device=device)
-    try:
-        steps = {name: stepper(network, image, label) for name, network in networks(plain, blurred).items()}
-    except AbsentError as reason:
-        yield of_case | {"contestant": "regfast", "absent": str(reason)}
-        return
-    prepare, errors = {name: (lambda _turn, step=step: step) for name, step in steps.items()}, {}
-    watch = stopwatch_of(device)
-    warm = interleave(prepare, watch, 3 if device == "cuda" else 1, errors)
-    seconds = interleave({name: prepare[name] for name in warm}, watch, turns, errors)
-    yield from (of_case | {"contestant": name, "error": why} for name, why in errors.items())
-    for name, times in seconds.items():
-        yield of_case | {"contestant": name, "value": 1e3 * statistics.median(times)}
-
-
-def stepper(network: nn.Module, image: Tensor, label: Tensor) -> Call:
-    """One training step of the network on these images."""
-    network = network.to(device=image.device, memory_format=torch.channels_last).train()
-    optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9)
-
-    def step() -> None:
-        optimizer.zero_grad()
-        with torch.autocast(image.device.type, torch.bfloat16):
-            loss = F.cross_entropy(network(image), label)
-        loss.backward()
-        optimizer.step()
-
-    return step
-
-
 def rows_of(operations: list[str], device: str) -> Iterator[Row]:
     """Everything measured. A measure that fails gives a row that says why, and the next one follows."""
     for operation in operations:
         yield from guarded("memory", operation, memory(operation, device))
         yield from guarded("host time of a call", operation, host_time(operation, device))
         yield from guarded("first call", operation, first_call(operation, device))
-    yield from guarded("training step", "network", training_step(device))
 
 
 def guarded(cost: str, operation: str, rows: Iterator[Row]) -> Iterator[Row]:

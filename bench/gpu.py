@@ -4,7 +4,7 @@
 
 tests: the contract suite on CUDA, where it is an error that a call waits for the device. sanitize: memcheck and racecheck over a
 launch of every kernel. bench: every operation and its peers, and a copy's bandwidth. costs: memory, the host's time, first
-calls, a ResNet-50's training step. tune, if asked for: what bench/tune.py finds for the poolings named.
+calls. tune, if asked for: what bench/tune.py finds for the poolings named.
 
 Every step is a process of its own with a share of the time left, so that one that fails, hangs or spoils its device costs no
 other its results. (They would take an estimated 18 minutes: for every row of the benchmark, run the parts one by one.) gpu.json

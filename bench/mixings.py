@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from contest import FORMATS, Bytes, Case, Maker, Operation, compiled, compiled_reference, images
+from contest import FORMATS, Bytes, Case, Maker, Operation, compiled, compiled_network, compiled_reference, images
 from peers import AbsentError, load
 from torch import Tensor, nn
 
@@ -211,15 +211,6 @@ def network(case: Case) -> nn.Module:
 
 def step_of(make_mix: Callable[[], Mix], loss: Loss) -> Maker:
     return lambda case: Step(network(case), make_mix(), loss)
-
-
-def compiled_network(make: Maker) -> Maker:
-    def make_compiled(case: Case) -> Callable[..., Tensor]:
-        if not torch.cuda.is_available():
-            raise AbsentError("a network takes minutes to compile for a CPU")
-        return compiled(make)(case)
-
-    return make_compiled
 
 
 def partners(case: Case, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,8 @@ from torch import nn
 
 from .geometry import Window
 from .layout import with_format
-from .pooling import _Pooling
+from .ops.blur_pool import blur_pool
+from .ops.max_blur_pool import max_blur_pool
 
 __all__ = ["warm_up"]
 
@@ -25,7 +26,7 @@ def warm_up(
     memory_formats: Iterable[torch.memory_format] = (torch.contiguous_format, torch.channels_last),
     backward: bool = True,
 ) -> None:
-    """Compiles every kernel that the model's pooling and blurring layers will want, for images of whatever size.
+    """Compiles every kernel that the model's pooling layers and blurs will want, for images of whatever size.
 
     A kernel is compiled for a window, a dtype, a memory format and an alignment, and never for a size. The alignments are, of
     contiguous images, whether the width is a multiple of 4, 2 or 1 times the stride, and the output's width of 4, 2 or 1; of
@@ -38,14 +39,15 @@ def warm_up(
         device, dtypes, memory_formats: of the images to come. `torch.channels_last` stands for volumes' format too.
         backward: compile the backward too.
     """
-    layers = {layer._window: layer for layer in model.modules() if isinstance(layer, _Pooling)}
+    windows = {getattr(layer, "_window", None) for layer in model.modules()}
     wanted = {memory_format != torch.contiguous_format for memory_format in memory_formats}
-    for window, layer in layers.items():
+    for window in sorted(window for window in windows if isinstance(window, Window)):
+        pool = max_blur_pool if window.takes_max else blur_pool
         for channels_last, shape in _shapes(window):
             for dtype in dtypes if channels_last in wanted else ():
                 x = with_format(torch.zeros(shape, device=device, dtype=dtype), channels_last)
                 with torch.set_grad_enabled(backward):
-                    y = layer(x.requires_grad_(backward))
+                    y = pool(x.requires_grad_(backward), window)
                 if backward:
                     torch.autograd.grad(y, x, torch.zeros_like(y))
 
