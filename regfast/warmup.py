@@ -39,9 +39,10 @@ def warm_up(
         device, dtypes, memory_formats: of the images to come. `torch.channels_last` stands for volumes' format too.
         backward: compile the backward too.
     """
-    windows = {getattr(layer, "_window", None) for layer in model.modules()}
+    held = (getattr(layer, "_window", None) for layer in model.modules())
+    windows = {window for window in held if isinstance(window, Window)}
     wanted = {memory_format != torch.contiguous_format for memory_format in memory_formats}
-    for window in sorted(window for window in windows if isinstance(window, Window)):
+    for window in windows:
         pool = max_blur_pool if window.takes_max else blur_pool
         for channels_last, shape in _shapes(window):
             for dtype in dtypes if channels_last in wanted else ():

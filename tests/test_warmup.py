@@ -48,6 +48,7 @@ LAYERS = [
     regfast.MaxPool2dAA(3, 2),
     regfast.MaxPool2dAA(3, 3),
     regfast.BlurPool2d(3),
+    regfast.BlurPool2d(3, activation="relu"),
     regfast.BlurPool2d(3, stride=1),
     regfast.BlurPool2d(7, stride=1, padding=0),
     regfast.MaxPool1dAA(2),
