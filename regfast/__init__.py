@@ -1,20 +1,38 @@
 """regfast: anti-aliased pooling, MixUp and other regularisers of vision models, each in one pass."""
 
 from . import filters, functional
+from .convolution import Conv1dAA, Conv2dAA, ConvNormActAA
 from .dispatch import backend, debug
 from .losses import MixupBCEWithLogitsLoss, MixupCrossEntropyLoss, MixupLoss, mixup_accuracy, mixup_criterion
 from .manifold import ManifoldMixup
 from .mixup import MixedTarget, MixUp, MixupCollator, mixup_data
-from .pooling import BlurLayer, BlurPool1d, BlurPool2d, BlurPool3d, MaxPool1dAA, MaxPool2dAA, MaxPool3dAA
+from .pooling import (
+    AvgPool1dAA,
+    AvgPool2dAA,
+    AvgPool3dAA,
+    BlurLayer,
+    BlurPool1d,
+    BlurPool2d,
+    BlurPool3d,
+    MaxPool1dAA,
+    MaxPool2dAA,
+    MaxPool3dAA,
+)
 from .warmup import warm_up
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AvgPool1dAA",
+    "AvgPool2dAA",
+    "AvgPool3dAA",
     "BlurLayer",
     "BlurPool1d",
     "BlurPool2d",
     "BlurPool3d",
+    "Conv1dAA",
+    "Conv2dAA",
+    "ConvNormActAA",
     "ManifoldMixup",
     "MaxPool1dAA",
     "MaxPool2dAA",

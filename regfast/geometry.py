@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Sequence
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any, Literal, NamedTuple, get_args
 
 from .filters import taps_of
@@ -49,6 +49,12 @@ class Window(NamedTuple):
     def takes_max(self) -> bool:
         """Whether the window has a maximum to take; a plain blur has none."""
         return any(k > 1 for k in self.kernel_size) or any(self.padding)
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether the window gives what it is given."""
+        plain = not self.takes_max and self.activation is None
+        return plain and all(s == 1 and taps == (1.0,) for s, taps in zip(self.stride, self.taps))
 
     def reach(self, axis: int) -> int:
         """How many elements the max window covers from its first to its last, holes of a dilation included."""
@@ -94,8 +100,7 @@ def max_blur_window(
     step = kernel if stride is None else per_axis("stride", stride, rank, 1)
     pad = per_axis("padding", padding, rank, 0)
     hole = per_axis("dilation", dilation, rank, 1)
-    if any(2 * p > k for p, k in zip(pad, kernel)):
-        raise ValueError(f"padding must be at most half of kernel_size, got padding={padding!r} and kernel_size={kernel_size!r}")
+    _check_padding(pad, kernel)
     _check_bool("ceil_mode", ceil_mode)
     _check_bool("return_indices", return_indices)
     if return_indices:
@@ -104,11 +109,7 @@ def max_blur_window(
         )
     _check_padding_mode(padding_mode, get_args(MaxPaddingMode))
     _check_activation(activation)
-    sizes = _blur_sizes(step, ratio, blur_size)
-    blurred = [b > 1 or s > 1 for b, s in zip(sizes, step)]
-    taps = taps_of(filter, sizes, where=blurred, resize=blur_size is None)
-    lead = tuple((len(w) - 1) // 2 for w in taps)
-    trail = tuple(len(w) - 1 - before for w, before in zip(taps, lead))
+    taps, lead, trail = _decimating_taps(step, ratio, blur_size, filter)
     return Window(kernel, step, pad, hole, ceil_mode, taps, lead, trail, padding_mode, activation)
 
 
@@ -132,6 +133,57 @@ def blur_window(
     return Window(ones, step, (0,) * rank, ones, False, taps, lead, trail, padding_mode, activation)
 
 
+def decimating_window(
+    rank: int, stride: Any, ratio: Any, blur_size: Any, filter: Any, padding_mode: str, activation: str | None = None
+) -> Window:
+    """The `Window` of a blur that takes a stride: as long as an anti-aliased max pooling's, its arguments checked."""
+    step = per_axis("stride", stride, rank, 1)
+    _check_padding_mode(padding_mode, get_args(BlurPaddingMode))
+    _check_activation(activation)
+    taps, lead, trail = _decimating_taps(step, ratio, blur_size, filter)
+    ones = (1,) * rank
+    return Window(ones, step, (0,) * rank, ones, False, taps, lead, trail, padding_mode, activation)
+
+
+def check_average(
+    rank: int, kernel_size: Any, padding: Any, ceil_mode: Any, count_include_pad: Any, divisor_override: Any
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The kernel size and padding of an average pooling, its arguments checked. They are nn.AvgPool's."""
+    kernel = per_axis("kernel_size", kernel_size, rank, 1)
+    pad = per_axis("padding", padding, rank, 0)
+    _check_padding(pad, kernel)
+    _check_bool("ceil_mode", ceil_mode)
+    _check_bool("count_include_pad", count_include_pad)
+    if divisor_override is not None and (isinstance(divisor_override, bool) or not isinstance(divisor_override, Integral)):
+        raise TypeError(f"divisor_override must be an integer or None, got {divisor_override!r}")
+    if divisor_override is not None and divisor_override == 0:
+        raise ValueError("divisor_override must not be 0, got 0")
+    return kernel, pad
+
+
+def averaged(window: Window, kernel_size: tuple[int, ...], divisor: int | None) -> Window:
+    """A blur at stride 1 followed by averages of `kernel_size` elements at the stride, without padding: as one blur.
+
+    Its taps are the convolution of the two. `divisor` is what sums are divided by, None for the number of their terms.
+    """
+    scale = 1.0 if divisor is None else math.prod(kernel_size) / divisor
+    taps = []
+    for blur, k in zip(window.taps, kernel_size):
+        padded = (0.0,) * (k - 1) + blur + (0.0,) * (k - 1)
+        taps.append(tuple(math.fsum(padded[j : j + k]) * scale / k for j in range(len(blur) + k - 1)))
+        scale = 1.0
+    return window._replace(taps=tuple(taps))
+
+
+def _decimating_taps(stride: tuple[int, ...], ratio: Any, blur_size: Any, filter: Any) -> tuple[Any, ...]:
+    """The taps of a blur that takes a stride, and what they read before an output's own position and after it."""
+    sizes = _blur_sizes(stride, ratio, blur_size)
+    blurred = [b > 1 or s > 1 for b, s in zip(sizes, stride)]
+    taps = taps_of(filter, sizes, where=blurred, resize=blur_size is None)
+    lead = tuple((len(w) - 1) // 2 for w in taps)
+    return taps, lead, tuple(len(w) - 1 - before for w, before in zip(taps, lead))
+
+
 def _blur_sizes(stride: tuple[int, ...], ratio: Any, blur_size: Any) -> tuple[int, ...]:
     """The blur's size on each axis: `int(ratio * s)`, never less than s, and 1 where nothing is decimated."""
     rank = len(stride)
@@ -148,6 +200,11 @@ def _blur_sizes(stride: tuple[int, ...], ratio: Any, blur_size: Any) -> tuple[in
         raise ValueError(f"ratio must be positive and finite, got {ratio!r}")
     # operator.index makes it a constant where a compiler was tracing the ratio as a symbol: taps are as many as their number.
     return tuple(operator.index(max(int(r * s), s)) if s > 1 else 1 for r, s in zip(ratios, stride))
+
+
+def _check_padding(padding: tuple[int, ...], kernel_size: tuple[int, ...]) -> None:
+    if any(2 * p > k for p, k in zip(padding, kernel_size)):
+        raise ValueError(f"padding must be at most half of kernel_size, got padding={padding} and kernel_size={kernel_size}")
 
 
 def _check_bool(name: str, value: Any) -> None:

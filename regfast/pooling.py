@@ -2,16 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from .geometry import Activation, BlurPaddingMode, MaxPaddingMode, Size, Window, blur_window, max_blur_window
+from .geometry import (
+    Activation,
+    BlurPaddingMode,
+    MaxPaddingMode,
+    Size,
+    Window,
+    averaged,
+    blur_window,
+    check_average,
+    decimating_window,
+    max_blur_window,
+)
 from .ops.blur_pool import blur_pool
 from .ops.max_blur_pool import max_blur_pool
 
-__all__ = ["BlurLayer", "BlurPool1d", "BlurPool2d", "BlurPool3d", "MaxPool1dAA", "MaxPool2dAA", "MaxPool3dAA"]
+__all__ = [
+    "AvgPool1dAA",
+    "AvgPool2dAA",
+    "AvgPool3dAA",
+    "BlurLayer",
+    "BlurPool1d",
+    "BlurPool2d",
+    "BlurPool3d",
+    "MaxPool1dAA",
+    "MaxPool2dAA",
+    "MaxPool3dAA",
+]
 
 
 class _Pooling(nn.Module):
@@ -137,6 +160,129 @@ class MaxPool3dAA(_MaxPoolAA):
     """
 
     rank = 3
+
+
+class _AvgPoolAA(_Pooling):
+    _arguments: tuple[str, ...] = (
+        "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "ratio", "blur_size", "filter", "padding_mode",
+    )  # fmt: skip
+    divisor_override: int | None = None
+    _average: Callable[..., Tensor]
+
+    def __init__(
+        self,
+        kernel_size: Size,
+        stride: Size | None = None,
+        padding: Size = 0,
+        ceil_mode: bool = False,
+        count_include_pad: bool = True,
+        *,
+        ratio: float | Sequence[float] = 1.7,
+        blur_size: Size | None = None,
+        filter: Any = "binomial",
+        padding_mode: BlurPaddingMode = "reflect",
+    ) -> None:
+        super().__init__()
+        self.kernel_size = kernel_size
+        self.stride = kernel_size if stride is None else stride
+        self.padding = padding
+        self.ceil_mode = ceil_mode
+        self.count_include_pad = count_include_pad
+        self.ratio = ratio
+        self.blur_size = blur_size
+        self.filter = filter
+        self.padding_mode = padding_mode
+
+    def _make_window(self) -> Window:
+        """Of blur and average together where one pass does both; else of the blur, which leaves the stride to the average."""
+        modes = self.ceil_mode, self.count_include_pad, self.divisor_override
+        kernel, padding = check_average(self.rank, self.kernel_size, self.padding, *modes)
+        window = decimating_window(self.rank, self.stride, self.ratio, self.blur_size, self.filter, self.padding_mode)
+        together = averaged(window, kernel, self.divisor_override)
+        # A kernel of many taps takes long to compile.
+        fits = not any(padding) and not self.ceil_mode and max(map(len, together.taps)) <= 8
+        return together if fits and not window.is_identity else window._replace(stride=(1,) * self.rank)
+
+    def forward(self, x: Tensor) -> Tensor:
+        window = self._window
+        if any(s > 1 for s in window.stride):
+            return blur_pool(x, window)
+        x = x if window.is_identity else blur_pool(x, window)
+        divisor = () if self.rank == 1 else (self.divisor_override,)
+        average = type(self)._average
+        return average(x, self.kernel_size, self.stride, self.padding, self.ceil_mode, self.count_include_pad, *divisor)
+
+    def extra_repr(self) -> str:
+        blur = f"ratio={self.ratio}" if self.blur_size is None else f"blur_size={self.blur_size}"
+        return (
+            f"kernel_size={self.kernel_size}, stride={self.stride}, padding={self.padding}, ceil_mode={self.ceil_mode}, "
+            f"{blur}, filter={self.filter!r}, padding_mode={self.padding_mode!r}"
+        )
+
+
+class AvgPool1dAA(_AvgPoolAA):
+    """Anti-aliased average pooling of signals: `AvgPool2dAA` with one spatial axis, in place of nn.AvgPool1d.
+
+    Shape: (N, C, L) or (C, L).
+    """
+
+    rank = 1
+    _average = staticmethod(F.avg_pool1d)
+
+
+class _DividedAvgPoolAA(_AvgPoolAA):
+    _arguments = (*_AvgPoolAA._arguments, "divisor_override")
+
+    def __init__(
+        self,
+        kernel_size: Size,
+        stride: Size | None = None,
+        padding: Size = 0,
+        ceil_mode: bool = False,
+        count_include_pad: bool = True,
+        divisor_override: int | None = None,
+        **blur: Any,
+    ) -> None:
+        super().__init__(kernel_size, stride, padding, ceil_mode, count_include_pad, **blur)
+        self.divisor_override = divisor_override
+
+
+class AvgPool2dAA(_DividedAvgPoolAA):
+    """Anti-aliased average pooling: a blur, then nn.AvgPool2d. An average is a poor low-pass filter for its own stride.
+
+    It goes where nn.AvgPool2d stood: the same first arguments in the same order, each with its meaning, and the same output size.
+    With stride 1 nothing is decimated, and it is nn.AvgPool2d. Blur and average are one blur, in one pass, where there is no
+    padding, `ceil_mode` is off and the two have at most 8 taps.
+
+    Args:
+        kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override: as in nn.AvgPool2d.
+        ratio, blur_size, filter: the blur's, as in `regfast.MaxPool2dAA`.
+        padding_mode: what the blur reads beyond the image: "reflect", "replicate" or "zeros".
+
+    Shape: (N, C, H, W) or (C, H, W); float16, bfloat16, float32, float64. The output keeps the input's dtype and memory format.
+
+    Raises:
+        ValueError, TypeError: for an argument or an input that is not allowed; the message names it and what is.
+
+    Source: Zhang, "Making Convolutional Networks Shift-Invariant Again" (2019).
+
+    Example:
+        >>> regfast.AvgPool2dAA(2)(torch.randn(8, 64, 56, 56)).shape
+        torch.Size([8, 64, 28, 28])
+    """
+
+    rank = 2
+    _average = staticmethod(F.avg_pool2d)
+
+
+class AvgPool3dAA(_DividedAvgPoolAA):
+    """Anti-aliased average pooling of volumes: `AvgPool2dAA` with three spatial axes, in place of nn.AvgPool3d.
+
+    Shape: (N, C, D, H, W) or (C, D, H, W).
+    """
+
+    rank = 3
+    _average = staticmethod(F.avg_pool3d)
 
 
 class _BlurPool(_Pooling):

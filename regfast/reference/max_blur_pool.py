@@ -67,10 +67,7 @@ def _in_its_format(x: Tensor, window: Window) -> Tensor:
         if window.activation == "relu":
             # Nobody else has seen maxima that were taken.
             maxima = F.relu(maxima, inplace=maxima is not x)
-        if all(s == 1 and taps == (1.0,) for s, taps in zip(window.stride, window.taps)):
-            y = maxima
-        else:
-            y = blur_pool(maxima, blur)
+        y = maxima if blur.is_identity else blur_pool(maxima, blur)
     if window.ceil_mode:
         for axis, size in enumerate(x.shape[2:]):
             y = y.narrow(axis - window.rank, 0, output_size(window, axis, size))
