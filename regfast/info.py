@@ -12,7 +12,7 @@ import regfast
 
 from .dispatch import INTERPRETED, TRITON_DTYPES, obstacle
 
-OPERATIONS = ("max_blur_pool", "blur_pool", "mixup", "mixup_cross_entropy")
+OPERATIONS = ("max_blur_pool", "blur_pool", "mixup", "mixup_cross_entropy", "rezero")
 
 
 def versions() -> dict[str, str]:

@@ -100,6 +100,19 @@ def mixup_cross_entropy(x, a, b, lam, weight, ignore_index, reduction, label_smo
     return np.asarray(total)
 
 
+def rezero(x, f, alpha, activation, form):
+    act = {
+        "identity": lambda u: u,
+        "relu": lambda u: np.maximum(u, 0),
+        "leaky_relu": lambda u: np.where(u > 0, u, 0.01 * u),
+        "gelu": lambda u: u * special.ndtr(u),
+        "silu": lambda u: u * special.expit(u),
+    }[activation]
+    # alpha is a float32's.
+    alpha = np.float64(np.float32(alpha))
+    return x + alpha * act(f) if form == "gate" else act(x + alpha * f)
+
+
 def _correlate(maxima, zeros_at, leads, strides, taps_per_axis, padding_mode, outputs):
     """Correlate each axis from `lead` positions before its zero on, and keep every stride-th element."""
     for axis, taps in enumerate(taps_per_axis, start=2):

@@ -235,6 +235,32 @@ def loss_op_calls(x: Tensor, y: Tensor, sample: Sample) -> list[tuple[Any, tuple
     ]
 
 
+def residual(x: Tensor, alpha: float, **arguments: Any) -> Tensor:
+    """The branch is what is differentiated. (For the stream and the gate see test_rezero.py.)"""
+    return functional.rezero(stream_of(x), x, torch.full((1,), alpha, device=x.device), **arguments)
+
+
+def stream_of(x: Tensor) -> Tensor:
+    """Halves between -1.5 and 1.5, in the format of x."""
+    pattern = (5 * torch.arange(math.prod(x.shape), device=x.device) + 1) % 7 - 3
+    return torch.zeros_like(x) + (pattern / 2).view(x.shape).to(x.dtype)
+
+
+def residual_oracle(x: Any, sample: Sample) -> Any:
+    stream = stream_of(torch.from_numpy(x)).numpy()
+    return oracle.rezero(stream, x, **({"activation": "relu", "form": "gate"} | sample.arguments))
+
+
+def residual_op_calls(x: Tensor, y: Tensor, sample: Sample) -> list[tuple[Any, tuple]]:
+    ops, stream, alpha = torch.ops.regfast, stream_of(x), torch.full((1,), sample.arguments["alpha"], device=x.device)
+    form = sample.arguments.get("form", "gate")
+    modes = sample.arguments.get("activation", "relu"), form
+    return [
+        (ops.rezero.default, (stream, x, alpha, *modes, x.dtype)),
+        (ops.rezero_backward.default, (y, stream if form == "post" else None, x, alpha, *modes, True, True, True)),
+    ]
+
+
 # core: forward, backward and tangent in the core suite; formats: with innermost channels and in half precision too. main: every
 # dtype, layout and transform as well. special: with infinities and NaN too. Sizes of 4, 8 and 16 are aligned to the vectors.
 POOL = [
@@ -318,9 +344,23 @@ LOSS = [
     Sample((300, 3), {"lam": 0.3}),
     Sample((1, 300, 6, 7), {"lam": 0.3, "label_smoothing": 0.1}),
 ]
+REZERO = [
+    Sample((4, 3, 6, 5), {"alpha": 0.3, "activation": "relu"}, "core formats main special"),
+    Sample((2, 4, 5, 16), {"alpha": -0.3, "activation": "relu", "form": "post"}, "core formats main special"),
+    Sample((3, 70), {"alpha": 0.7, "activation": "gelu"}, "core formats main"),
+    Sample((2, 3, 17), {"alpha": 0.7, "activation": "silu", "form": "post"}, "core formats main"),
+    Sample((2, 3, 800), {"alpha": 0.3, "activation": "leaky_relu"}, "core"),
+    Sample((2, 3, 4, 3, 2), {"alpha": 0.3, "activation": "identity"}, "core formats special"),
+    Sample((3,), {"alpha": 0.0, "activation": "relu"}, "core"),
+    Sample((2, 5), {"alpha": 0.3, "activation": "gelu", "form": "post"}),
+    Sample((2, 5), {"alpha": 0.3, "activation": "silu"}),
+    Sample((2, 5), {"alpha": -2.0, "activation": "leaky_relu", "form": "post"}),
+    Sample((2, 5), {"alpha": 2.0, "activation": "identity", "form": "post"}),
+]
 OPERATIONS = [
     Operation("max_blur_pool", pool, pool_oracle, pool_op_calls, POOL, least=least_image),
     Operation("blur_pool", blur, blur_oracle, blur_op_calls, BLUR, least=least_image),
     Operation("mixup", functional.mixup, mixup_oracle, mixup_op_calls, MIXUP, mixup_arguments),
     Operation("mixup_cross_entropy", loss, loss_oracle, loss_op_calls, LOSS, loss_arguments),
+    Operation("rezero", residual, residual_oracle, residual_op_calls, REZERO),
 ]
