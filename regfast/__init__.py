@@ -18,6 +18,14 @@ from .pooling import (
     MaxPool2dAA,
     MaxPool3dAA,
 )
+from .rezero import (
+    BottleneckBlock,
+    ResidualBlock,
+    ResidualLinear,
+    ReZero,
+    ReZeroTransformerEncoderLayer,
+    parameter_groups,
+)
 from .warmup import warm_up
 
 __version__ = "0.1.0"
@@ -30,6 +38,7 @@ __all__ = [
     "BlurPool1d",
     "BlurPool2d",
     "BlurPool3d",
+    "BottleneckBlock",
     "Conv1dAA",
     "Conv2dAA",
     "ConvNormActAA",
@@ -43,6 +52,10 @@ __all__ = [
     "MixupCollator",
     "MixupCrossEntropyLoss",
     "MixupLoss",
+    "ReZero",
+    "ReZeroTransformerEncoderLayer",
+    "ResidualBlock",
+    "ResidualLinear",
     "backend",
     "debug",
     "filters",
@@ -50,5 +63,6 @@ __all__ = [
     "mixup_accuracy",
     "mixup_criterion",
     "mixup_data",
+    "parameter_groups",
     "warm_up",
 ]

@@ -132,6 +132,7 @@ def test_surgery_copies_pickles_and_repr():
 
 @pytest.mark.parametrize("padding", [0, 1])
 def test_layers_compile_export_and_trace(padding):
+    torch._dynamo.reset()
     layer, x = regfast.AvgPool2dAA(3, 2, padding), torch.randn(2, 4, 9, 8)
     exported = torch.export.export(layer, (x,)).module()
     for traced in (torch.compile(layer, fullgraph=True, backend="aot_eager"), exported, torch.fx.symbolic_trace(layer)):

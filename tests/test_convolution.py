@@ -186,6 +186,7 @@ def test_modules_copy_pickle_and_print():
 @pytest.mark.parametrize("blur", ["after", "before"])
 @pytest.mark.parametrize("kernel_size", [1, 3])
 def test_layers_compile_export_and_trace(blur, kernel_size):
+    torch._dynamo.reset()
     layer, x = regfast.Conv2dAA(4, 6, kernel_size, 2, blur=blur), torch.randn(2, 4, 9, 8)
     expected = layer(x)
     exported = torch.export.export(layer, (x,)).module()

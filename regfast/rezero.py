@@ -1,0 +1,384 @@
+"""ReZero: residual connections whose branches are scaled by a learnable gate that starts at zero. Modules."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .convolution import RATIO, Conv2dAA, blur_layers
+from .geometry import Size, decimating_window, per_axis
+from .ops.rezero import check_activation, check_form, rezero
+
+__all__ = ["BottleneckBlock", "ReZero", "ReZeroTransformerEncoderLayer", "ResidualBlock", "ResidualLinear", "parameter_groups"]
+
+Activation = str | nn.Module | Callable[[Tensor], Tensor] | None
+
+_MODULES: dict[str, type[nn.Module]] = {
+    "identity": nn.Identity, "relu": nn.ReLU, "leaky_relu": nn.LeakyReLU, "gelu": nn.GELU, "silu": nn.SiLU,
+}  # fmt: skip
+_NAMES = {module: name for name, module in _MODULES.items()}
+_FUNCTIONS: dict[Any, str] = {F.relu: "relu", torch.relu: "relu", F.leaky_relu: "leaky_relu", F.gelu: "gelu", F.silu: "silu"}
+
+
+def _fused_name(activation: Activation) -> str | None:
+    """The name of an activation that the operation takes along, or None of one that must be called."""
+    if activation is None or isinstance(activation, str):
+        return activation or "identity"
+    if not isinstance(activation, nn.Module):
+        return _FUNCTIONS.get(activation)
+    called = activation._forward_hooks or activation._forward_pre_hooks or activation._backward_hooks
+    other = getattr(activation, "approximate", "none") != "none" or getattr(activation, "negative_slope", 0.01) != 0.01
+    return None if called or other else _NAMES.get(type(activation))
+
+
+def _check_activation(activation: Any) -> None:
+    if isinstance(activation, str):
+        check_activation(activation)
+    elif activation is not None and not callable(activation):
+        raise TypeError(f"activation must be a name, a module, a function or None, got {activation!r}")
+
+
+class _Gated(nn.Module):
+    """What the modules share: the gate, and the ways to join a branch and its shortcut. Without a gate the branch is whole."""
+
+    alpha: nn.Parameter | None
+
+    def _make_gate(self, gated: bool, device: Any, dtype: Any) -> None:
+        # Of one dimension: fully_shard refuses parameters that have none.
+        self.register_parameter("alpha", nn.Parameter(torch.zeros(1, device=device, dtype=dtype)) if gated else None)
+
+    def _join(self, shortcut: Tensor, f: Tensor, activation: Activation = None, form: str = "gate") -> Tensor:
+        alpha = 1.0 if self.alpha is None else self.alpha
+        name = _fused_name(activation)
+        if name is not None:
+            return rezero(shortcut, f, alpha, name, form)
+        if form == "gate":
+            return rezero(shortcut, activation(f), alpha, "identity")  # type: ignore[operator, misc]
+        return activation(rezero(shortcut, f, alpha, "identity"))  # type: ignore[operator, misc]
+
+
+class _Residual(_Gated):
+    """A branch beside a shortcut."""
+
+    def _build(
+        self, branch: nn.Module, shortcut: nn.Module | None, activation: Activation, form: str, gated: bool, factory: Any
+    ) -> None:
+        self.branch = branch
+        self.shortcut = nn.Identity() if shortcut is None else shortcut
+        self.activation = activation
+        # Without a gate it is the block of He et al., activated after the sum.
+        self.form = form if gated else "post"
+        self._make_gate(gated, **factory)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._join(self.shortcut(x), self.branch(x), self.activation, self.form)
+
+    def extra_repr(self) -> str:
+        activation = "" if isinstance(self.activation, nn.Module) else f", activation={self.activation!r}"
+        return f"form={self.form!r}{activation}{'' if self.alpha is not None else ', alpha=None'}"
+
+
+class ReZero(_Residual):
+    """A residual connection with a gate: shortcut(x) + alpha*act(branch(x)), alpha a parameter that starts at zero.
+
+    At first it is its shortcut, whatever the branch does, so that networks of any depth train from the first step.
+
+    Args:
+        branch: the module whose output is scaled. It is given the further arguments of a call, such as attention masks.
+        shortcut: the module beside it, whose output has the branch's shape; None for x itself.
+        activation: "identity", "relu", "leaky_relu", "gelu", "silu", a module or a function. One that is named, or is the module
+            or function of such a name, is computed in the pass that adds; any other is called.
+        form: "gate"; or "post" for act(shortcut(x) + alpha*branch(x)).
+        device, dtype: of alpha, which has shape (1,).
+
+    Raises:
+        ValueError, TypeError: for an argument that is not allowed; the message names it and what is.
+
+    Source: Bachlechner et al., "ReZero is All You Need" (2020).
+
+    Example:
+        >>> layer = regfast.ReZero(nn.Linear(64, 64), activation="relu")
+        >>> x = torch.randn(8, 64)
+        >>> torch.equal(layer(x), x)
+        True
+    """
+
+    def __init__(
+        self,
+        branch: nn.Module,
+        shortcut: nn.Module | None = None,
+        activation: Activation = "identity",
+        form: str = "gate",
+        *,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        for name, module in (("branch", branch), ("shortcut", shortcut)):
+            if not isinstance(module, nn.Module) and (name == "branch" or module is not None):
+                raise TypeError(f"{name} must be a module, got {type(module).__name__}")
+        _check_activation(activation)
+        check_form(form)
+        super().__init__()
+        self._build(branch, shortcut, activation, form, True, dict(device=device, dtype=dtype))
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return self._join(self.shortcut(x), self.branch(x, *args, **kwargs), self.activation, self.form)
+
+
+def _check_block(activation: Any, gated: Any, form: str) -> nn.Module:
+    """The activation of a block as a module."""
+    if not isinstance(gated, bool):
+        raise TypeError(f"ReZero must be True or False, got {gated!r}")
+    check_form(form)
+    if isinstance(activation, str):
+        check_activation(activation)
+        return _MODULES[activation]()
+    if not isinstance(activation, nn.Module):
+        raise TypeError(f"activation must be a name or a module, got {activation!r}")
+    return activation
+
+
+def _branch(
+    widths: Sequence[int],
+    kernel_sizes: Sequence[int],
+    strides: Sequence[Size],
+    activation: nn.Module,
+    norm_layer: Callable[[int], nn.Module] | None,
+    antialias: bool,
+    factory: dict[str, Any],
+) -> nn.Sequential:
+    """Convolutions from width to width, each normalised, with the activation between them; if antialiased, blurred after it."""
+    layers: OrderedDict[str, nn.Module] = OrderedDict()
+    for place, (k, stride) in enumerate(zip(kernel_sizes, strides), start=1):
+        taken, left = (1, stride) if antialias else (stride, 1)
+        arguments: Any = dict(stride=taken, padding=(k - 1) // 2, bias=norm_layer is None, **factory)
+        layers[f"conv{place}"] = nn.Conv2d(widths[place - 1], widths[place], k, **arguments)
+        if norm_layer is not None:
+            layers[f"norm{place}"] = norm_layer(widths[place]).to(**factory)
+        if place < len(strides):
+            window = decimating_window(2, left, RATIO, None, "binomial", "reflect")
+            layers.update(zip((f"act{place}", f"blur{place}"), blur_layers([activation], window)))
+    return nn.Sequential(layers)
+
+
+def _shortcut(
+    in_channels: int, channels: int, stride: Size, norm_layer: Callable[[int], nn.Module] | None, antialias: bool, factory: Any
+) -> nn.Module | None:
+    """One pixel's convolution and a normalisation where the shape changes, otherwise nothing."""
+    if in_channels == channels and all(s == 1 for s in per_axis("stride", stride, 2, 1)):
+        return None
+    convolution = Conv2dAA if antialias else nn.Conv2d
+    layers: list[nn.Module] = [convolution(in_channels, channels, 1, stride, bias=norm_layer is None, **factory)]  # type: ignore[arg-type]
+    return nn.Sequential(*layers, *([] if norm_layer is None else [norm_layer(channels).to(**factory)]))
+
+
+class ResidualBlock(_Residual):
+    """The book chapter's residual block: convolution, normalisation, activation, convolution, normalisation; and its gate.
+
+    With `ReZero` it is shortcut(x) + alpha*act(f(x)), alpha a parameter that starts at zero; without, act(shortcut(x) + f(x)).
+
+    Args:
+        in_channels, channels: of the input and of the output.
+        kernel_size: odd, so that the convolutions are padded to the same size.
+        stride: of the first convolution, and of the shortcut.
+        activation: a module, or a name that `regfast.functional.rezero` knows. It stands between the convolutions too.
+        ReZero: whether there is a gate.
+        antialias: a stride is not the convolution's, but that of a blur after the activation that follows (a ReLU is folded into
+            its pass), and of one before the shortcut's convolution.
+        form: "gate", or "post" for act(shortcut(x) + alpha*f(x)).
+        norm_layer: makes a normalisation of a number of channels; None for none, and convolutions with a bias.
+        device, dtype: of the parameters.
+
+    Shape: (N, in_channels, H, W) to (N, channels, (H - 1)//stride + 1, (W - 1)//stride + 1). Where shapes change, the shortcut is
+    a convolution of one pixel and a normalisation.
+
+    Raises:
+        ValueError, TypeError: for an argument that is not allowed; the message names it and what is.
+
+    Source: the book chapter's ResidualBlock; He et al., "Deep Residual Learning" (2016); Bachlechner et al., "ReZero is All You
+    Need" (2020).
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        channels: int,
+        kernel_size: int = 3,
+        stride: Size = 1,
+        activation: str | nn.Module = nn.ReLU(),  # noqa: B008 - the book's default; it has no state
+        ReZero: bool = True,
+        *,
+        antialias: bool = False,
+        form: str = "gate",
+        norm_layer: Callable[[int], nn.Module] | None = nn.BatchNorm2d,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        act, factory = _check_block(activation, ReZero, form), dict(device=device, dtype=dtype)
+        (k,) = per_axis("kernel_size", kernel_size, 1, 1)
+        if k % 2 == 0:
+            raise ValueError(f"kernel_size must be odd, got {kernel_size!r}")
+        super().__init__()
+        branch = _branch((in_channels, channels, channels), (k, k), (stride, 1), act, norm_layer, antialias, factory)
+        shortcut = _shortcut(in_channels, channels, stride, norm_layer, antialias, factory)
+        self._build(branch, shortcut, act, form, ReZero, factory)
+
+
+class BottleneckBlock(_Residual):
+    """A residual block of three convolutions: 1x1 to `channels`, 3x3 at the stride, 1x1 to `channels * expansion`; and its gate.
+
+    Args:
+        in_channels: of the input.
+        channels: of the 3x3 convolution.
+        expansion: of the output, as a multiple of `channels`.
+        stride, activation, ReZero, antialias, form, norm_layer, device, dtype: as in `ResidualBlock`.
+
+    Shape: (N, in_channels, H, W) to (N, channels * expansion, (H - 1)//stride + 1, (W - 1)//stride + 1).
+
+    Source: He et al., "Deep Residual Learning" (2016), with the stride where ResNet v1.5 has it; an exercise of the book chapter.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        channels: int,
+        stride: Size = 1,
+        expansion: int = 4,
+        activation: str | nn.Module = nn.ReLU(),  # noqa: B008 - as in ResidualBlock
+        ReZero: bool = True,
+        *,
+        antialias: bool = False,
+        form: str = "gate",
+        norm_layer: Callable[[int], nn.Module] | None = nn.BatchNorm2d,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        act, factory = _check_block(activation, ReZero, form), dict(device=device, dtype=dtype)
+        out_channels = channels * per_axis("expansion", expansion, 1, 1)[0]
+        super().__init__()
+        widths = in_channels, channels, channels, out_channels
+        branch = _branch(widths, (1, 3, 1), (1, stride, 1), act, norm_layer, antialias, factory)
+        shortcut = _shortcut(in_channels, out_channels, stride, norm_layer, antialias, factory)
+        self._build(branch, shortcut, act, form, ReZero, factory)
+
+
+class ResidualLinear(_Residual):
+    """A residual block of two linear layers with an activation between them; and its gate.
+
+    Args:
+        in_features, out_features: of the input and of the output. Where they differ, the shortcut is a linear layer without bias.
+        activation, ReZero, form, device, dtype: as in `ResidualBlock`.
+
+    Shape: (..., in_features) to (..., out_features).
+
+    Source: an exercise of the book chapter.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        activation: str | nn.Module = nn.ReLU(),  # noqa: B008 - as in ResidualBlock
+        ReZero: bool = True,
+        *,
+        form: str = "gate",
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        act, factory = _check_block(activation, ReZero, form), dict(device=device, dtype=dtype)
+        super().__init__()
+        first, second = (nn.Linear(n, out_features, **factory) for n in (in_features, out_features))
+        shortcut = None if in_features == out_features else nn.Linear(in_features, out_features, bias=False, **factory)
+        self._build(nn.Sequential(first, act, second), shortcut, act, form, ReZero, factory)
+
+
+class ReZeroTransformerEncoderLayer(_Gated):
+    """A transformer's encoder layer with a gate, not normalised: x + alpha*attention(x), then x + alpha*feed_forward(x).
+
+    It goes into nn.TransformerEncoder, whose `enable_nested_tensor` is for torch's own layer. Both sublayers share the gate.
+
+    Args:
+        d_model, nhead, dim_feedforward, dropout, activation, batch_first, bias, device, dtype: as in nn.TransformerEncoderLayer.
+
+    Shape: (S, N, d_model), or with `batch_first` (N, S, d_model), or (S, d_model).
+
+    Source: Bachlechner et al., "ReZero is All You Need" (2020).
+
+    Example:
+        >>> layer = regfast.ReZeroTransformerEncoderLayer(64, 4, batch_first=True)
+        >>> nn.TransformerEncoder(layer, 6, enable_nested_tensor=False)(torch.randn(8, 10, 64)).shape
+        torch.Size([8, 10, 64])
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        nhead: int,
+        dim_feedforward: int = 2048,
+        dropout: float = 0.1,
+        activation: str | Callable[[Tensor], Tensor] = F.relu,
+        batch_first: bool = False,
+        bias: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        _check_activation(activation)
+        super().__init__()
+        factory = dict(device=device, dtype=dtype)
+        self.self_attn = nn.MultiheadAttention(d_model, nhead, dropout, bias=bias, batch_first=batch_first, **factory)
+        self.linear1 = nn.Linear(d_model, dim_feedforward, bias, **factory)
+        self.linear2 = nn.Linear(dim_feedforward, d_model, bias, **factory)
+        self.dropout, self.dropout1, self.dropout2 = (nn.Dropout(dropout) for _ in range(3))
+        self.activation = _MODULES[activation]() if isinstance(activation, str) else activation
+        self._make_gate(True, device, dtype)
+
+    def forward(
+        self,
+        src: Tensor,
+        src_mask: Tensor | None = None,
+        src_key_padding_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Tensor:
+        """The arguments are nn.TransformerEncoderLayer's; a mask comes with `is_causal`, as there."""
+        masks = dict(attn_mask=src_mask, key_padding_mask=src_key_padding_mask, is_causal=is_causal)
+        attended, _ = self.self_attn(src, src, src, need_weights=False, **masks)
+        x = self._join(src, self.dropout1(attended))
+        fed = self.linear2(self.dropout(self.activation(self.linear1(x))))
+        return self._join(x, self.dropout2(fed))
+
+
+def parameter_groups(model: nn.Module, alpha_lr: float | None = None) -> list[dict[str, Any]]:
+    """The trainable parameters of a model in two groups for an optimizer: the gates without weight decay, and all others.
+
+    Weight decay draws a gate back to the zero that it starts from, and gates often want a learning rate of their own.
+
+    Args:
+        model: a module that has gates of regfast's layers.
+        alpha_lr: the gates' learning rate; the optimizer's own if not said.
+
+    Returns:
+        [{"params": others}, {"params": gates, "weight_decay": 0.0, "lr": alpha_lr}], each parameter once.
+
+    Raises:
+        ValueError: where the model has no trainable gate.
+
+    Example:
+        >>> optimizer = torch.optim.AdamW(regfast.parameter_groups(model, alpha_lr=1e-2), lr=1e-3, weight_decay=0.05)
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a module, got {type(model).__name__}")
+    if alpha_lr is not None and not alpha_lr >= 0:
+        raise ValueError(f"alpha_lr must be at least 0 or None, got {alpha_lr!r}")
+    gates = {module.alpha for module in model.modules() if isinstance(module, _Gated)}
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    alphas = [parameter for parameter in trainable if parameter in gates]
+    if not alphas:
+        raise ValueError("model must have a trainable gate of a regfast layer, such as ResidualBlock's alpha; it has none")
+    others = [parameter for parameter in trainable if parameter not in gates]
+    rate = {} if alpha_lr is None else {"lr": alpha_lr}
+    return [{"params": others}, {"params": alphas, "weight_decay": 0.0, **rate}]
