@@ -1,6 +1,7 @@
 """regfast: anti-aliased pooling, MixUp and other regularisers of vision models, each in one pass."""
 
 from . import filters, functional
+from .convert import antialias, antialias_report, restore
 from .convolution import Conv1dAA, Conv2dAA, ConvNormActAA
 from .dispatch import backend, debug
 from .losses import MixupBCEWithLogitsLoss, MixupCrossEntropyLoss, MixupLoss, mixup_accuracy, mixup_criterion
@@ -56,6 +57,8 @@ __all__ = [
     "ReZeroTransformerEncoderLayer",
     "ResidualBlock",
     "ResidualLinear",
+    "antialias",
+    "antialias_report",
     "backend",
     "debug",
     "filters",
@@ -64,5 +67,6 @@ __all__ = [
     "mixup_criterion",
     "mixup_data",
     "parameter_groups",
+    "restore",
     "warm_up",
 ]

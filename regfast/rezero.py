@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -22,7 +23,11 @@ _MODULES: dict[str, type[nn.Module]] = {
     "identity": nn.Identity, "relu": nn.ReLU, "leaky_relu": nn.LeakyReLU, "gelu": nn.GELU, "silu": nn.SiLU,
 }  # fmt: skip
 _NAMES = {module: name for name, module in _MODULES.items()}
-_FUNCTIONS: dict[Any, str] = {F.relu: "relu", torch.relu: "relu", F.leaky_relu: "leaky_relu", F.gelu: "gelu", F.silu: "silu"}
+_FUNCTIONS: list[tuple[Any, str]] = [
+    (F.relu, "relu"), (torch.relu, "relu"), (F.leaky_relu, "leaky_relu"), (F.gelu, "gelu"), (F.silu, "silu"),
+]  # fmt: skip
+# The book's default. Every block takes one of its own in its place, so that a hook on one block's is not on all.
+_RELU = nn.ReLU()
 
 
 def _fused_name(activation: Activation) -> str | None:
@@ -30,17 +35,26 @@ def _fused_name(activation: Activation) -> str | None:
     if activation is None or isinstance(activation, str):
         return activation or "identity"
     if not isinstance(activation, nn.Module):
-        return _FUNCTIONS.get(activation)
-    called = activation._forward_hooks or activation._forward_pre_hooks or activation._backward_hooks
+        # By identity: a callable need not be hashable.
+        return next((name for function, name in _FUNCTIONS if function is activation), None)
+    hooks = activation._forward_hooks, activation._forward_pre_hooks, activation._backward_hooks, activation._backward_pre_hooks
     other = getattr(activation, "approximate", "none") != "none" or getattr(activation, "negative_slope", 0.01) != 0.01
-    return None if called or other else _NAMES.get(type(activation))
+    return None if any(hooks) or other else _NAMES.get(type(activation))
 
 
 def _check_activation(activation: Any) -> None:
     if isinstance(activation, str):
         check_activation(activation)
-    elif activation is not None and not callable(activation):
-        raise TypeError(f"activation must be a name, a module, a function or None, got {activation!r}")
+    elif not callable(activation) or isinstance(activation, type):
+        raise TypeError(f"activation must be a name, a module or a function, got {activation!r}")
+
+
+def _check_sizes(**sizes: Any) -> None:
+    for name, size in sizes.items():
+        if isinstance(size, bool) or not isinstance(size, Integral):
+            raise TypeError(f"{name} must be an integer, got {size!r}")
+        if size < 1:
+            raise ValueError(f"{name} must be at least 1, got {size!r}")
 
 
 class _Gated(nn.Module):
@@ -121,7 +135,8 @@ class ReZero(_Residual):
         for name, module in (("branch", branch), ("shortcut", shortcut)):
             if not isinstance(module, nn.Module) and (name == "branch" or module is not None):
                 raise TypeError(f"{name} must be a module, got {type(module).__name__}")
-        _check_activation(activation)
+        if activation is not None:
+            _check_activation(activation)
         check_form(form)
         super().__init__()
         self._build(branch, shortcut, activation, form, True, dict(device=device, dtype=dtype))
@@ -130,11 +145,16 @@ class ReZero(_Residual):
         return self._join(self.shortcut(x), self.branch(x, *args, **kwargs), self.activation, self.form)
 
 
-def _check_block(activation: Any, gated: Any, form: str) -> nn.Module:
+def _check_block(activation: Any, gated: Any, form: str, antialias: Any = False, norm_layer: Any = None) -> nn.Module:
     """The activation of a block as a module."""
-    if not isinstance(gated, bool):
-        raise TypeError(f"ReZero must be True or False, got {gated!r}")
+    for name, value in (("ReZero", gated), ("antialias", antialias)):
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} must be True or False, got {value!r}")
+    if norm_layer is not None and not callable(norm_layer):
+        raise TypeError(f"norm_layer must be a function of a number of channels or None, got {norm_layer!r}")
     check_form(form)
+    if activation is _RELU:
+        return nn.ReLU()
     if isinstance(activation, str):
         check_activation(activation)
         return _MODULES[activation]()
@@ -146,7 +166,7 @@ def _check_block(activation: Any, gated: Any, form: str) -> nn.Module:
 def _branch(
     widths: Sequence[int],
     kernel_sizes: Sequence[int],
-    strides: Sequence[Size],
+    strides: Sequence[tuple[int, ...]],
     activation: nn.Module,
     norm_layer: Callable[[int], nn.Module] | None,
     antialias: bool,
@@ -155,7 +175,7 @@ def _branch(
     """Convolutions from width to width, each normalised, with the activation between them; if antialiased, blurred after it."""
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     for place, (k, stride) in enumerate(zip(kernel_sizes, strides), start=1):
-        taken, left = (1, stride) if antialias else (stride, 1)
+        taken, left = ((1, 1), stride) if antialias else (stride, (1, 1))
         arguments: Any = dict(stride=taken, padding=(k - 1) // 2, bias=norm_layer is None, **factory)
         layers[f"conv{place}"] = nn.Conv2d(widths[place - 1], widths[place], k, **arguments)
         if norm_layer is not None:
@@ -167,10 +187,15 @@ def _branch(
 
 
 def _shortcut(
-    in_channels: int, channels: int, stride: Size, norm_layer: Callable[[int], nn.Module] | None, antialias: bool, factory: Any
+    in_channels: int,
+    channels: int,
+    stride: tuple[int, ...],
+    norm_layer: Callable[[int], nn.Module] | None,
+    antialias: bool,
+    factory: Any,
 ) -> nn.Module | None:
     """One pixel's convolution and a normalisation where the shape changes, otherwise nothing."""
-    if in_channels == channels and all(s == 1 for s in per_axis("stride", stride, 2, 1)):
+    if in_channels == channels and stride == (1, 1):
         return None
     convolution = Conv2dAA if antialias else nn.Conv2d
     layers: list[nn.Module] = [convolution(in_channels, channels, 1, stride, bias=norm_layer is None, **factory)]  # type: ignore[arg-type]
@@ -210,7 +235,7 @@ class ResidualBlock(_Residual):
         channels: int,
         kernel_size: int = 3,
         stride: Size = 1,
-        activation: str | nn.Module = nn.ReLU(),  # noqa: B008 - the book's default; it has no state
+        activation: str | nn.Module = _RELU,
         ReZero: bool = True,
         *,
         antialias: bool = False,
@@ -219,13 +244,14 @@ class ResidualBlock(_Residual):
         device: Any = None,
         dtype: Any = None,
     ) -> None:
-        act, factory = _check_block(activation, ReZero, form), dict(device=device, dtype=dtype)
-        (k,) = per_axis("kernel_size", kernel_size, 1, 1)
-        if k % 2 == 0:
+        act, factory = _check_block(activation, ReZero, form, antialias, norm_layer), dict(device=device, dtype=dtype)
+        _check_sizes(in_channels=in_channels, channels=channels, kernel_size=kernel_size)
+        if kernel_size % 2 == 0:
             raise ValueError(f"kernel_size must be odd, got {kernel_size!r}")
+        step, widths = per_axis("stride", stride, 2, 1), (in_channels, channels, channels)
         super().__init__()
-        branch = _branch((in_channels, channels, channels), (k, k), (stride, 1), act, norm_layer, antialias, factory)
-        shortcut = _shortcut(in_channels, channels, stride, norm_layer, antialias, factory)
+        branch = _branch(widths, (kernel_size, kernel_size), (step, (1, 1)), act, norm_layer, antialias, factory)
+        shortcut = _shortcut(in_channels, channels, step, norm_layer, antialias, factory)
         self._build(branch, shortcut, act, form, ReZero, factory)
 
 
@@ -249,7 +275,7 @@ class BottleneckBlock(_Residual):
         channels: int,
         stride: Size = 1,
         expansion: int = 4,
-        activation: str | nn.Module = nn.ReLU(),  # noqa: B008 - as in ResidualBlock
+        activation: str | nn.Module = _RELU,
         ReZero: bool = True,
         *,
         antialias: bool = False,
@@ -258,12 +284,12 @@ class BottleneckBlock(_Residual):
         device: Any = None,
         dtype: Any = None,
     ) -> None:
-        act, factory = _check_block(activation, ReZero, form), dict(device=device, dtype=dtype)
-        out_channels = channels * per_axis("expansion", expansion, 1, 1)[0]
+        act, factory = _check_block(activation, ReZero, form, antialias, norm_layer), dict(device=device, dtype=dtype)
+        _check_sizes(in_channels=in_channels, channels=channels, expansion=expansion)
+        step, widths = per_axis("stride", stride, 2, 1), (in_channels, channels, channels, channels * expansion)
         super().__init__()
-        widths = in_channels, channels, channels, out_channels
-        branch = _branch(widths, (1, 3, 1), (1, stride, 1), act, norm_layer, antialias, factory)
-        shortcut = _shortcut(in_channels, out_channels, stride, norm_layer, antialias, factory)
+        branch = _branch(widths, (1, 3, 1), ((1, 1), step, (1, 1)), act, norm_layer, antialias, factory)
+        shortcut = _shortcut(in_channels, widths[-1], step, norm_layer, antialias, factory)
         self._build(branch, shortcut, act, form, ReZero, factory)
 
 
@@ -283,7 +309,7 @@ class ResidualLinear(_Residual):
         self,
         in_features: int,
         out_features: int,
-        activation: str | nn.Module = nn.ReLU(),  # noqa: B008 - as in ResidualBlock
+        activation: str | nn.Module = _RELU,
         ReZero: bool = True,
         *,
         form: str = "gate",
@@ -291,6 +317,7 @@ class ResidualLinear(_Residual):
         dtype: Any = None,
     ) -> None:
         act, factory = _check_block(activation, ReZero, form), dict(device=device, dtype=dtype)
+        _check_sizes(in_features=in_features, out_features=out_features)
         super().__init__()
         first, second = (nn.Linear(n, out_features, **factory) for n in (in_features, out_features))
         shortcut = None if in_features == out_features else nn.Linear(in_features, out_features, bias=False, **factory)
@@ -322,12 +349,16 @@ class ReZeroTransformerEncoderLayer(_Gated):
         dim_feedforward: int = 2048,
         dropout: float = 0.1,
         activation: str | Callable[[Tensor], Tensor] = F.relu,
+        *,
         batch_first: bool = False,
         bias: bool = True,
         device: Any = None,
         dtype: Any = None,
     ) -> None:
         _check_activation(activation)
+        _check_sizes(d_model=d_model, nhead=nhead, dim_feedforward=dim_feedforward)
+        if d_model % nhead:
+            raise ValueError(f"nhead must divide d_model, {d_model!r}, got {nhead!r}")
         super().__init__()
         factory = dict(device=device, dtype=dtype)
         self.self_attn = nn.MultiheadAttention(d_model, nhead, dropout, bias=bias, batch_first=batch_first, **factory)
@@ -372,6 +403,8 @@ def parameter_groups(model: nn.Module, alpha_lr: float | None = None) -> list[di
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a module, got {type(model).__name__}")
+    if alpha_lr is not None and (isinstance(alpha_lr, bool) or not isinstance(alpha_lr, Real)):
+        raise TypeError(f"alpha_lr must be a number or None, got {alpha_lr!r}")
     if alpha_lr is not None and not alpha_lr >= 0:
         raise ValueError(f"alpha_lr must be at least 0 or None, got {alpha_lr!r}")
     gates = {module.alpha for module in model.modules() if isinstance(module, _Gated)}
@@ -380,5 +413,5 @@ def parameter_groups(model: nn.Module, alpha_lr: float | None = None) -> list[di
     if not alphas:
         raise ValueError("model must have a trainable gate of a regfast layer, such as ResidualBlock's alpha; it has none")
     others = [parameter for parameter in trainable if parameter not in gates]
-    rate = {} if alpha_lr is None else {"lr": alpha_lr}
+    rate: dict[str, Any] = {} if alpha_lr is None else {"lr": alpha_lr}
     return [{"params": others}, {"params": alphas, "weight_decay": 0.0, **rate}]
