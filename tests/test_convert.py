@@ -1,0 +1,374 @@
+"""`antialias`: a model's layers become their anti-aliased twins and stay the same objects; `restore` undoes it."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import regfast
+from regfast import antialias, antialias_report, restore
+
+# Sums of some hundreds of products of order one in float32, in another order.
+ROUNDING = dict(rtol=1e-4, atol=1e-5)
+
+
+def stage(activation: nn.Module | None = None) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(16, 20, 3, 2, 1, bias=False), nn.BatchNorm2d(20), activation or nn.ReLU(inplace=True))
+
+
+class Net(nn.Module):
+    """A stem whose order is in its forward, a stage whose order is in its nn.Sequential, and two kinds of pooling."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, 2, 1)
+        self.pool = nn.MaxPool2d(3, 2, 1)
+        self.conv = nn.Conv2d(16, 16, 3, 2, 1, padding_mode="circular")
+        self.stage = stage()
+        self.point = nn.Conv2d(20, 20, 1, 2)
+        self.average = nn.AvgPool2d(2)
+        self.same = nn.MaxPool2d(3, 1, 1)
+        self.head = nn.Linear(20, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.conv(self.pool(F.relu(self.stem(x))))
+        x = self.same(self.average(self.point(self.stage(x))))
+        return self.head(x.mean((2, 3)))
+
+
+def image(side: int = 96) -> torch.Tensor:
+    return torch.randn(2, 3, side, side)
+
+
+def rows(model: nn.Module) -> dict[str, tuple[str, str]]:
+    return {row.name: (row.done, row.why) for row in antialias_report(model)}
+
+
+def test_every_layer_that_decimates_is_replaced_and_the_report_says_how():
+    model = Net()
+    assert antialias(model) is model
+    assert rows(model) == {
+        "stem": ("left", "it has 3 input channels, fewer than min_channels=16"),
+        "pool": ("max-blur pool", ""),
+        "conv": ("blur after convolution", "no activation follows it in an nn.Sequential"),
+        "stage.0": ("blur after activation", "in the place of 2"),
+        "point": ("blur before convolution", "of one pixel, that is the same function"),
+        "average": ("blur and average", ""),
+    }
+    assert [type(getattr(model, name)).__name__ for name in ("pool", "conv", "average", "same")] == [
+        "MaxPool2dAA", "Conv2dAA", "AvgPool2dAA", "MaxPool2d",
+    ]  # fmt: skip
+    printed = str(antialias_report(model))
+    assert "stage.0  Conv2dAA     blur after activation    in the place of 2" in printed
+    assert printed.endswith("5 anti-aliased, 1 left")
+
+
+def test_it_computes_what_the_layers_written_out_do():
+    model = Net().eval()
+    x = image()
+    plain = copy.deepcopy(model)
+    antialias(model)
+    blur = regfast.BlurPool2d(3, 2)
+
+    def convolved(layer: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
+        layer.stride = (1, 1)
+        return layer(x)
+
+    h = regfast.MaxPool2dAA(3, 2, 1)(F.relu(plain.stem(x)))
+    h = blur(convolved(plain.conv, h))
+    h = blur(F.relu(plain.stage[1](convolved(plain.stage[0], h))))
+    h = blur(convolved(plain.point, h))
+    h = plain.head(plain.same(regfast.AvgPool2dAA(2)(h)).mean((2, 3)))
+    torch.testing.assert_close(model(x), h, **ROUNDING)
+
+
+@pytest.mark.parametrize(
+    "activation,done",
+    [
+        (nn.ReLU(), "blur after activation"), (nn.Hardswish(), "blur after activation"), (nn.GELU(), "blur after activation"),
+        (nn.PReLU(), "blur after convolution"), (nn.Softmax(1), "blur after convolution"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_in_a_sequential_the_blur_comes_after_the_activation(activation, done):
+    model, x = stage(activation).eval(), torch.randn(2, 16, 17, 16)
+    expected = model[1](F.conv2d(x, model[0].weight, padding=1))
+    if done == "blur after activation":
+        expected = regfast.BlurPool2d(3, 2)(activation(expected.clone()))
+    else:
+        expected = activation(model[1](regfast.BlurPool2d(3, 2)(F.conv2d(x, model[0].weight, padding=1))))
+    keys = list(model.state_dict())
+    antialias(model)
+    torch.testing.assert_close(model(x), expected, **ROUNDING)
+    assert rows(model)["0"][0] == done and list(model.state_dict()) == keys
+    if isinstance(activation, nn.PReLU):
+        assert rows(model)["0"][1] == "the activation after it, 2, has parameters"
+
+
+def test_before_the_convolution_at_a_quarter_of_the_arithmetic():
+    model, x = stage().eval(), torch.randn(2, 16, 17, 16)
+    expected = model(regfast.BlurPool2d(3, 1)(x))
+    antialias(model, blur="before")
+    torch.testing.assert_close(model(x), expected, **ROUNDING)
+    assert rows(model) == {"0": ("blur before convolution", "")} and isinstance(model[2], nn.ReLU)
+
+
+def test_checkpoints_load_strictly_there_and_back():
+    plain, model = Net(), antialias(Net())
+    assert list(plain.state_dict()) == list(model.state_dict())
+    model.load_state_dict(plain.state_dict(), strict=True)
+    plain.load_state_dict(model.state_dict(), strict=True)
+
+
+def test_restore_gives_back_the_model_with_the_parameters_that_it_has_now():
+    model, x = Net(), image()
+    objects, attributes = list(model.modules()), [dict(module.__dict__) for module in model.modules()]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    antialias(model)
+    model(x).sum().backward()
+    optimizer.step()
+    weights = copy.deepcopy(model.state_dict())
+    assert restore(model) is model
+    assert list(model.modules()) == objects and [dict(module.__dict__) for module in objects] == attributes
+    fresh = Net()
+    fresh.load_state_dict(weights, strict=True)
+    assert repr(model) == repr(fresh)
+    assert torch.equal(model.eval()(x), fresh.eval()(x))
+
+
+def test_restore_leaves_what_antialias_did_not_make():
+    model = nn.Sequential(regfast.MaxPool2dAA(2), nn.MaxPool2d(2), regfast.Conv2dAA(16, 16, 3, 2))
+    antialias(model)
+    assert rows(model)["0"] == ("left", "it was anti-aliased already")
+    restore(model)
+    assert [type(layer) for layer in model] == [regfast.MaxPool2dAA, nn.MaxPool2d, regfast.Conv2dAA]
+    assert restore(restore(Net())) is not None
+
+
+def test_twice_is_once():
+    model, x = antialias(Net()).eval(), image()
+    y, report, printed = model(x), antialias_report(model), repr(model)
+    antialias(model)
+    assert torch.equal(model(x), y) and antialias_report(model) == report and repr(model) == printed
+    restore(model)
+    assert type(model.pool) is nn.MaxPool2d and type(model.stage[2]) is nn.ReLU
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_a_model_that_is_a_layer_is_converted_itself(rank):
+    name, x = f"MaxPool{rank}d", torch.randn(1, 2, *(8,) * rank)
+    model = getattr(nn, name)(2)
+    assert antialias(model) is model and type(model).__name__ == f"{name}AA"
+    assert torch.equal(model(x), getattr(regfast, f"{name}AA")(2)(x))
+    assert list(rows(model)) == ["(the model)"]
+    assert type(restore(model)) is getattr(nn, name)
+
+
+def test_a_converted_model_copies_pickles_and_saves(tmp_path):
+    model, x = antialias(Net()).eval(), image()
+    torch.save(model, tmp_path / "model.pt")
+    for copied in (
+        copy.deepcopy(model),
+        pickle.loads(pickle.dumps(model)),
+        torch.load(tmp_path / "model.pt", weights_only=False),
+    ):
+        assert torch.equal(copied(x), model(x))
+        restore(copied)
+        assert type(copied.stage[2]) is nn.ReLU and type(copied.conv) is nn.Conv2d
+
+
+def test_before_it_a_report_says_what_would_be_done():
+    model = Net()
+    before, printed = antialias_report(model), repr(model)
+    assert repr(model) == printed
+    after = antialias_report(antialias(model))
+    assert [(row.name, row.done, row.why) for row in before] == [(row.name, row.done, row.why) for row in after]
+    assert str(antialias_report(nn.Linear(2, 2))) == "nothing decimates"
+
+
+# What surgery elsewhere is known to lose.
+
+
+def test_the_convolution_keeps_its_padding_mode_dilation_and_groups():
+    model = nn.Sequential(nn.Conv2d(16, 16, 3, 2, 2, dilation=2, groups=4, padding_mode="reflect"))
+    x = torch.randn(1, 16, 16, 16)
+    plain = copy.deepcopy(model)
+    antialias(model)
+    plain[0].stride = (1, 1)
+    torch.testing.assert_close(model(x), regfast.BlurPool2d(3, 2)(plain(x)), **ROUNDING)
+
+
+def test_dtype_device_and_memory_format_are_kept():
+    model = antialias(Net().to(torch.bfloat16).to(memory_format=torch.channels_last))
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert model.conv.weight.is_contiguous(memory_format=torch.channels_last)
+    meta = antialias(Net().to("meta"))
+    assert {p.device.type for p in meta.parameters()} == {"meta"}
+
+
+def test_frozen_parameters_stay_frozen_and_are_the_same_objects():
+    model = Net()
+    model.conv.weight.requires_grad_(False)
+    before = {name: id(parameter) for name, parameter in model.named_parameters()}
+    antialias(model)
+    assert {name: id(parameter) for name, parameter in model.named_parameters()} == before
+    assert not model.conv.weight.requires_grad and model.conv.bias.requires_grad
+
+
+def test_hooks_are_kept():
+    model, called = Net(), []
+    for name in ("pool", "conv", "average"):
+        getattr(model, name).register_forward_hook(lambda module, args, y, name=name: called.append((name, tuple(y.shape[2:]))))
+    model.conv.weight.register_hook(lambda grad: called.append("gradient"))
+    antialias(model)(image()).sum().backward()
+    assert called == [("pool", (24, 24)), ("conv", (12, 12)), ("average", (1, 1)), "gradient"]
+
+
+def test_a_hook_on_an_activation_leaves_it_in_its_place():
+    model, seen = stage(nn.ReLU()), []
+    model[2].register_forward_hook(lambda module, args, y: seen.append(y.shape))
+    antialias(model)(torch.randn(1, 16, 8, 8))
+    assert seen == [(1, 20, 4, 4)]
+    assert rows(model)["0"] == ("blur after convolution", "the activation after it, 2, has hooks")
+
+
+def test_a_pool_of_stride_one_stays_as_it_is():
+    model = antialias(nn.Sequential(nn.MaxPool2d(3, 1, 1), nn.Conv2d(16, 16, 3), nn.AvgPool2d(3, 1)))
+    assert [type(layer) for layer in model] == [nn.MaxPool2d, nn.Conv2d, nn.AvgPool2d] and not antialias_report(model)
+
+
+def test_a_pool_that_returns_indices_stays_as_it_is():
+    model = antialias(nn.Sequential(nn.MaxPool2d(2, return_indices=True)))
+    assert type(model[0]) is nn.MaxPool2d and "indices" in rows(model)["0"][1]
+
+
+def test_shared_modules_stay_shared_and_are_converted_once():
+    pool, conv, relu = nn.MaxPool2d(2), nn.Conv2d(16, 16, 3, 2, 1), nn.ReLU()
+    model = nn.ModuleDict(
+        {"a": nn.Sequential(conv, relu, pool), "b": nn.Sequential(conv, relu), "c": pool, "d": nn.Sequential(relu)}
+    )
+    antialias(model)
+    assert model["a"][0] is model["b"][0] is conv and model["a"][2] is model["c"] is pool
+    assert rows(model) == {
+        "a.0": ("blur after convolution", "it is used in several places"),
+        "a.2": ("max-blur pool", ""),
+    }
+    assert model["d"][0] is relu
+    x = torch.randn(1, 16, 16, 16)
+    assert model["a"](x).shape == (1, 16, 4, 4) and model["b"](x).shape == (1, 16, 8, 8)
+
+
+def test_a_shared_activation_is_replaced_in_one_place_alone():
+    relu = nn.ReLU()
+    model = nn.Sequential(nn.Conv2d(16, 16, 3, 2, 1), relu, nn.Conv2d(16, 16, 3, 1, 1), relu)
+    antialias(model)
+    assert isinstance(model[1], regfast.BlurPool2d) and model[3] is relu
+    restore(model)
+    assert model[1] is model[3] is relu
+
+
+def test_lazy_subclassed_parametrised_and_patched_layers_are_left_and_reported():
+    class Padded(nn.Conv2d):
+        pass
+
+    patched = nn.MaxPool2d(2)
+    patched.forward = lambda x: x
+    model = nn.Sequential(
+        nn.LazyConv2d(16, 3, 2), Padded(16, 16, 3, 2), nn.utils.parametrizations.weight_norm(nn.Conv2d(16, 16, 3, 2)), patched,
+        nn.Conv3d(16, 16, 3, 2), nn.MaxPool2d(2, padding=2), nn.ConvTranspose2d(16, 16, 3, 2),
+    )  # fmt: skip
+    types = [type(layer) for layer in model]
+    antialias(model)
+    assert [type(layer) for layer in model] == types
+    words = ["lazy", "subclass", "parametrised", "replaced", "nn.Conv3d", "at most half"]
+    assert [row.done for row in antialias_report(model)] == ["left"] * 6
+    assert all(word in row.why for word, row in zip(words, antialias_report(model)))
+
+
+def test_old_weight_norm_is_a_hook_and_stays():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = nn.Sequential(nn.utils.weight_norm(nn.Conv2d(16, 16, 3, 2)))
+    keys = list(model.state_dict())
+    antialias(model)(torch.randn(1, 16, 9, 9)).sum().backward()
+    assert list(model.state_dict()) == keys and model[0].weight_g.grad is not None
+
+
+class Functional(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.max_pool2d(x, 2)
+
+
+def test_functional_calls_are_left_and_reported():
+    model = antialias(nn.Sequential(Functional(), nn.MaxPool2d(2)))
+    assert rows(model) == {"0": ("left", "its forward calls max_pool2d, which is no layer"), "1": ("max-blur pool", "")}
+
+
+def test_options_choose_the_layers():
+    def left(**options) -> set[str]:
+        return {row.name for row in antialias_report(antialias(Net(), **options)) if row.done == "left"}
+
+    assert left(max_pool=False) == {"stem", "pool"}
+    assert left(conv=False) == {"stem", "conv", "stage.0", "point"}
+    assert left(avg_pool=False) == {"stem", "average"}
+    assert left(min_channels=0) == set()
+    assert left(skip="stage") == left(skip=["stage.0"]) == left(skip=["st*.0"]) == {"stem", "stage.0"}
+    assert left(skip=[nn.MaxPool2d, "p*nt"]) == {"stem", "pool", "point"}
+    assert left(skip=nn.Sequential) == {"stem", "stage.0"}
+    assert "among those to skip" in rows(antialias(Net(), skip="pool"))["pool"][1]
+
+
+@pytest.mark.parametrize(
+    "make,options,error,words",
+    [
+        (lambda: [Net()], {}, TypeError, ["model", "list"]),
+        (Net, dict(blur="behind"), ValueError, ["blur", "'behind'", "'after'", "'before'"]),
+        (Net, dict(conv=1), TypeError, ["conv", "1", "True or False"]),
+        (Net, dict(min_channels=-1), ValueError, ["min_channels", "-1", "at least 0"]),
+        (Net, dict(skip="steam"), ValueError, ["skip", "'steam'"]),
+        (Net, dict(skip=[3]), TypeError, ["skip", "3", "names"]),
+        (Net, dict(skip=nn.LSTM), ValueError, ["skip", "LSTM"]),
+        (lambda: nn.Sequential(torch.compile(Net())), {}, ValueError, ["model.0", "OptimizedModule", "before torch.compile"]),
+        (lambda: nn.DataParallel(Net()), {}, ValueError, ["DataParallel", "before it is wrapped"]),
+    ],
+    ids=str,
+)
+@pytest.mark.filterwarnings("ignore")
+def test_bad_input_is_refused_and_the_model_is_untouched(make, options, error, words):
+    model = make()
+    before = repr(model)
+    with pytest.raises(error) as raised:
+        antialias(model, **options)
+    assert all(word in str(raised.value) for word in words), str(raised.value)
+    assert repr(model) == before
+
+
+def test_a_model_compiled_in_place_or_scripted_is_refused():
+    model = Net()
+    model.compile()
+    with pytest.raises(ValueError, match=r"compiled.*before torch\.compile"):
+        antialias(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        scripted = torch.jit.script(nn.Sequential(nn.MaxPool2d(2)))
+    with pytest.raises(ValueError, match="scripted"):
+        antialias(scripted)
+
+
+@pytest.mark.slow
+def test_a_model_under_distributed_data_parallel_is_refused(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = nn.parallel.DistributedDataParallel(Net())
+        with pytest.raises(ValueError, match="DistributedDataParallel: convert a model before it is wrapped"):
+            antialias(model)
+        wrapped = nn.parallel.DistributedDataParallel(antialias(Net()))
+        wrapped(image()).sum().backward()
+    finally:
+        torch.distributed.destroy_process_group()
