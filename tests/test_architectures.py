@@ -1,0 +1,163 @@
+"""Networks that people use, anti-aliased: they run, train, compile, export, trace, and take their checkpoints.
+
+Images of 64 pixels, on which every network still has something to pool, in small variants where there are any.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from peers import AbsentError, load
+from torch import nn
+
+import regfast
+
+# A network's layers in another order of sums: float32, relative to its largest logit.
+ROUNDING = 1e-3
+
+# How many layers are anti-aliased, and how many of these blur after an activation.
+TORCHVISION = {
+    "resnet18": (7, 0), "resnet50": (7, 0), "vgg11_bn": (5, 0), "mobilenet_v2": (4, 4), "mobilenet_v3_small": (4, 4),
+    "densenet121": (4, 0), "regnet_y_400mf": (8, 4), "convnext_tiny": (3, 0),
+}  # fmt: skip
+TIMM = {"resnet18": (7, 0), "resnet50d": (7, 0), "convnext_atto": (3, 0), "regnety_002": (8, 0), "mobilenetv3_small_050": (4, 0)}
+ARCHITECTURES = [("torchvision", name, *counts) for name, counts in TORCHVISION.items()]
+ARCHITECTURES += [("timm", name, *counts) for name, counts in TIMM.items()]
+# One of each kind for what takes long.
+FEW = [("torchvision", "resnet18"), ("torchvision", "mobilenet_v3_small"), ("torchvision", "densenet121"), ("timm", "resnet50d")]
+few = pytest.mark.parametrize("library,name", FEW, ids=["-".join(pair) for pair in FEW])
+
+
+def make(library: str, name: str) -> nn.Module:
+    try:
+        torch.manual_seed(0)
+        if library == "timm":
+            return load("timm").create_model(name, num_classes=7)
+        return getattr(load("torchvision.models"), name)(num_classes=7)
+    except AbsentError as absent:
+        pytest.skip(f"{library}: {absent}")
+
+
+def check_same(found: torch.Tensor, expected: torch.Tensor) -> None:
+    assert (found - expected).abs().max() <= ROUNDING * expected.abs().max()
+
+
+@pytest.mark.parametrize("library,name,converted,after", ARCHITECTURES, ids=[f"{row[0]}-{row[1]}" for row in ARCHITECTURES])
+def test_networks_are_converted_train_and_come_back(library, name, converted, after):
+    """Forward, a training step, a strict round trip of the checkpoint, and the same bits after `restore`."""
+    model, x = make(library, name).eval(), torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        aliased = model(x)
+    checkpoint = copy.deepcopy(model.state_dict())
+    report = regfast.antialias_report(regfast.antialias(model))
+    done = [row.done for row in report]
+    assert (len(done) - done.count("left"), done.count("blur after activation")) == (converted, after), str(report)
+    # The first convolution alone, of an image.
+    assert all("3 input channels" in row.why for row in report if row.done == "left"), str(report)
+    y = model(x)
+    assert y.shape == (2, 7) and y.isfinite().all() and not torch.equal(y, aliased)
+    y.square().mean().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    model.load_state_dict(checkpoint, strict=True)
+    plain = make(library, name).eval()
+    plain.load_state_dict(model.state_dict(), strict=True)
+    regfast.restore(model)
+    assert repr(model) == repr(plain)
+    with torch.no_grad():
+        assert torch.equal(model(x), aliased)
+
+
+@few
+def test_converted_networks_are_traced_by_fx(library, name):
+    model, x = regfast.antialias(make(library, name)).eval(), torch.randn(2, 3, 64, 64)
+    traced = torch.fx.symbolic_trace(model)
+    with torch.no_grad():
+        assert torch.equal(traced(x), model(x))
+    calls = {node.target for node in traced.graph.nodes if node.op == "call_function"}
+    assert {"max_blur_pool", "blur_pool"} & {getattr(call, "__name__", "") for call in calls}
+
+
+@pytest.mark.slow
+@few
+def test_converted_networks_compile_without_a_graph_break(library, name):
+    torch._dynamo.reset()
+    model, x = regfast.antialias(make(library, name)).eval(), torch.randn(2, 3, 64, 64)
+    expected = model(x)
+    gradients = torch.autograd.grad(expected.sum(), list(model.parameters()))
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    y = compiled(x)
+    check_same(y, expected)
+    for found, wanted in zip(torch.autograd.grad(y.sum(), list(model.parameters())), gradients):
+        assert (found - wanted).abs().max() <= ROUNDING * wanted.abs().max() + 1e-6
+
+
+@pytest.mark.slow
+@few
+def test_converted_networks_are_exported(library, name):
+    """With a batch of any size; the graph is made of PyTorch's own operators."""
+    model, x = regfast.antialias(make(library, name)).eval(), torch.randn(2, 3, 64, 64)
+    exported = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    assert not [node for node in exported.graph.nodes if "regfast" in str(node.target)]
+    more = torch.randn(3, 3, 64, 64)
+    with torch.no_grad():
+        for images in (x, more):
+            check_same(exported.module()(images), model(images))
+
+
+@pytest.mark.slow
+@few
+def test_converted_networks_run_in_onnxruntime(library, name, tmp_path):
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    model, x = regfast.antialias(make(library, name)).eval(), torch.randn(2, 3, 64, 64)
+    path = tmp_path / "model.onnx"
+    torch.onnx.export(model, (x,), path, dynamo=True, verbose=False)
+    session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    with torch.no_grad():
+        check_same(torch.from_numpy(found), model(x))
+
+
+def test_the_layers_of_this_library_run_in_onnxruntime(tmp_path):
+    """Every new kind of layer in one small network, in time for the core tests."""
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    model = nn.Sequential(
+        regfast.Conv2dAA(3, 4, 3, 2, 1, activation="relu"), regfast.Conv2dAA(4, 8, 3, 2, blur="before"),
+        regfast.ConvNormActAA(8, 8, stride=1), regfast.ResidualBlock(8, 12, stride=2, antialias=True),
+        regfast.MaxPool2dAA(2, activation="relu"), regfast.AvgPool2dAA(2), nn.Flatten(), regfast.ResidualLinear(12, 12),
+    ).eval()  # fmt: skip
+    x, path = torch.randn(2, 3, 71, 69), tmp_path / "model.onnx"
+    for gate in (model[3].alpha, model[7].alpha):
+        gate.data.fill_(0.5)
+    with torch.no_grad():
+        expected = model[:6](x).mean((2, 3))
+    model = nn.Sequential(*model[:6], nn.AdaptiveAvgPool2d(1), *model[6:]).eval()
+    torch.onnx.export(model, (x,), path, dynamo=True, verbose=False)
+    session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    with torch.no_grad():
+        check_same(torch.from_numpy(found), model[-1](expected))
+
+
+@pytest.mark.parametrize("name", ["resnet50", pytest.param("resnet18", marks=pytest.mark.slow)])
+def test_timm_s_own_blur_is_the_same_function(name):
+    """`aa_layer=regfast.BlurPool2d` in place of timm's, with the weights copied over: outputs and gradients."""
+    try:
+        timm = load("timm")
+    except AbsentError as absent:
+        pytest.skip(f"timm: {absent}")
+    torch.manual_seed(0)
+    theirs = timm.create_model(name, aa_layer=timm.layers.BlurPool2d, num_classes=7).eval()
+    ours = timm.create_model(name, aa_layer=regfast.BlurPool2d, num_classes=7).eval()
+    assert sum(isinstance(module, regfast.BlurPool2d) for module in ours.modules()) == 4
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    x = torch.randn(2, 3, 64, 64)
+    found, expected = ours(x), theirs(x)
+    check_same(found, expected)
+    gradients = [torch.autograd.grad(y.sum(), list(model.parameters())) for y, model in ((found, ours), (expected, theirs))]
+    for a, b in zip(*gradients, strict=True):
+        assert (a - b).abs().max() <= ROUNDING * b.abs().max() + 1e-6
