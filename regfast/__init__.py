@@ -1,6 +1,6 @@
 """regfast: anti-aliased pooling, MixUp and other regularisers of vision models, each in one pass."""
 
-from . import filters, functional
+from . import filters, functional, metrics
 from .convert import antialias, antialias_report, restore
 from .convolution import Conv1dAA, Conv2dAA, ConvNormActAA
 from .dispatch import backend, debug
@@ -63,6 +63,7 @@ __all__ = [
     "debug",
     "filters",
     "functional",
+    "metrics",
     "mixup_accuracy",
     "mixup_criterion",
     "mixup_data",

@@ -1,0 +1,150 @@
+"""How much a classifier's answer depends on where its image begins."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .geometry import Size, per_axis
+
+__all__ = ["ShiftConsistency", "shift_consistency"]
+
+
+class ShiftConsistency(NamedTuple):
+    """What `shift_consistency` gives.
+
+    deviation: the median over the images of the standard deviation of a class's probability over all shifts. Lower is better.
+    consistency: how often two shifts of an image, drawn at random, get the same class. Higher is better.
+    probability: that of the class, (N, shifts), float32, on the host; shifts row by row.
+    prediction: the class predicted, (N, shifts), int64, on the host.
+    """
+
+    deviation: float
+    consistency: float
+    probability: Tensor
+    prediction: Tensor
+
+
+def shift_consistency(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor | None = None,
+    *,
+    crop: Size,
+    batch_size: int = 256,
+    progress: bool = True,
+) -> ShiftConsistency:
+    """Shows a classifier every crop of its images, one pixel apart, and says how much its answer changes.
+
+    Args:
+        model: gives logits, (B, classes). It is put into evaluation mode, and afterwards back into the modes that it was in.
+        images: (N, C, H, W), larger than the crop, as the model takes them; on any device: crops are sent to the model's.
+        labels: the true classes, (N,), whose probabilities are followed; if not given, the class predicted for the centre crop.
+        crop: the size that the model is shown, an integer or (height, width).
+        batch_size: how many crops at once.
+        progress: whether to show a progress bar, where rich is installed.
+
+    Returns:
+        The median deviation and the consistency, with every probability and prediction. The standard deviation is that of all
+        shifts there are, (H - height + 1) * (W - width + 1), not of a sample; and the consistency the expectation over all pairs.
+
+    Raises:
+        ValueError, TypeError: for an argument that is not allowed; the message names it and what is.
+
+    Source: the book chapter's first exercise; Zhang, "Making Convolutional Networks Shift-Invariant Again" (2019), for the
+    consistency, which is estimated there by one random pair an image.
+
+    Example:
+        >>> deviation, consistency, *_ = regfast.metrics.shift_consistency(model, images, labels, crop=224)
+    """
+    height, width = _check(model, images, labels, crop, batch_size)
+    device = next(model.parameters(), images).device
+    # (N, C, shifts down, shifts across, height, width), a view.
+    crops = images.unfold(2, height, 1).unfold(3, width, 1)
+    down, across = crops.shape[2:4]
+    probability, prediction = [], []
+    with _evaluating(model), torch.no_grad():
+        if labels is None:
+            centres = crops[:, :, (down - 1) // 2, (across - 1) // 2].split(batch_size)
+            labels = torch.cat([_logits(model, part.to(device)).argmax(1) for part in centres])
+        labels = labels.to(device).long()
+        for chosen in _track(torch.arange(len(images) * down * across, device=images.device).split(batch_size), progress):
+            image, shift = chosen // (down * across), chosen % (down * across)
+            logits = _logits(model, crops[image, :, shift // across, shift % across].to(device))
+            _check_classes(labels, logits)
+            followed = labels[image.to(device)].unsqueeze(1)
+            probability.append(logits.float().softmax(1).gather(1, followed).squeeze(1).cpu())
+            prediction.append(logits.argmax(1).cpu())
+    probabilities, predictions = (torch.cat(parts).view(len(images), -1) for parts in (probability, prediction))
+    deviation = probabilities.std(1, correction=0).quantile(0.5).item()
+    return ShiftConsistency(deviation, _agreement(predictions), probabilities, predictions)
+
+
+def _check(model: Any, images: Any, labels: Any, crop: Any, batch_size: Any) -> tuple[int, int]:
+    """The crop's height and width."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a module, got {type(model).__name__}")
+    if not isinstance(images, Tensor):
+        raise TypeError(f"images must be a Tensor, got {type(images).__name__}")
+    if images.ndim != 4 or not images.numel():
+        raise ValueError(f"images must be (N, C, H, W), and some, got shape {tuple(images.shape)}")
+    height, width = per_axis("crop", crop, 2, 1)
+    if height > images.shape[2] or width > images.shape[3]:
+        raise ValueError(f"crop must be at most the images' size, {tuple(images.shape[2:])}, got {crop!r}")
+    if labels is not None:
+        if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+            found = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
+            raise TypeError(f"labels must be a Tensor of integers, got {found}")
+        if labels.shape != images.shape[:1]:
+            raise ValueError(f"labels must have shape {tuple(images.shape[:1])}, one an image, got {tuple(labels.shape)}")
+    per_axis("batch_size", batch_size, 1, 1)
+    return height, width
+
+
+def _check_classes(labels: Tensor, logits: Tensor) -> None:
+    low, high = (int(bound) for bound in labels.aminmax())
+    if low < 0 or high >= logits.shape[1]:
+        raise ValueError(f"labels must be in [0, {logits.shape[1]}), the model's classes, got {low if low < 0 else high}")
+
+
+def _logits(model: nn.Module, batch: Tensor) -> Tensor:
+    logits = model(batch)
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(batch):
+        found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(f"model must give logits, ({len(batch)}, classes), got {found}")
+    return logits
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode; afterwards each module in its own again."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _track(batches: Sequence[Tensor], progress: bool) -> Iterable[Tensor]:
+    if progress:
+        try:
+            from rich.progress import track
+        except ImportError:
+            return batches
+        return track(batches, description="shifts")
+    return batches
+
+
+def _agreement(predictions: Tensor) -> float:
+    """How often two shifts, drawn independently, get the same class: the expectation, over images of (N, shifts) predictions."""
+    total = 0.0
+    for row in predictions:
+        _, counts = row.unique(return_counts=True)
+        total += (counts / len(row)).square().sum().item()
+    return total / len(predictions)
