@@ -173,6 +173,12 @@ def of_max_pooling(name: str, dtypes: Sequence[str], required: float) -> Goal:
     return Goal(f"training, of nn.MaxPool2d's time, {name}", figures, required, True, TIMES)
 
 
+def of_plain(network: str, required: float) -> Goal:
+    """Its multiply-adds, counted, as a multiple of the plain network's: then pooling and blurring cost nothing."""
+    figures = own(network, "forward+backward", ["bfloat16"], "ratio", max)
+    return Goal(f"a training {network}, of the plain one's time, bfloat16", figures, required, True, TIMES)
+
+
 def faster(what: str, operation: str, rivals: Sequence[str], required: float, **chosen: Any) -> Goal:
     return Goal(f"{what}, bfloat16", times_faster(operation, rivals, ["bfloat16"], **chosen), required, False, TIMES)
 
@@ -207,6 +213,8 @@ GOALS = [
     faster("a manifold step, faster than the blog's", "manifold_mixup", ["seeds' code"], 1.1),
     faster("a training step with MixUp, faster than the peers'", "mixup_step", MIXERS, 1),
     faster("an anti-aliased convolution, faster than timm's", "convolution", ["timm"], 1),
+    of_plain("resnet18", 1.29),
+    of_plain("resnet50", 1.26),
     *(faster(f"a training {name}, faster than timm's blurred one", name, ["timm"], 1.1) for name in ("resnet18", "resnet50")),
     Goal("bytes saved for the backward beside x", cost("saved beside x", (*POOLS, *BLENDS)), 0, True, "{:.0f}"),
     Goal("bytes of training's peak beside x, y, gradients", cost("peak beside x, y and gradients", POOLS), 0, True, "{:.0f}"),
