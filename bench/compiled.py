@@ -30,7 +30,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from regfast.geometry import Window, blur_window, max_blur_window
-from regfast.kernels import blur_pool, max_blur_pool, mixup, mixup_cross_entropy
+from regfast.kernels import blur_pool, max_blur_pool, mixup, mixup_cross_entropy, rezero
 from regfast.layout import CHANNELS_LAST, empty_output, is_channels_last
 
 TABLE = Path(__file__).with_suffix(".csv")
@@ -70,7 +70,7 @@ def record(call: Callable[[], Any], target: str = "sm_90") -> list[Recorded]:
     """The launches that a call of a launcher would give a GPU of the target."""
     launches: list[Recorded] = []
     with contextlib.ExitStack() as patches:
-        for module in (max_blur_pool, mixup, mixup_cross_entropy):
+        for module in (max_blur_pool, mixup, mixup_cross_entropy, rezero):
             kernels = {name: Recorder(kernel, launches) for name, kernel in vars(module).items() if name.endswith("_kernel")}
             patches.enter_context(patch.multiple(module, **kernels))
         patches.enter_context(patch.object(max_blur_pool, "warp_size", lambda device: target_of(target).warp_size))
@@ -218,7 +218,7 @@ def pooling(operation: str, window: Window, shape: tuple[int, ...]) -> Problem:
 
 
 def activated(window: Window) -> Problem:
-    """Images rectified on the way: of these, a blur is a pooling too. (Their tangents differ by a selection.)"""
+    """Images rectified on the way, of which a blur is a pooling too. (Their tangents differ by a selection.)"""
     return pooling("max_blur_pool", window._replace(activation="relu"), IMAGE)._replace(directions=("forward", "backward"))
 
 
@@ -265,6 +265,22 @@ def loss(shape: tuple[int, ...], smoothed: bool = False, directions: tuple[str, 
     return Problem(directions, (False, True) if positions else (False,), call)
 
 
+def residual(activation: str, form: str = "gate", branch: torch.dtype | None = None) -> Problem:
+    """A stream and its branch, which may be of another dtype. They are laid out alike, however that is."""
+    shape, alpha = (8, 64, 112, 112), torch.empty(1)
+
+    def call(direction: str, dtype: torch.dtype, channels_last: bool) -> None:
+        x, f = batch(shape, dtype), batch(shape, branch or dtype)
+        y = torch.empty_like(x, dtype=torch.promote_types(x.dtype, f.dtype))
+        if direction == "forward":
+            rezero.rezero(x, f, alpha, activation, form, y)
+        else:
+            stream, dx = (x, torch.empty_like(x)) if form == "post" else (None, x.new_empty(0))
+            rezero.rezero_backward(y, stream, f, alpha, activation, form, dx, torch.empty_like(f), torch.empty(()))
+
+    return Problem(("forward", "backward"), (False,), call)
+
+
 SIGNAL, IMAGE, VOLUME = (64, 64, 4096), (256, 64, 112, 112), (16, 64, 32, 32, 32)
 PROBLEMS = {
     ("max_blur_pool", "1d k=2"): pooling("max_blur_pool", pool(1, 2, 2, 0), SIGNAL),
@@ -272,10 +288,10 @@ PROBLEMS = {
     ("max_blur_pool", "2d (3, 2, 1)"): pooling("max_blur_pool", pool(2, 3, 2, 1), IMAGE),
     ("max_blur_pool", "2d k=2 reflect"): pooling("max_blur_pool", pool(2, 2, 2, 0, "reflect"), IMAGE),
     ("max_blur_pool", "2d (3, 2, 1) relu"): activated(pool(2, 3, 2, 1)),
-    ("max_blur_pool", "2d blur relu"): activated(blur(2)),
     ("max_blur_pool", "3d k=2"): pooling("max_blur_pool", pool(3, 2, 2, 0), VOLUME),
     ("blur_pool", "1d"): pooling("blur_pool", blur(1), SIGNAL),
     ("blur_pool", "2d"): pooling("blur_pool", blur(2), IMAGE),
+    ("blur_pool", "2d relu"): activated(blur(2)),
     ("blur_pool", "3d"): pooling("blur_pool", blur(3), VOLUME),
     ("mixup", "images"): blend(),
     ("mixup", "images in place"): blend(in_place=True),
@@ -286,6 +302,10 @@ PROBLEMS = {
     ("mixup_cross_entropy", "rows smoothed"): loss((1024, 1000), smoothed=True),
     ("mixup_cross_entropy", "maps"): loss((8, 21, 256, 256)),
     ("mixup_cross_entropy", "maps smoothed"): loss((8, 21, 256, 256), smoothed=True),
+    ("rezero", "gate relu"): residual("relu"),
+    ("rezero", "gate gelu"): residual("gelu"),
+    ("rezero", "gate relu of bf16"): residual("relu", branch=torch.bfloat16),
+    ("rezero", "post relu"): residual("relu", "post"),
 }
 
 

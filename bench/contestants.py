@@ -8,7 +8,8 @@ from __future__ import annotations
 from mixings import MIXINGS
 from networks import NETWORKS
 from poolings import POOLINGS
+from residuals import RESIDUALS
 
-OPERATIONS = POOLINGS | MIXINGS | NETWORKS
+OPERATIONS = POOLINGS | MIXINGS | RESIDUALS | NETWORKS
 # Those that are one function of regfast's.
 FUNCTIONS = [name for name, operation in OPERATIONS.items() if operation.function is not None]

@@ -48,7 +48,7 @@ def tests(options: argparse.Namespace) -> Iterator[Step]:
         # Compiling is most of it, and takes one core a process.
         chosen += ["--numprocesses", str(min(8, os.cpu_count() or 1))]
     results = options.out / "tests.xml"
-    names = ("test_contract", "test_bad_input", "test_blend", "test_mixup_cross_entropy")
+    names = ("test_contract", "test_bad_input", "test_blend", "test_mixup_cross_entropy", "test_rezero")
     files = [*(folder / f"{name}.py" for name in names), f"--junitxml={results}"]
     yield Step("tests", [sys.executable, "-m", "pytest", "-q", *files, *chosen], 120, results)
 

@@ -202,6 +202,50 @@ def test_losses_compute_the_same(shape: tuple[int, ...], format: str, operations
         assert torch.allclose(gradient, found["regfast"][1], atol=1e-6), name
 
 
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+def test_residuals_compute_the_same(activation: str, operations: dict) -> None:
+    found = outputs_of(operations, ("rezero", (activation,), (2, 3, 13, 12), "NHWC", "float32", "forward"))
+    for name, outputs in found.items():
+        for y, expected in zip(outputs, found["regfast"], strict=True):
+            assert torch.allclose(y, expected, rtol=1e-5, atol=1e-4), name
+
+
+@pytest.mark.parametrize("arguments", [(6, 3, 2, 1), (6, 1, 2, 0)], ids=str)
+def test_convolutions_compute_the_same(arguments: tuple, operations: dict) -> None:
+    """timm's, which blurs after as ours does; the plain one has the same size."""
+    case = ("convolution", arguments, (2, 4, 13, 12), "NCHW", "float64", "forward")
+    torch.manual_seed(0)
+    from contest import Case
+
+    x, found = torch.randn(2, 4, 13, 12, dtype=torch.float64), {}
+    for name in ("nn.Conv2d", "regfast", "timm"):
+        layer = operations["convolution"].contestants[name](Case(*case)).double()
+        (weight,) = (p for p in layer.parameters() if p.ndim == 4)
+        torch.nn.init.constant_(weight, 0.25)
+        found[name] = layer(x)
+    assert torch.allclose(found["regfast"], found["timm"])
+    assert found["nn.Conv2d"].shape == found["regfast"].shape
+
+
+def test_networks_are_those_they_are_named_after(operations: dict) -> None:
+    """timm's blurs and ours in their place compute the same; what is converted, and the plain one, have the same weights."""
+    from contest import Case
+
+    case = Case("resnet18", (), (2, 3, 32, 32), "NCHW", "float64", "forward")
+    x, found, weights = torch.randn(2, 3, 32, 32, dtype=torch.float64), {}, {}
+    for name in ("plain", "regfast", "regfast before", "timm", "timm with regfast's blur"):
+        network = operations["resnet18"].contestants[name](case).double()
+        with torch.no_grad():
+            found[name], weights[name] = network(x), dict(network.named_parameters())
+        assert not network.network.training
+        network(x).sum().backward()
+        assert network.network.training
+    assert torch.allclose(found["timm"], found["timm with regfast's blur"])
+    assert not torch.allclose(found["plain"], found["regfast"])
+    for name in ("regfast", "regfast before", "timm"):
+        assert all(torch.equal(weights[name][key], value) for key, value in weights["plain"].items())
+
+
 @pytest.mark.parametrize("operation", ["manifold_mixup", "mixup_step"])
 def test_training_steps_compute_the_same(operation: str, operations: dict, swapped: None) -> None:
     """In float64, because batch normalisation of the few pixels that are left at the end magnifies what rounding does.

@@ -40,7 +40,7 @@ def table() -> list[dict[str, str]]:
 
 
 def test_the_table_is_whole_and_has_no_spill_and_no_stack(table: list[dict[str, str]]):
-    assert {row["operation"] for row in table} == {"max_blur_pool", "blur_pool", "mixup", "mixup_cross_entropy"}
+    assert {row["operation"] for row in table} == {"max_blur_pool", "blur_pool", "mixup", "mixup_cross_entropy", "rezero"}
     assert {row["target"] for row in table} == {"sm_80", "sm_90", "sm_100", "gfx942"}
     assert {row["dtype"] for row in table} == {"fp16", "bf16", "fp32"}
     assert [row for row in table if (row["spills"], row["stack"]) != ("0", "0")] == []
@@ -84,6 +84,15 @@ def test_blends_read_and_write_whole_vectors(table: list[dict[str, str]]):
         read = 8 if row["case"].startswith("uint8") else written
         assert narrowest(row["stores"]) >= min(elements * written, 128), row
         assert scattered or widest(row["loads"]) >= min(elements * read, 128), row
+
+
+def test_residuals_read_and_write_whole_vectors(table: list[dict[str, str]]):
+    """Of whatever dtype, 16 elements a lane; half as many of the twice as wide waves of a gfx942."""
+    for row in table:
+        if row["operation"] == "rezero":
+            bits = 16 // (2 if row["target"] == "gfx942" else 1) * (32 if row["dtype"] == "fp32" else 16)
+            # (A backward's program writes one number besides, its part of the gate's gradient; and alpha is one number.)
+            assert widest(row["stores"]) >= min(bits, 128) and widest(row["loads"]) >= min(bits, 128), row
 
 
 def test_losses_read_vectors_along_a_row_of_classes_or_along_the_rows(table: list[dict[str, str]]):

@@ -95,13 +95,14 @@ def check_everything(status: int, printed: str, kept: dict, out: Path, operation
     (tests,) = kept["parts"]["tests"]
     assert tests["counts"]["tests"] > 0 and tests["counts"]["failures"] == 0
     assert {row["operation"] for row in kept["rows"] if "median_ms" in row} == operations
-    assert {row["operation"] for row in kept["costs"]} - {"resnet18"} == operations & set(FUNCTIONS)
+    assert {row["operation"] for row in kept["costs"]} == operations & set(FUNCTIONS)
     assert {"saved beside x", "host time of a call", "first forward", "first backward"} <= {row["cost"] for row in kept["costs"]}
     assert {goal["met?"] for goal in kept["goals"]} == {"not measured (cpu)"}
     written = (out / "gpu.md").read_text()
     assert "## costs" in written and "| regfast " in written
     summary = written.split("## Summary")[1]
-    assert summary.strip() in printed and len(summary) < 6000
+    # Whoever runs it elsewhere may see the last 12,000 characters of what is printed.
+    assert summary.strip() in printed and len(summary) < 8000
 
 
 @pytest.mark.parametrize("operation", ["blur_pool", pytest.param("mixup", marks=pytest.mark.slow)])

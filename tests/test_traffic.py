@@ -256,6 +256,15 @@ def test_a_loss_moves_its_three_passes(tmp_path: Path) -> None:
         assert row["stores"] == (row["inputs"] if passes == 2 else (2 + 4) * rows + 3)
 
 
+def test_a_gated_residual_moves_three_tensors_each_way(tmp_path: Path) -> None:
+    """And the gate; in the backward a number of each program besides, its part of the gate's gradient."""
+    for row in rows_of(tmp_path / "rows.json", "rezero", "--shape=2x3x32x64"):
+        assert row["floor"] == 3 * 2 * 2 * 3 * 32 * 64
+        assert row["device"] == pytest.approx(row["floor"], rel=0.03)
+        parts = row["programs"] if row["direction"] == "backward" else 0
+        assert row["stores"] == row["inputs"] + parts
+
+
 def test_candidates_are_ranked_with_the_pinned_cut(tmp_path: Path) -> None:
     """Fewer rows a program are more programs, and more that two of them read."""
     # A program has lanes of both samples: a cache of one would not hold what two programs share.
