@@ -100,7 +100,7 @@ def max_blur_window(
     step = kernel if stride is None else per_axis("stride", stride, rank, 1)
     pad = per_axis("padding", padding, rank, 0)
     hole = per_axis("dilation", dilation, rank, 1)
-    _check_padding(pad, kernel)
+    _check_padding(pad, kernel, padding, kernel_size)
     _check_bool("ceil_mode", ceil_mode)
     _check_bool("return_indices", return_indices)
     if return_indices:
@@ -151,7 +151,7 @@ def check_average(
     """The kernel size and padding of an average pooling, its arguments checked. They are nn.AvgPool's."""
     kernel = per_axis("kernel_size", kernel_size, rank, 1)
     pad = per_axis("padding", padding, rank, 0)
-    _check_padding(pad, kernel)
+    _check_padding(pad, kernel, padding, kernel_size)
     _check_bool("ceil_mode", ceil_mode)
     _check_bool("count_include_pad", count_include_pad)
     if divisor_override is not None and (isinstance(divisor_override, bool) or not isinstance(divisor_override, Integral)):
@@ -202,9 +202,9 @@ def _blur_sizes(stride: tuple[int, ...], ratio: Any, blur_size: Any) -> tuple[in
     return tuple(operator.index(max(int(r * s), s)) if s > 1 else 1 for r, s in zip(ratios, stride))
 
 
-def _check_padding(padding: tuple[int, ...], kernel_size: tuple[int, ...]) -> None:
-    if any(2 * p > k for p, k in zip(padding, kernel_size)):
-        raise ValueError(f"padding must be at most half of kernel_size, got padding={padding} and kernel_size={kernel_size}")
+def _check_padding(pad: tuple[int, ...], kernel: tuple[int, ...], padding: Any, kernel_size: Any) -> None:
+    if any(2 * p > k for p, k in zip(pad, kernel)):
+        raise ValueError(f"padding must be at most half of kernel_size, got padding={padding!r} and kernel_size={kernel_size!r}")
 
 
 def _check_bool(name: str, value: Any) -> None:

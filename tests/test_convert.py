@@ -337,7 +337,7 @@ def test_options_choose_the_layers():
         (lambda: nn.Sequential(torch.compile(Net())), {}, ValueError, ["model.0", "OptimizedModule", "before torch.compile"]),
         (lambda: nn.DataParallel(Net()), {}, ValueError, ["DataParallel", "before it is wrapped"]),
     ],
-    ids=str,
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 @pytest.mark.filterwarnings("ignore")
 def test_bad_input_is_refused_and_the_model_is_untouched(make, options, error, words):
