@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from .convolution import Conv1dAA, Conv2dAA, blur_layers
+from .convolution import Conv1dAA, Conv2dAA, blur_layers, is_hooked
 from .geometry import per_axis
 from .pooling import AvgPool1dAA, AvgPool2dAA, AvgPool3dAA, MaxPool1dAA, MaxPool2dAA, MaxPool3dAA
 
@@ -306,7 +306,7 @@ def _not_after_activation(place: tuple[nn.Sequential, str] | None) -> str | None
     activation: Any = container._modules[key]
     if [*activation.parameters(), *activation.buffers()]:
         return f"the activation after it, {key}, has parameters"
-    if activation._forward_hooks or activation._forward_pre_hooks or activation._backward_hooks or activation._backward_pre_hooks:
+    if is_hooked(activation):
         return f"the activation after it, {key}, has hooks"
     return None
 

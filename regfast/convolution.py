@@ -200,11 +200,16 @@ class ConvNormActAA(nn.Sequential):
         super().__init__(convolution, *norm, *blur_layers(activation, window))
 
 
+def is_hooked(module: nn.Module) -> bool:
+    """Whether somebody wants to know of the module's calls, which a fused one has none of."""
+    return any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks))
+
+
 def blur_layers(activation: Sequence[nn.Module], window: Window) -> list[nn.Module]:
     """An activation, if there is one, and the blur of a window after it: one layer where the activation is a ReLU."""
     if window.is_identity:
         return list(activation)
-    folded = [type(layer) for layer in activation] == [nn.ReLU]
+    folded = [type(layer) for layer in activation] == [nn.ReLU] and not is_hooked(activation[0])
     blur = {1: BlurPool1d, 2: BlurPool2d}[window.rank](
         tuple(map(len, window.taps)), window.stride, filter=window.taps, padding_mode=window.padding_mode,
         activation="relu" if folded else None,

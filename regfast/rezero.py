@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .convolution import RATIO, Conv2dAA, blur_layers
+from .convolution import RATIO, Conv2dAA, blur_layers, is_hooked
 from .geometry import Size, decimating_window, per_axis
 from .ops.rezero import check_activation, check_form, rezero
 
@@ -37,9 +37,8 @@ def _fused_name(activation: Activation) -> str | None:
     if not isinstance(activation, nn.Module):
         # By identity: a callable need not be hashable.
         return next((name for function, name in _FUNCTIONS if function is activation), None)
-    hooks = activation._forward_hooks, activation._forward_pre_hooks, activation._backward_hooks, activation._backward_pre_hooks
     other = getattr(activation, "approximate", "none") != "none" or getattr(activation, "negative_slope", 0.01) != 0.01
-    return None if any(hooks) or other else _NAMES.get(type(activation))
+    return None if is_hooked(activation) or other else _NAMES.get(type(activation))
 
 
 def _check_activation(activation: Any) -> None:

@@ -210,6 +210,13 @@ def test_the_chapter_s_order(activation_layer, norm_layer):
     assert len(stage) == 2 + bool(norm_layer) + (activation_layer is nn.Hardswish)
 
 
+def test_an_activation_with_a_hook_is_called():
+    activation, called = nn.ReLU(), []
+    activation.register_forward_hook(lambda *_: called.append(True))
+    stage, x = regfast.ConvNormActAA(4, 6, activation_layer=lambda: activation), torch.randn(2, 4, 9, 8)
+    assert stage(x).shape == (2, 6, 5, 4) and called and stage[2] is activation
+
+
 def test_the_chapter_s_order_with_stride_one_has_no_blur():
     stage = regfast.ConvNormActAA(4, 6, stride=1, device="meta", dtype=torch.float64)
     assert [type(layer) for layer in stage] == [nn.Conv2d, nn.BatchNorm2d, nn.ReLU]
