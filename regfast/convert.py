@@ -158,6 +158,11 @@ def restore(model: nn.Module) -> nn.Module:
     Anti-aliased layers that `antialias` did not make stay.
     """
     _check_model(model)
+    for name, module in model.named_modules():
+        mark = module.__dict__.get(_MARK)
+        if mark is not None and type(module) is not _TWINS[mark.twin]:
+            expected = _TWINS[mark.twin].__name__
+            raise ValueError(f"model.{name} is a {type(module).__name__} by now, no {expected}: undo that first")
     for module in list(model.modules()):
         for key, child in list(module._modules.items()):
             if child is not None and _ORIGINAL in child.__dict__:
@@ -238,7 +243,7 @@ def _plan(model: nn.Module, options: _Options) -> Iterator[tuple[ReportRow, _Ste
                 if reason is not None:
                     yield row._replace(why=reason), None
                 else:
-                    step = _step(module, options, places.get(id(module)), uses[id(module)] > 1)
+                    step = _step(module, options, places.get(id(module)), uses[id(module)] > 1, skipped)
                     yield row._replace(done=step.done, why=step.why), step
         else:
             called = _functional_calls(module)
@@ -277,8 +282,8 @@ def _obstacle(module: Any, options: _Options) -> str | None:
     return None
 
 
-def _step(module: Any, options: _Options, place: tuple[nn.Sequential, str] | None, shared: bool) -> _Step:
-    """How to convert a layer."""
+def _step(module: Any, options: _Options, place: tuple[nn.Sequential, str] | None, shared: bool, skipped: set[int]) -> _Step:
+    """How to convert a layer, which `shared` is used in several places."""
     twin = _TWINS[type(module)]
     attributes = dict(_ARGUMENTS[twin])
     if type(module) in _MAX_POOLS:
@@ -287,7 +292,7 @@ def _step(module: Any, options: _Options, place: tuple[nn.Sequential, str] | Non
         return _Step(module, attributes, "blur and average", "")
     if options.blur == "before":
         return _Step(module, attributes | {"blur": "before"}, "blur before convolution", "")
-    reason = "it is used in several places" if shared else _not_after_activation(place)
+    reason = "it is used in several places" if shared else _not_after_activation(place, skipped)
     if place is not None and reason is None:
         return _Step(module, attributes | {"blur": None}, "blur after activation", f"in the place of {place[1]}", place)
     after = attributes | {"blur": "after"}
@@ -298,7 +303,7 @@ def _step(module: Any, options: _Options, place: tuple[nn.Sequential, str] | Non
     return _Step(module, after, "blur after convolution", reason or "")
 
 
-def _not_after_activation(place: tuple[nn.Sequential, str] | None) -> str | None:
+def _not_after_activation(place: tuple[nn.Sequential, str] | None, skipped: set[int]) -> str | None:
     """Why a blur cannot come after an activation, or None."""
     if place is None:
         return "no activation follows it in an nn.Sequential"
@@ -306,6 +311,8 @@ def _not_after_activation(place: tuple[nn.Sequential, str] | None) -> str | None
     activation: Any = container._modules[key]
     if [*activation.parameters(), *activation.buffers()]:
         return f"the activation after it, {key}, has parameters"
+    if id(activation) in skipped:
+        return f"the activation after it, {key}, is among those to skip"
     if is_hooked(activation):
         return f"the activation after it, {key}, has hooks"
     return None

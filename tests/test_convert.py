@@ -238,6 +238,24 @@ def test_a_hook_on_an_activation_leaves_it_in_its_place():
     assert rows(model)["0"] == ("blur after convolution", "the activation after it, 2, has hooks")
 
 
+def test_an_activation_to_skip_stays_in_its_place():
+    model = stage(nn.ReLU())
+    antialias(model, skip=nn.ReLU)
+    assert type(model[2]) is nn.ReLU
+    assert rows(model)["0"] == ("blur after convolution", "the activation after it, 2, is among those to skip")
+
+
+def test_restore_refuses_what_has_become_something_else_since_and_changes_nothing():
+    model = antialias(Net())
+    nn.utils.parametrizations.weight_norm(model.conv)
+    printed = repr(model)
+    with pytest.raises(ValueError, match=r"model\.conv is a ParametrizedConv2dAA by now, no Conv2dAA"):
+        restore(model)
+    assert repr(model) == printed
+    nn.utils.parametrize.remove_parametrizations(model.conv, "weight")
+    assert type(restore(model).conv) is nn.Conv2d
+
+
 def test_a_pool_of_stride_one_stays_as_it_is():
     model = antialias(nn.Sequential(nn.MaxPool2d(3, 1, 1), nn.Conv2d(16, 16, 3), nn.AvgPool2d(3, 1)))
     assert [type(layer) for layer in model] == [nn.MaxPool2d, nn.Conv2d, nn.AvgPool2d] and not antialias_report(model)
