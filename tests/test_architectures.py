@@ -25,9 +25,8 @@ TORCHVISION = {
 TIMM = {"resnet18": (7, 0), "resnet50d": (7, 0), "convnext_atto": (3, 0), "regnety_002": (8, 0), "mobilenetv3_small_050": (4, 0)}
 ARCHITECTURES = [("torchvision", name, *counts) for name, counts in TORCHVISION.items()]
 ARCHITECTURES += [("timm", name, *counts) for name, counts in TIMM.items()]
-# One of each kind for what takes long.
-FEW = [("torchvision", "resnet18"), ("torchvision", "mobilenet_v3_small"), ("torchvision", "densenet121"), ("timm", "resnet50d")]
-few = pytest.mark.parametrize("library,name", FEW, ids=["-".join(pair) for pair in FEW])
+NAMES = [row[:2] for row in ARCHITECTURES]
+everyone = pytest.mark.parametrize("library,name", NAMES, ids=["-".join(pair) for pair in NAMES])
 
 
 def make(library: str, name: str) -> nn.Module:
@@ -70,7 +69,7 @@ def test_networks_are_converted_train_and_come_back(library, name, converted, af
         assert torch.equal(model(x), aliased)
 
 
-@few
+@everyone
 def test_converted_networks_are_traced_by_fx(library, name):
     model, x = regfast.antialias(make(library, name)).eval(), torch.randn(2, 3, 64, 64)
     traced = torch.fx.symbolic_trace(model)
@@ -81,7 +80,7 @@ def test_converted_networks_are_traced_by_fx(library, name):
 
 
 @pytest.mark.slow
-@few
+@everyone
 def test_converted_networks_compile_without_a_graph_break(library, name):
     torch._dynamo.reset()
     model, x = regfast.antialias(make(library, name)).eval(), torch.randn(2, 3, 64, 64)
@@ -95,7 +94,7 @@ def test_converted_networks_compile_without_a_graph_break(library, name):
 
 
 @pytest.mark.slow
-@few
+@everyone
 def test_converted_networks_are_exported(library, name):
     """With a batch of any size; the graph is made of PyTorch's own operators."""
     model, x = regfast.antialias(make(library, name)).eval(), torch.randn(2, 3, 64, 64)
@@ -108,7 +107,7 @@ def test_converted_networks_are_exported(library, name):
 
 
 @pytest.mark.slow
-@few
+@everyone
 def test_converted_networks_run_in_onnxruntime(library, name, tmp_path):
     pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")
