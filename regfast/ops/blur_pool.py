@@ -12,6 +12,7 @@ from ..dispatch import use_triton
 from ..geometry import Activation, BlurPaddingMode, Size, Window, blur_window, output_shape
 from ..layout import empty, empty_output, is_channels_last
 from ..reference.blur_pool import blur_pool as reference
+from ..sharding import is_sharded, on_parts
 from . import max_blur_pool
 from .schema import WINDOW, apply, check_input, check_like, check_output, define, flatten, unflatten
 
@@ -85,6 +86,8 @@ def blur_pool(x: Tensor, window: Window) -> Tensor:
     if not check_input(name, x, window.rank):
         return blur_pool(x.unsqueeze(0), window).squeeze(0)
     check_output(name, x, window)
+    if is_sharded(x):
+        return on_parts(lambda x: blur_pool(x, window), x, dims=(0, 1), keeps=2)
     if not use_triton(x):
         return reference(x, window)
     # Activated, the blur is no longer linear: it is the pooling of windows of one element, whose backward reads x.

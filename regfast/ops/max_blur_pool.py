@@ -13,6 +13,7 @@ from ..dispatch import use_triton
 from ..geometry import Activation, MaxPaddingMode, Size, Window, max_blur_window, output_shape
 from ..layout import empty_output
 from ..reference.max_blur_pool import max_blur_pool as reference
+from ..sharding import is_sharded, on_parts
 from .schema import WINDOW, apply, check_input, check_like, check_output, define, flatten, unflatten
 
 __all__ = ["fused", "max_blur_pool", "max_blur_pool1d", "max_blur_pool2d", "max_blur_pool3d"]
@@ -130,6 +131,8 @@ def max_blur_pool(x: Tensor, window: Window) -> Tensor:
     if not check_input(name, x, window.rank):
         return max_blur_pool(x.unsqueeze(0), window).squeeze(0)
     check_output(name, x, window)
+    if is_sharded(x):
+        return on_parts(lambda x: max_blur_pool(x, window), x, dims=(0, 1), keeps=2)
     return fused(x, window) if use_triton(x) else reference(x, window)
 
 

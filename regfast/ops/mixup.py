@@ -13,6 +13,7 @@ from torch.nn import Parameter
 from ..dispatch import is_variable, may_read, on_device, use_triton
 from ..reference.blur_pool import accumulator
 from ..reference.mixup import mixup as reference
+from ..sharding import is_sharded, on_parts, whole
 from .schema import apply, check_like, define
 
 __all__ = ["blend", "mixup"]
@@ -194,6 +195,18 @@ def blend(
 ) -> Tensor:
     """`mixup` with arguments already checked, and pairings that are trusted: what the modules call."""
     dtype = x.dtype if dtype is None else dtype
+    if is_sharded(x, index, lam):
+        if out is not None:
+            raise ValueError("mixup: out must be None for a DTensor")
+        index, box, scale, shift = (whole(t) for t in (index, box, scale, shift))
+        # Every process wants all samples; and all of a sample, where it has a box or its channels numbers of their own.
+        dims = range(1, x.ndim) if box is None and scale is None else ()
+        weights = [lam] if isinstance(lam, Tensor) else []
+
+        def own(x: Tensor, lam: float | Tensor = lam) -> Tensor:
+            return blend(x, index, lam, box, scale, shift, dtype, memory_format)
+
+        return on_parts(own, x, dims=dims, keeps=x.ndim, partial=weights)
     index = on_device(index, x.device).long()
     box = box if box is None else on_device(box, x.device)
     lam = on_device(lam, x.device) if isinstance(lam, Tensor) else lam

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from numbers import Real
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from ..dispatch import may_read, on_device, use_triton
 from ..reference.blur_pool import accumulator, is_forward_mode
 from ..reference.mixup_cross_entropy import mixup_cross_entropy as reference
+from ..sharding import is_sharded, on_parts, whole
 from .mixup import check_lam
 from .schema import check_like, define
 
@@ -148,6 +150,14 @@ def mixup_cross_entropy(
         loss = mixup_cross_entropy(input.unsqueeze(0), lifted, weight, ignore_index, reduction, label_smoothing)
         return loss.squeeze(0) if reduction == "none" else loss
     check_lam(lam, input)
+    if is_sharded(input, a, b, lam):
+        # A mean is over all rows.
+        terms, weight = (whole(a), whole(b), whole(lam)), whole(weight)
+        function = partial(
+            mixup_cross_entropy, target=terms, weight=weight, ignore_index=ignore_index, reduction=reduction,
+            label_smoothing=label_smoothing,
+        )  # fmt: skip
+        return on_parts(function, input, dims=(), keeps=0)
     lam = on_device(lam, input.device) if isinstance(lam, Tensor) else _filled(lam, input)
     if probabilities:
         share = lam.view(-1, *(1,) * (input.ndim - 1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from numbers import Real
 from typing import Any
 
@@ -13,6 +14,7 @@ from ..dispatch import on_device, use_triton
 from ..reference.blur_pool import accumulator, is_forward_mode
 from ..reference.rezero import ACTIVATIONS
 from ..reference.rezero import rezero as reference
+from ..sharding import is_sharded, on_parts
 from .schema import check_like, define
 
 __all__ = ["ACTIVATIONS", "FORMS", "rezero"]
@@ -130,6 +132,9 @@ def rezero(x: Tensor, f: Tensor, alpha: float | Tensor, activation: str = "relu"
     check_form(form)
     wide, dtype = accumulator(x.dtype, f.dtype), torch.promote_types(x.dtype, f.dtype)
     alpha = on_device(alpha, x.device) if isinstance(alpha, Tensor) else torch.full((), alpha, dtype=wide, device=x.device)
+    if is_sharded(x, f, alpha):
+        function = partial(rezero, activation=activation, form=form)
+        return on_parts(function, x, f, dims=range(x.ndim), keeps=x.ndim, partial=[alpha])
     dtypes = x.dtype, f.dtype, alpha.dtype
     if is_forward_mode() or not use_triton(x, dtypes=dtypes, elementwise=True):
         return reference(x, f, alpha, activation, form, dtype)

@@ -1,0 +1,142 @@
+"""The chapter's and the blog post's comparison: seven ways to train, several seeds, and the pictures of what came of it.
+
+    python examples/chapter.py                                                      # the embedded digits, minutes
+    python examples/chapter.py --seeds 3 -- --data cifar10 --root DIR --epochs 30    # what follows -- goes to train.py
+
+Killed and started again it goes on from the last finished epoch. --out gets a folder for each run, the figures and results.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import data
+import figures
+import torch
+import train
+
+RESIDUAL = ("--model", "resnet", "--antialias")
+VARIANTS: dict[str, tuple[str, ...]] = {
+    "regular": ("--model", "cnn"),
+    "anti-aliased": ("--model", "cnn", "--antialias"),
+    "residual": RESIDUAL,
+    "ReZero": (*RESIDUAL, "--rezero"),
+    "ReZero + MixUp": (*RESIDUAL, "--rezero", "--mixup", "0.25"),
+    "input mixup": ("--model", "cnn", "--mixup", "1"),
+    "manifold mixup": ("--model", "cnn", "--manifold", "2"),
+}
+# Test images shown, and the place of each in the order of how much a shift moves the predictions.
+RANKS = (0.5, 0.75, 0.95)
+
+
+def folder_of(out: Path, variant: str, seed: int) -> Path:
+    return out / f"{variant.replace(' + ', '-').replace(' ', '-').lower()}-{seed}"
+
+
+def run(out: Path, variants: Sequence[str], seeds: int, arguments: Sequence[str]) -> dict[str, list[Path]]:
+    """Trains every variant with every seed, the seeds first, so that each comparison is whole as early as it can be."""
+    folders: dict[str, list[Path]] = {variant: [] for variant in variants}
+    for seed in range(seeds):
+        for variant in variants:
+            folder = folder_of(out, variant, seed)
+            print(f"{variant}, seed {seed}", flush=True)
+            train.main([*arguments, *VARIANTS[variant], "--seed", str(seed), "--out", str(folder)])
+            folders[variant].append(folder)
+    return folders
+
+
+def read(folders: Sequence[Path]) -> list[tuple[list[dict[str, Any]], dict[str, Any]]]:
+    """Of each run, its epochs and its result."""
+    lines = [(folder / "metrics.jsonl").read_text().splitlines() for folder in folders]
+    return [
+        (list(map(json.loads, line)), json.loads((folder / "result.json").read_text())) for line, folder in zip(lines, folders)
+    ]
+
+
+def draw(out: Path, folders: dict[str, list[Path]], images: data.Dataset) -> list[Path]:
+    """The figures and the table of what has run."""
+    runs = {variant: read(own) for variant, own in folders.items()}
+    by_epoch, by_time = {}, {}
+    for variant, own in runs.items():
+        by_epoch[variant] = [([r["epoch"] for r in epochs], [r["accuracy"] for r in epochs]) for epochs, _ in own]
+        by_time[variant] = [(elapsed(epochs), [r["accuracy"] for r in epochs]) for epochs, _ in own]
+    results = {variant: [result for _, result in own] for variant, own in runs.items()}
+    where = f"{images.name}, centre crops of {len(images.test.x)} test images"
+    written = [
+        figures.curves(out / "accuracy.png", f"Accuracy by epoch: {where}", "epoch", by_epoch),
+        figures.curves(out / "accuracy-time.png", f"Accuracy by time: {where}", "seconds of training", by_time),
+        figures.bars(
+            out / "deviation.png", "How much a prediction moves with its image",
+            "standard deviation of the true class's probability over 64 shifts, median over images",
+            {variant: [result["deviation"] for result in own] for variant, own in results.items()},
+        ),
+        shifts(out / "shifts.png", folders, images),
+        figures.densities(out / "beta.png"),
+        figures.zebra(out / "zebra.png"),
+    ]  # fmt: skip
+    with train.replacing(out / "results.md") as part:
+        part.write_text(table(results))
+    return [*written, out / "results.md"]
+
+
+def elapsed(epochs: Sequence[dict[str, Any]]) -> list[float]:
+    total, times = 0.0, []
+    for record in epochs:
+        total += record["seconds"]
+        times.append(total)
+    return times
+
+
+def shifts(path: Path, folders: dict[str, list[Path]], images: data.Dataset) -> Path:
+    """Three images at the ranks in the order of how much shifts move the predictions, all variants counting alike."""
+    kept = {variant: torch.load(own[0] / "shifts.pt")["probability"] for variant, own in folders.items()}
+    order = torch.stack([probability.std(1, correction=0) for probability in kept.values()]).mean(0).argsort(stable=True)
+    chosen = order[[int(rank * (len(order) - 1)) for rank in RANKS]]
+    names = [str(images.classes[int(label)]) for label in images.test.y[chosen]]
+    title = "The probability of the true class as the image moves by up to seven pixels"
+    return figures.shifts(path, title, {variant: p[chosen] for variant, p in kept.items()}, images.test.x[chosen], names)
+
+
+def table(results: dict[str, list[dict[str, Any]]]) -> str:
+    """Mean and spread over seeds, in Markdown."""
+    lines = ["| | accuracy | deviation over shifts | consistency | seconds | seeds |", "| --- | --- | --- | --- | --- | --- |"]
+    for variant, own in results.items():
+        forms = {"accuracy": ".2%", "deviation": ".4f", "consistency": ".2%", "seconds": ".0f"}
+        cells = [spread([result[key] for result in own], form) for key, form in forms.items()]
+        lines.append(f"| {variant} | {' | '.join(cells)} | {len(own)} |")
+    one = next(iter(results.values()))[0]
+    lines += ["", f"{one['device']}, torch {one['torch']}, {one['date']}; ± is the standard deviation over seeds."]
+    return "\n".join(lines) + "\n"
+
+
+def spread(values: Sequence[float], form: str) -> str:
+    mean = format(statistics.mean(values), form)
+    return f"{mean} ± {format(statistics.stdev(values), form)}" if len(values) > 1 else mean
+
+
+def main(arguments: Sequence[str]) -> list[Path]:
+    own, rest = list(arguments), []
+    if "--" in own:
+        own, rest = own[: own.index("--")], own[own.index("--") + 1 :]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=train.positive, default=1, help="runs of each variant (default: %(default)s)")
+    parser.add_argument(
+        "--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME", help=", ".join(VARIANTS)
+    )
+    parser.add_argument("--out", type=Path, default=Path("out/chapter"), help="(default: %(default)s)")
+    options, chosen = parser.parse_args(own), train.parse(rest)
+    folders = run(options.out, options.variants, options.seeds, rest)
+    images = data.load(chosen.data, chosen.root, chosen.size, chosen.limit)
+    written = draw(options.out, folders, images)
+    print("written:", *written, sep="\n  ")
+    return written
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

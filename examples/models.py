@@ -1,0 +1,61 @@
+"""The chapter's networks, and anybody's by name."""
+
+from __future__ import annotations
+
+from torch import nn
+
+import regfast
+
+
+def cnn(channels: int, classes: int, width: int) -> nn.Sequential:
+    """The chapter's CNN: six convolutions, a pooling after every second."""
+    layers: list[nn.Module] = []
+    for out in (width, 2 * width, 4 * width):
+        for _ in range(2):
+            layers += [nn.Conv2d(channels, out, 3, padding=1, bias=False), nn.BatchNorm2d(out), nn.ReLU()]
+            channels = out
+        layers.append(nn.MaxPool2d(2))
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes))
+
+
+def resnet(channels: int, classes: int, width: int, rezero: bool, blocks: int = 28) -> nn.Sequential:
+    """The chapter's residual network: 28 blocks of two convolutions in three stages, a pooling after the first two."""
+    layers: list[nn.Module] = [nn.Conv2d(channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+    channels = width
+    for block in range(blocks):
+        stage = 3 * block // blocks
+        layers.append(regfast.ResidualBlock(channels, width << stage, ReZero=rezero))
+        channels = width << stage
+        if stage < 2 and 3 * (block + 1) // blocks > stage:
+            layers.append(nn.MaxPool2d(2))
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes))
+
+
+def make(name: str, channels: int, classes: int, *, width: int = 32, rezero: bool = False, antialias: bool = False) -> nn.Module:
+    """A network by name: "cnn", "resnet", "timm:NAME" or "torchvision:NAME"; anti-aliased if asked for.
+
+    `width` is that of the first two's first convolution.
+
+    Raises:
+        ValueError: for a name that nobody knows, or gates where there are none to have.
+    """
+    library, _, kind = name.partition(":")
+    if rezero and name != "resnet":
+        raise ValueError(f"--rezero is of --model resnet, got --model {name}")
+    if name == "cnn":
+        model: nn.Module = cnn(channels, classes, width)
+    elif name == "resnet":
+        model = resnet(channels, classes, width, rezero)
+    elif library == "timm" and kind:
+        import timm
+
+        model = timm.create_model(kind, num_classes=classes, in_chans=channels)
+    elif library == "torchvision" and kind:
+        import torchvision
+
+        if channels != 3:
+            raise ValueError(f"torchvision's models take images of 3 channels, and these have {channels}")
+        model = torchvision.models.get_model(kind, num_classes=classes)
+    else:
+        raise ValueError(f"--model must be cnn, resnet, timm:NAME or torchvision:NAME, got {name!r}")
+    return regfast.antialias(model) if antialias else model

@@ -1,0 +1,332 @@
+"""Trains an image classifier with regfast's regularisers, on one device or, under torchrun, on many.
+
+    python examples/train.py                                   # the embedded digits, with the chapter's small CNN
+    python examples/train.py --data cifar10 --root DIR --model resnet --antialias --rezero --mixup 0.25 --epochs 30
+    torchrun --nproc-per-node 4 examples/train.py --data folder --root DIR --model timm:resnet50 --antialias --amp --channels-last
+
+Images stay bytes on the device; crops, flips, mixing and normalisation happen there. Killed and started again with the same
+arguments it goes on from the last finished epoch. --out gets metrics.jsonl (a line an epoch), checkpoint.pt and result.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import data
+import models
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import regfast
+
+# Shifts by up to 7 pixels, 8 x 8 in all, as in the chapter.
+SHIFTS = 8
+
+
+class Job(NamedTuple):
+    """This process among those of the run."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def writes(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, *numbers: float) -> list[float]:
+        """The numbers added over all processes."""
+        total = torch.tensor(numbers, dtype=torch.float64, device=self.device)
+        if self.world > 1:
+            dist.all_reduce(total)
+        return total.tolist()
+
+    def gather(self, value: Any) -> list[Any]:
+        """What every process has, by rank."""
+        values = [value] * self.world
+        if self.world > 1:
+            dist.all_gather_object(values, value)
+        return values
+
+
+@contextmanager
+def job_of(device: str | None) -> Iterator[Job]:
+    """The process group that torchrun has made variables for, or a job of one."""
+    rank, local, world = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    own = torch.device(device, local) if device == "cuda" else torch.device(device)
+    if own.type == "cuda":
+        torch.cuda.set_device(own)
+    if world == 0:
+        yield Job(0, 1, own)
+        return
+    dist.init_process_group("nccl" if own.type == "cuda" else "gloo", timeout=datetime.timedelta(minutes=5))
+    try:
+        yield Job(rank, world, own)
+        # Right after a collective, gloo (of torch 2.13) aborts one process in three or four as it closes its connections.
+        time.sleep(0.5)
+    finally:
+        dist.destroy_process_group()
+
+
+class Run:
+    """A network in training, and all that a checkpoint holds."""
+
+    def __init__(self, options: argparse.Namespace, job: Job, images: data.Dataset) -> None:
+        self.options, self.job, self.images = options, job, images
+        torch.manual_seed(options.seed)
+        channels = images.train.x.shape[1]
+        kind = dict(width=options.width, rezero=options.rezero, antialias=options.antialias)
+        model = models.make(options.model, channels, len(images.classes), **kind)
+        memory_format = torch.channels_last if options.channels_last else torch.contiguous_format
+        self.model = model.to(job.device, memory_format=memory_format)
+        network: nn.Module = DistributedDataParallel(self.model) if job.world > 1 else self.model
+        self.network = torch.compile(network) if options.compile else network
+        mean, std = images.statistics()
+        self.mix = regfast.MixUp(options.mixup, cutmix_alpha=options.cutmix, mean=mean, std=std)
+        self.manifold = regfast.ManifoldMixup(self.network, alpha=options.manifold) if options.manifold else None
+        self.criterion = regfast.MixupCrossEntropyLoss()
+        groups = regfast.parameter_groups(self.model) if options.rezero else [{"params": list(self.model.parameters())}]
+        self.batch = options.batch * job.world
+        self.steps = max(len(images.train.x) // self.batch, 1)
+        self.optimizer = torch.optim.AdamW(groups, lr=options.lr, weight_decay=1e-2)
+        total = options.epochs * self.steps
+        self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, max_lr=options.lr, total_steps=total)
+        self.records: list[dict[str, Any]] = []
+
+    def epoch(self) -> dict[str, Any]:
+        """One pass over the training images. What is drawn follows from the seed and the epoch, but for the mixing's streams."""
+        number, start = len(self.records) + 1, time.perf_counter()
+        # The same on every process: each takes its share of a batch that all have drawn.
+        generator = torch.Generator().manual_seed(self.options.seed * 1_000_003 + number)
+        torch.manual_seed(self.options.seed * 1_000_003 + number * 1009 + self.job.rank)
+        self.network.train()
+        order, losses = torch.randperm(len(self.images.train.x), generator=generator), []
+        for batch in order[: self.steps * self.batch].split(self.batch):
+            losses.append(self.step(batch, generator))
+        loss, processes = self.job.sum(torch.stack(losses).mean().item(), 1)
+        correct, total = self.evaluate()
+        seconds = time.perf_counter() - start
+        return {"epoch": number, "loss": loss / processes, "accuracy": correct / total, "seconds": seconds}
+
+    def step(self, batch: Tensor, generator: torch.Generator) -> Tensor:
+        drawn = data.draw_crops(len(batch), self.images.train.x.shape[-1], self.options.crop, generator)
+        own = slice(self.job.rank * self.options.batch, (self.job.rank + 1) * self.options.batch)
+        x, y = (t[batch[own].to(self.job.device)] for t in self.images.train)
+        x = data.cut(x, [d[own] for d in drawn], self.options.crop, self.options.flip)
+        with torch.autocast(self.job.device.type, torch.bfloat16, enabled=self.options.amp):
+            if self.manifold is None:
+                x, target = self.mix.train()(x, y)
+                output = self.network(self.as_laid_out(x))
+            else:
+                output, target = self.manifold.train()(self.as_laid_out(self.mix.eval()(x)), y)
+        loss = self.criterion(output.float(), target)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        self.schedule.step()
+        return loss.detach()
+
+    def as_laid_out(self, x: Tensor) -> Tensor:
+        return x.contiguous(memory_format=torch.channels_last) if self.options.channels_last else x
+
+    @torch.no_grad()
+    def evaluate(self) -> list[float]:
+        """How many of the test images are right, and how many there are; each process sees its share."""
+        self.network.eval(), self.mix.eval()
+        x, y = (t[self.job.rank :: self.job.world] for t in self.images.test)
+        correct = 0.0
+        for part, labels in zip(x.split(512), y.split(512)):
+            logits = self.model(self.as_laid_out(self.mix(data.centre_crop(part, self.options.crop))))
+            correct += (logits.argmax(1) == labels).sum().item()
+        return self.job.sum(correct, len(x))
+
+    def shift_consistency(self, count: int) -> regfast.metrics.ShiftConsistency:
+        """Of the first `count` test images, at 64 shifts."""
+        side = self.options.crop + SHIFTS - 1
+        whole, labels = self.mix.eval()(data.centre_crop(self.images.test.x[:count], side), self.images.test.y[:count])
+        return regfast.metrics.shift_consistency(self.model, whole, labels, crop=self.options.crop, progress=False)
+
+    @property
+    def mixers(self) -> list[Any]:
+        return [self.mix] if self.manifold is None else [self.mix, self.manifold]
+
+    def save(self) -> None:
+        """Writes the checkpoint and the metrics, each in one move: what is there is whole at any time."""
+        # Each process draws its own mixtures.
+        streams = self.job.gather([mixer.get_extra_state() for mixer in self.mixers])
+        if self.job.writes:
+            state = {"arguments": identity(self.options, self.job), "records": self.records, "streams": streams}
+            for name in ("model", "optimizer", "schedule"):
+                state[name] = getattr(self, name).state_dict()
+            with replacing(self.options.out / "checkpoint.pt") as part:
+                torch.save(state, part)
+            with replacing(self.options.out / "metrics.jsonl") as part:
+                part.write_text("".join(json.dumps(record) + "\n" for record in self.records))
+
+    def resume(self) -> None:
+        """Goes on from the checkpoint, if there is one."""
+        path = self.options.out / "checkpoint.pt"
+        if not path.exists():
+            return
+        state = torch.load(path, map_location=self.job.device, weights_only=True)
+        arguments = identity(self.options, self.job)
+        changed = [name for name, value in state["arguments"].items() if arguments[name] != value]
+        if changed:
+            told = ", ".join(f"{name}={state['arguments'][name]}, now {arguments[name]}" for name in changed)
+            raise ValueError(f"{path} is of a run with other arguments ({told}): give them again, or another --out")
+        for name in ("model", "optimizer", "schedule"):
+            getattr(self, name).load_state_dict(state[name])
+        for mixer, stream in zip(self.mixers, state["streams"][self.job.rank]):
+            mixer.set_extra_state(stream.cpu())
+        self.records = state["records"]
+
+
+def identity(options: argparse.Namespace, job: Job) -> dict[str, Any]:
+    """The arguments that a run must have in common with its checkpoint."""
+    free = ("out", "device", "threads", "root")
+    return {name: value for name, value in vars(options).items() if name not in free} | {"processes": job.world}
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file beside `path` to write to, that takes its place once it is whole."""
+    part = path.with_name(path.name + ".part")
+    try:
+        yield part
+        part.replace(path)
+    except (OSError, RuntimeError) as error:
+        part.unlink(missing_ok=True)
+        raise OSError(f"{path} cannot be written: {error}") from error
+
+
+def train(options: argparse.Namespace, job: Job, console: Console) -> dict[str, Any]:
+    """Trains to the end, from wherever an earlier run came to; the result, which is written too."""
+    images = data.load(options.data, options.root, options.size, options.limit).to(job.device)
+    if options.crop + SHIFTS - 1 > images.test.x.shape[-1]:
+        side = images.test.x.shape[-1]
+        raise ValueError(f"--crop must leave {SHIFTS - 1} of the images' {side} pixels to shift it by, got {options.crop}")
+    options.out.mkdir(parents=True, exist_ok=True)
+    run = Run(options, job, images)
+    run.resume()
+    # Before anything is trained: a folder or a disk that cannot take it says so now.
+    run.save()
+    board = tensorboard(options.out) if job.writes else None
+    while len(run.records) < options.epochs:
+        record = run.epoch()
+        run.records.append(record)
+        run.save()
+        if job.writes:
+            line = "epoch {epoch:>3}  loss {loss:.4f}  accuracy {accuracy:.2%}  {seconds:.1f} s"
+            console.print(line.format(**record), highlight=False)
+        for name in ("loss", "accuracy") if board else ():
+            board.add_scalar(name, record[name], record["epoch"])
+    result: dict[str, Any] = {}
+    if job.writes:
+        shifts = run.shift_consistency(options.shift_images)
+        result = {
+            "accuracy": run.records[-1]["accuracy"],
+            "deviation": shifts.deviation,
+            "consistency": shifts.consistency,
+            "seconds": sum(record["seconds"] for record in run.records),
+            "arguments": {name: str(value) for name, value in vars(options).items()},
+            "torch": torch.__version__,
+            "device": torch.cuda.get_device_name() if job.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads",
+            "date": datetime.date.today().isoformat(),
+        }
+        torch.save({"probability": shifts.probability, "prediction": shifts.prediction}, options.out / "shifts.pt")
+        with replacing(options.out / "result.json") as part:
+            part.write_text(json.dumps(result, indent=1) + "\n")
+        line = "accuracy {accuracy:.2%}, deviation over shifts {deviation:.4f}, consistency {consistency:.2%}"
+        console.print(line.format(**result), highlight=False)
+    # Nobody leaves while another one is still at work.
+    job.sum(0)
+    return result
+
+
+def tensorboard(out: Path) -> Any:
+    """A writer of TensorBoard's files, where it is installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(out / "tensorboard"))
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--data", choices=("digits", "cifar10", "cifar100", "folder"), default="digits")
+    add("--root", type=Path, help="where the data lie")
+    add("--size", type=positive, default=data.SIZE, help="of a folder's images, in pixels (default: %(default)s)")
+    add("--crop", type=positive, default=24, help="what a network sees of an image, in pixels (default: %(default)s)")
+    add("--limit", type=positive, help="use only the first so many images of each split")
+    add("--model", default="cnn", help="cnn, resnet, timm:NAME or torchvision:NAME (default: %(default)s)")
+    add("--width", type=positive, default=32, help="channels of the first convolution of cnn and resnet (default: %(default)s)")
+    add("--antialias", action="store_true", help="regfast.antialias(model)")
+    add("--rezero", action="store_true", help="gates in the residual blocks of --model resnet")
+    add("--mixup", type=alpha, default=0.0, metavar="ALPHA", help="MixUp of the images")
+    add("--cutmix", type=alpha, default=0.0, metavar="ALPHA", help="CutMix of the images; with --mixup, each every other time")
+    add("--manifold", type=alpha, default=0.0, metavar="ALPHA", help="manifold mixup, in place of the images' mixing")
+    add("--flip", action="store_true", help="mirror every other image in training")
+    add("--compile", action="store_true", help="torch.compile the network")
+    add("--amp", action="store_true", help="automatic mixed precision, in bfloat16")
+    add("--channels-last", action="store_true", help="innermost channels")
+    add("--epochs", type=positive, default=20, help="(default: %(default)s)")
+    add("--batch", type=positive, default=64, help="images a step and process (default: %(default)s)")
+    add("--lr", type=float, default=3e-3, help="the greatest learning rate (default: %(default)s)")
+    add("--seed", type=int, default=0)
+    add("--device", choices=("cpu", "cuda", "mps"), help="default: cuda where there is one")
+    # One by default: networks this small gain little from more, and results do not depend on the machine's core count.
+    add("--threads", type=positive, default=1, help="CPU threads (default: %(default)s)")
+    add("--shift-images", type=positive, default=512, help="test images that are shifted in the end (default: %(default)s)")
+    add("--out", type=Path, default=Path("out/train"), help="(default: %(default)s)")
+    options = parser.parse_args(arguments)
+    if options.manifold and (options.mixup or options.cutmix):
+        parser.error("--manifold mixes the images too, at times: it takes the place of --mixup and --cutmix")
+    return options
+
+
+def positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
+    return number
+
+
+def alpha(text: str) -> float:
+    number = float(text)
+    if not 0 <= number < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be at least 0, got {number}")
+    return number
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    options = parse(arguments)
+    torch.set_num_threads(options.threads)
+    with job_of(options.device) as job:
+        try:
+            return train(options, job, Console())
+        except (ValueError, OSError) as error:
+            raise SystemExit(f"error: {error}") from error
+        except RuntimeError as error:
+            if job.world == 1:
+                raise
+            reason = f"another process of this job has died ({str(error).strip().splitlines()[0]})"
+            raise SystemExit(f"process {job.rank}: {reason}; start the job again to go on") from error
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

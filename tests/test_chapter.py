@@ -1,0 +1,79 @@
+"""The chapter's comparison, in small: its runs, its table, and pictures that show something."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("matplotlib", reason="the demo extra is not installed")
+pytest.importorskip("rich", reason="the demo extra is not installed")
+pytest.importorskip("sklearn", reason="the demo extra is not installed")
+
+import chapter
+import figures
+import train
+from matplotlib.image import imread
+
+SMALL = ("--limit", "96", "--epochs", "2", "--width", "4", "--batch", "32", "--shift-images", "12", "--device", "cpu")
+VARIANTS = ("regular", "anti-aliased", "manifold mixup")
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    out = tmp_path_factory.mktemp("chapter")
+    return chapter.main(["--seeds", "2", "--variants", *VARIANTS, "--out", str(out), "--", *SMALL])
+
+
+def shown(path: Path) -> float:
+    """How much of a picture is neither white nor the grey of its text."""
+    image = imread(path)[..., :3]
+    return float((np.ptp(image, axis=-1) > 0.05).mean() + (image.mean(-1) < 0.2).mean())
+
+
+def test_every_figure_is_drawn_and_is_not_blank(written: list[Path]) -> None:
+    names = [path.name for path in written]
+    assert names == ["accuracy.png", "accuracy-time.png", "deviation.png", "shifts.png", "beta.png", "zebra.png", "results.md"]
+    for path in written[:-1]:
+        assert shown(path) > 0.01, path.name
+
+
+def test_the_table_has_a_line_a_variant_with_mean_and_spread(written: list[Path]) -> None:
+    lines = written[-1].read_text().splitlines()
+    assert [line.split(" | ")[0].strip("| ") for line in lines[2:5]] == list(VARIANTS)
+    assert all(line.count("±") == 4 and line.endswith("| 2 |") for line in lines[2:5])
+    assert "torch" in lines[-1]
+
+
+def test_a_second_call_trains_no_more_and_says_the_same(written: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    before = written[-1].read_text()
+    monkeypatch.setattr(train.Run, "step", lambda *_: pytest.fail("it trained"))
+    out = written[-1].parent
+    chapter.main(["--seeds", "2", "--variants", *VARIANTS, "--out", str(out), "--", *SMALL])
+    assert written[-1].read_text() == before
+
+
+def test_the_variants_are_the_chapter_s_and_the_blog_s() -> None:
+    """Each is a command line of the training script's."""
+    assert list(chapter.VARIANTS) == [
+        "regular", "anti-aliased", "residual", "ReZero", "ReZero + MixUp", "input mixup", "manifold mixup",
+    ]  # fmt: skip
+    for flags in chapter.VARIANTS.values():
+        train.parse(flags)
+
+
+def test_the_zebra_is_aliased_by_max_pooling_alone(tmp_path: Path) -> None:
+    """What is drawn: of stripes, black and white alone after a maximum, and greys in between after the blur."""
+    assert figures.zebra(tmp_path / "zebra.png").exists() and shown(tmp_path / "zebra.png") > 0.1
+    stripes = figures.stripes(64)
+    pooled, blurred = figures.pooled(stripes, 4).values()
+    assert set(pooled.unique().tolist()) == {0.0, 1.0}
+    assert ((blurred > 0.1) & (blurred < 0.9)).float().mean() > 0.2
+    assert pooled.shape == blurred.shape == (1, 1, 16, 16)
+
+
+def test_spread_is_over_seeds() -> None:
+    assert chapter.spread([0.5], ".1%") == "50.0%"
+    assert chapter.spread([0.5, 0.6], ".1%") == f"55.0% ± {torch.tensor([0.5, 0.6]).std():.1%}"

@@ -1,0 +1,269 @@
+"""The training script: every flag runs, an interrupted run goes on as if it had not been, and two processes train as one."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("rich", reason="the demo extra is not installed")
+pytest.importorskip("sklearn", reason="the demo extra is not installed")
+
+import train
+from peers import AbsentError, load
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+SMALL = ("--limit", "128", "--epochs", "1", "--width", "4", "--batch", "32", "--shift-images", "8", "--device", "cpu")
+
+
+def run(out: Path, *flags: str) -> dict:
+    return train.main([*SMALL, *flags, "--out", str(out)])
+
+
+def lines(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_time(records: list[dict]) -> list[dict]:
+    return [{name: value for name, value in record.items() if name != "seconds"} for record in records]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        (),
+        ("--antialias",),
+        ("--mixup", "0.2"),
+        ("--cutmix", "1"),
+        ("--mixup", "0.2", "--cutmix", "1", "--flip"),
+        ("--manifold", "2"),
+        ("--amp", "--channels-last"),
+        ("--model", "resnet", "--antialias", "--rezero", "--mixup", "0.25"),
+        pytest.param(("--model", "resnet", "--manifold", "2"), marks=pytest.mark.slow),
+        pytest.param(("--compile", "--antialias", "--mixup", "0.2"), marks=pytest.mark.slow),
+    ],
+    ids=" ".join,
+)
+def test_every_flag_runs(tmp_path: Path, flags: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    result = run(tmp_path, *flags)
+    (record,) = lines(tmp_path)
+    assert record["epoch"] == 1 and 0 < record["loss"] < 10 and 0 <= record["accuracy"] <= 1
+    assert result["accuracy"] == record["accuracy"] and 0 < result["consistency"] <= 1
+    assert json.loads((tmp_path / "result.json").read_text()) == result
+    shifts = torch.load(tmp_path / "shifts.pt")
+    assert shifts["probability"].shape == (8, 64)
+    assert {path.suffix for path in tmp_path.iterdir() if path.is_file()} == {".jsonl", ".json", ".pt"}
+    assert "epoch   1  loss" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["timm:resnet18", "torchvision:resnet18"])
+def test_other_people_s_models_train(tmp_path: Path, model: str) -> None:
+    from test_data import binary, pixels
+
+    try:
+        load("timm" if model.startswith("timm") else "torchvision.models")
+    except AbsentError as absent:
+        pytest.skip(str(absent))
+    binary(tmp_path, True, pixels(70), list(range(10)) * 7)
+    flags = ("--data", "cifar10", "--root", str(tmp_path), "--model", model, "--antialias", "--mixup", "0.2")
+    result = run(tmp_path / "out", *flags)
+    assert 0 <= result["accuracy"] <= 1
+
+
+class Interrupted(Exception):
+    pass
+
+
+@pytest.mark.parametrize("flags", [(), ("--mixup", "0.2"), ("--manifold", "2")], ids=" ".join)
+def test_an_interrupted_run_goes_on_as_if_it_had_not_been(tmp_path: Path, flags: tuple[str, ...], monkeypatch) -> None:
+    """Bit for bit: parameters, optimizer and metrics; stopped in the middle of its second epoch, and once more at its end."""
+    flags = ("--epochs", "3", "--seed", "5", *flags)
+    run(tmp_path / "whole", *flags)
+    step, steps = train.Run.step, []
+
+    def stopping(self, *arguments):
+        steps.append(1)
+        if len(steps) in (6, 12):
+            raise Interrupted
+        return step(self, *arguments)
+
+    monkeypatch.setattr(train.Run, "step", stopping)
+    for _ in range(2):
+        with pytest.raises(Interrupted):
+            run(tmp_path / "broken", *flags)
+    assert len(lines(tmp_path / "broken")) == 2
+    run(tmp_path / "broken", *flags)
+    whole, broken = (torch.load(tmp_path / name / "checkpoint.pt") for name in ("whole", "broken"))
+    assert without_time(lines(tmp_path / "whole")) == without_time(lines(tmp_path / "broken"))
+    check_equal(whole["model"], broken["model"])
+    check_equal(whole["optimizer"], broken["optimizer"])
+    # A run that has ended says the same again, and trains no more.
+    again = run(tmp_path / "broken", *flags)
+    assert again["accuracy"] == lines(tmp_path / "whole")[-1]["accuracy"] and len(lines(tmp_path / "broken")) == 3
+
+
+def check_equal(a, b) -> None:
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            check_equal(a[key], b[key])
+    elif isinstance(a, (list, tuple)):
+        for x, y in zip(a, b, strict=True):
+            check_equal(x, y)
+    else:
+        assert a == b
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
+    run(tmp_path)
+    with pytest.raises(SystemExit, match=r"error: .*checkpoint\.pt is of a run with other arguments \(seed=0, now 1\)"):
+        run(tmp_path, "--seed", "1")
+    assert len(lines(tmp_path)) == 1
+
+
+@pytest.mark.parametrize(
+    "flags,words",
+    [
+        (("--crop", "30"), "--crop must leave 7 of the images' 32 pixels"),
+        (("--model", "vgg"), "--model must be cnn, resnet, timm:NAME or torchvision:NAME, got 'vgg'"),
+        (("--rezero",), "--rezero is of --model resnet, got --model cnn"),
+        (("--data", "cifar10"), "--data cifar10 needs --root"),
+    ],
+    ids=" ".join,
+)
+def test_bad_arguments_are_errors_before_anything_is_written(tmp_path: Path, flags: tuple[str, ...], words: str) -> None:
+    with pytest.raises(SystemExit) as raised:
+        run(tmp_path / "out", *flags)
+    assert words in str(raised.value)
+    assert not list((tmp_path / "out").glob("*"))
+
+
+@pytest.mark.parametrize("flags", [("--epochs", "0"), ("--mixup", "-1"), ("--manifold", "1", "--mixup", "1")], ids=" ".join)
+def test_the_command_line_refuses(tmp_path: Path, flags: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run(tmp_path, *flags)
+    assert "error: " in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_written_to_is_an_error_before_training(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(train.Run, "step", lambda *_: pytest.fail("it trained"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit, match=r"error: .*file"):
+        run(tmp_path / "file" / "out")
+
+
+FULL = """
+import resource, signal, sys
+sys.path.insert(0, {examples!r})
+import train
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+train.Run.step = lambda *_: sys.exit("it trained")
+# As a disk that is nearly full: no file may be longer.
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+train.main(sys.argv[1:])
+"""
+
+
+def test_a_full_disk_is_an_error_before_training_and_leaves_nothing_half_written(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", FULL.format(examples=str(EXAMPLES)), *SMALL, "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1 and "checkpoint.pt cannot be written" in done.stderr, done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+# A network without batch normalisation, which sees a process's own images alone; and a step that may wait for the test.
+DRIVER = """
+import os, pathlib, sys, time
+sys.path.insert(0, {examples!r})
+import torch
+import models, train
+models.make = lambda name, channels, classes, **_: torch.nn.Sequential(
+    torch.nn.Conv2d(channels, 4, 3, 2), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(484, classes)
+)
+step, marker = train.Run.step, os.environ.get("MARKER")
+
+
+def waiting(self, *arguments):
+    if marker and len(self.records) == 1:
+        pathlib.Path(marker, f"pid{{self.job.rank}}").write_text(str(os.getpid()))
+        time.sleep(600)
+    return step(self, *arguments)
+
+
+train.Run.step = waiting
+train.main(sys.argv[1:])
+"""
+
+
+def launch(tmp_path: Path, processes: int, *flags: str, **environment: str) -> subprocess.Popen:
+    driver = tmp_path / "driver.py"
+    driver.write_text(DRIVER.format(examples=str(EXAMPLES)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", str(driver)]
+    streams = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    return subprocess.Popen([*command, *SMALL, *flags], env=os.environ | {"OMP_NUM_THREADS": "1"} | environment, **streams)
+
+
+def finish(process: subprocess.Popen) -> str:
+    try:
+        printed, _ = process.communicate(timeout=120)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    return printed
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_with_their_batches_together(tmp_path: Path) -> None:
+    """Without mixing, and without batch normalisation; to rounding, for gradients are averaged in another order."""
+    flags = ("--epochs", "2", "--flip")
+    for processes, batch in ((1, "32"), (2, "16")):
+        process = launch(tmp_path, processes, *flags, "--batch", batch, "--out", str(tmp_path / str(processes)))
+        printed = finish(process)
+        assert process.returncode == 0, printed
+        # Rank 0 alone prints and writes.
+        assert printed.count("epoch   2") == 1
+    one, two = (torch.load(tmp_path / name / "checkpoint.pt") for name in "12")
+    for name, parameter in one["model"].items():
+        torch.testing.assert_close(two["model"][name], parameter, rtol=1e-4, atol=1e-5)
+    for a, b in zip(one["records"], two["records"], strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4) and a["accuracy"] == b["accuracy"]
+
+
+@pytest.mark.slow
+def test_mixing_streams_differ_by_rank_and_are_kept(tmp_path: Path) -> None:
+    process = launch(tmp_path, 2, "--mixup", "0.5", "--out", str(tmp_path / "out"))
+    printed = finish(process)
+    assert process.returncode == 0, printed
+    (first,), (second,) = torch.load(tmp_path / "out" / "checkpoint.pt")["streams"]
+    assert not torch.equal(first[:-8], second[:-8])
+
+
+@pytest.mark.slow
+def test_a_dead_worker_ends_the_job_and_the_run_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+    """kill -9 in the middle of the second epoch; then the same command again, against a run that nobody killed."""
+    flags = ("--epochs", "3", "--mixup", "0.5", "--batch", "16")
+    whole = launch(tmp_path, 2, *flags, "--out", str(tmp_path / "whole"))
+    assert "epoch   3" in finish(whole)
+    gate = tmp_path / "gate"
+    gate.mkdir()
+    process = launch(tmp_path, 2, *flags, "--out", str(tmp_path / "broken"), MARKER=str(gate))
+    deadline = time.monotonic() + 60
+    while not ((gate / "pid0").exists() and (gate / "pid1").exists()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    os.kill(int((gate / "pid1").read_text()), signal.SIGKILL)
+    printed = finish(process)
+    assert process.returncode != 0 and "-9" in printed, printed
+    assert len(lines(tmp_path / "broken")) == 1
+    assert "epoch   3" in finish(launch(tmp_path, 2, *flags, "--out", str(tmp_path / "broken")))
+    assert without_time(lines(tmp_path / "whole")) == without_time(lines(tmp_path / "broken"))
+    check_equal(*(torch.load(tmp_path / name / "checkpoint.pt")["model"] for name in ("whole", "broken")))
