@@ -8,13 +8,16 @@ PIP := $(PYTHON) -m pip --disable-pip-version-check install --quiet --constraint
 # One thread a worker: two workers with all cores each would fight over them.
 PYTEST := OMP_NUM_THREADS=1 $(PYTHON) -m pytest --numprocesses 2
 
-.PHONY: demo test test-slow bench lint clean help
+.PHONY: demo chapter test test-slow bench lint clean help
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
 
-demo: $(READY) ## train a small CNN with nn.MaxPool2d and with MaxPool2dAA, and compare them (ARGS="--help" for options)
-	$(PYTHON) examples/demo.py $(ARGS)
+demo: $(READY) ## train the chapter's small CNN on the embedded digits (ARGS="--help" for options)
+	$(PYTHON) examples/train.py $(ARGS)
+
+chapter: $(READY) ## train all the ways of the chapter and the blog, and draw the comparison (ARGS="--help")
+	$(PYTHON) examples/chapter.py $(ARGS)
 
 test: $(READY) ## the core tests
 	$(PYTEST) -m "not slow" $(ARGS)
