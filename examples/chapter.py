@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import statistics
 import sys
 from collections.abc import Sequence
@@ -59,7 +60,7 @@ def read(folders: Sequence[Path]) -> list[tuple[list[dict[str, Any]], dict[str, 
     ]
 
 
-def draw(out: Path, folders: dict[str, list[Path]], images: data.Dataset) -> list[Path]:
+def draw(out: Path, folders: dict[str, list[Path]], images: data.Dataset, command: str) -> list[Path]:
     """The figures and the table of what has run."""
     runs = {variant: read(own) for variant, own in folders.items()}
     by_epoch, by_time = {}, {}
@@ -81,7 +82,7 @@ def draw(out: Path, folders: dict[str, list[Path]], images: data.Dataset) -> lis
         figures.zebra(out / "zebra.png"),
     ]  # fmt: skip
     with train.replacing(out / "results.md") as part:
-        part.write_text(table(results))
+        part.write_text(f"{table(results)}\n    {command}\n")
     return [*written, out / "results.md"]
 
 
@@ -120,6 +121,15 @@ def spread(values: Sequence[float], form: str) -> str:
     return f"{mean} ± {format(statistics.stdev(values), form)}" if len(values) > 1 else mean
 
 
+def command_of(arguments: Sequence[str]) -> str:
+    """How to do it again; where the data lie is everybody's own business, and so is where the results go."""
+    given, hidden = list(arguments), {"--root": "DIR", "--out": "OUT"}
+    for option, stand_in in hidden.items():
+        if option in given[:-1]:
+            given[given.index(option) + 1] = stand_in
+    return "python examples/chapter.py " + shlex.join(given)
+
+
 def main(arguments: Sequence[str]) -> list[Path]:
     own, rest = list(arguments), []
     if "--" in own:
@@ -133,7 +143,7 @@ def main(arguments: Sequence[str]) -> list[Path]:
     options, chosen = parser.parse_args(own), train.parse(rest)
     folders = run(options.out, options.variants, options.seeds, rest)
     images = data.load(chosen.data, chosen.root, chosen.size, chosen.limit)
-    written = draw(options.out, folders, images)
+    written = draw(options.out, folders, images, command_of(arguments))
     print("written:", *written, sep="\n  ")
     return written
 

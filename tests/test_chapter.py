@@ -44,7 +44,8 @@ def test_the_table_has_a_line_a_variant_with_mean_and_spread(written: list[Path]
     lines = written[-1].read_text().splitlines()
     assert [line.split(" | ")[0].strip("| ") for line in lines[2:5]] == list(VARIANTS)
     assert all(line.count("±") == 4 and line.endswith("| 2 |") for line in lines[2:5])
-    assert "torch" in lines[-1]
+    assert lines[-1].startswith("    python examples/chapter.py --seeds 2") and "--out OUT -- --limit 96" in lines[-1]
+    assert "torch" in lines[-3]
 
 
 def test_a_second_call_trains_no_more_and_says_the_same(written: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
