@@ -71,15 +71,15 @@ class _ConvAA(_Pooling):
         modes = self.blur_filter, self.blur_padding_mode, self.activation
         return decimating_window(self.rank, self.stride, RATIO, self.blur_size, *modes)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         window, ones = self._window, (1,) * self.rank
         if window.is_identity:
-            return self._convolve_at(x, self.stride)
+            return self._convolve_at(input, self.stride)
         if self._commutes():
-            return self._convolve_at(blur_pool(x, window), ones)
+            return self._convolve_at(blur_pool(input, window), ones)
         if self.blur == "before":
-            return self._convolve_at(blur_pool(x, window._replace(stride=ones)), self.stride)
-        y = self._convolve_at(x, ones)
+            return self._convolve_at(blur_pool(input, window._replace(stride=ones)), self.stride)
+        y = self._convolve_at(input, ones)
         return y if self.blur is None else blur_pool(y, window)
 
     def _commutes(self) -> bool:
@@ -87,7 +87,9 @@ class _ConvAA(_Pooling):
 
         Of a bias it may if it gives back a constant as it was.
         """
-        pointwise = all(k == 1 for k in self.kernel_size) and (self.padding == "valid" or not any(self.padding))
+        # Surgery on a layer may set integers, which nn.Conv takes.
+        size, padding = ((value,) if isinstance(value, int) else value for value in (self.kernel_size, self.padding))
+        pointwise = all(k == 1 for k in size) and (padding == "valid" or not any(padding))
         if not pointwise or self.blur is None or self.activation is not None:
             return False
         unit_gain = self.blur_padding_mode != "zeros" and all(abs(sum(taps) - 1) < 1e-12 for taps in self._window.taps)
@@ -196,7 +198,7 @@ class ConvNormActAA(nn.Sequential):
         )
         convolution = nn.Conv2d(in_channels, out_channels, **arguments)
         norm = [] if norm_layer is None else [norm_layer(out_channels).to(device=device, dtype=dtype)]
-        activation = [] if activation_layer is None else [activation_layer()]
+        activation = [] if activation_layer is None else [activation_layer().to(device=device, dtype=dtype)]
         super().__init__(convolution, *norm, *blur_layers(activation, window))
 
 

@@ -61,7 +61,8 @@ def shift_consistency(
     Example:
         >>> deviation, consistency, *_ = regfast.metrics.shift_consistency(model, images, labels, crop=224)
     """
-    height, width = _check(model, images, labels, crop, batch_size)
+    height, width = _check(model, images, labels, crop)
+    (batch_size,) = per_axis("batch_size", batch_size, 1, 1)
     device = next(model.parameters(), images).device
     # (N, C, shifts down, shifts across, height, width), a view.
     crops = images.unfold(2, height, 1).unfold(3, width, 1)
@@ -84,7 +85,7 @@ def shift_consistency(
     return ShiftConsistency(deviation, _agreement(predictions), probabilities, predictions)
 
 
-def _check(model: Any, images: Any, labels: Any, crop: Any, batch_size: Any) -> tuple[int, int]:
+def _check(model: Any, images: Any, labels: Any, crop: Any) -> tuple[int, int]:
     """The crop's height and width."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a module, got {type(model).__name__}")
@@ -101,7 +102,6 @@ def _check(model: Any, images: Any, labels: Any, crop: Any, batch_size: Any) -> 
             raise TypeError(f"labels must be a Tensor of integers, got {found}")
         if labels.shape != images.shape[:1]:
             raise ValueError(f"labels must have shape {tuple(images.shape[:1])}, one an image, got {tuple(labels.shape)}")
-    per_axis("batch_size", batch_size, 1, 1)
     return height, width
 
 
@@ -113,7 +113,7 @@ def _check_classes(labels: Tensor, logits: Tensor) -> None:
 
 def _logits(model: nn.Module, batch: Tensor) -> Tensor:
     logits = model(batch)
-    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(batch):
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(batch) or not logits.numel():
         found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ValueError(f"model must give logits, ({len(batch)}, classes), got {found}")
     return logits

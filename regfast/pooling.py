@@ -197,20 +197,22 @@ class _AvgPoolAA(_Pooling):
         """Of blur and average together where one pass does both; else of the blur, which leaves the stride to the average."""
         modes = self.ceil_mode, self.count_include_pad, self.divisor_override
         kernel, padding = check_average(self.rank, self.kernel_size, self.padding, *modes)
-        window = decimating_window(self.rank, self.stride, self.ratio, self.blur_size, self.filter, self.padding_mode)
+        stride = kernel if self.stride is None else self.stride
+        window = decimating_window(self.rank, stride, self.ratio, self.blur_size, self.filter, self.padding_mode)
         together = averaged(window, kernel, self.divisor_override)
         # A kernel of many taps takes long to compile.
         fits = not any(padding) and not self.ceil_mode and max(map(len, together.taps)) <= 8
-        return together if fits and not window.is_identity else window._replace(stride=(1,) * self.rank)
+        # With stride 1 the two are not joined: by the stride `forward` knows whether they are.
+        return together if fits and any(s > 1 for s in window.stride) else window._replace(stride=(1,) * self.rank)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         window = self._window
         if any(s > 1 for s in window.stride):
-            return blur_pool(x, window)
-        x = x if window.is_identity else blur_pool(x, window)
+            return blur_pool(input, window)
+        blurred = input if window.is_identity else blur_pool(input, window)
         divisor = () if self.rank == 1 else (self.divisor_override,)
         average = type(self)._average
-        return average(x, self.kernel_size, self.stride, self.padding, self.ceil_mode, self.count_include_pad, *divisor)
+        return average(blurred, self.kernel_size, self.stride, self.padding, self.ceil_mode, self.count_include_pad, *divisor)
 
     def extra_repr(self) -> str:
         blur = f"ratio={self.ratio}" if self.blur_size is None else f"blur_size={self.blur_size}"
@@ -278,7 +280,7 @@ class AvgPool2dAA(_DividedAvgPoolAA):
 class AvgPool3dAA(_DividedAvgPoolAA):
     """Anti-aliased average pooling of volumes: `AvgPool2dAA` with three spatial axes, in place of nn.AvgPool3d.
 
-    Shape: (N, C, D, H, W) or (C, D, H, W).
+    Shape: (N, C, D, H, W) or (C, D, H, W). Where blur and average are two passes, the output is contiguous, as nn.AvgPool3d's is.
     """
 
     rank = 3

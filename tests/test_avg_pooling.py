@@ -88,6 +88,16 @@ def test_with_stride_one_it_is_torch_nn_s(rank):
     assert torch.equal(ours(3, 1, 1)(x), average(3, 1, 1)(x))
 
 
+@ranks
+@pytest.mark.parametrize("padding", [0, 1])
+def test_with_stride_one_a_blur_of_each_axis_is_asked_for(rank, padding):
+    """As in max pooling: then the image is blurred once, and averaged once."""
+    average, ours, blur = MODULES[rank]
+    x = torch.randn(2, 3, *SIDES[rank])
+    found = ours(2, 1, padding, blur_size=(3,) * rank)(x)
+    torch.testing.assert_close(found, average(2, 1, padding)(blur(3, 1)(x)), **ROUNDING)
+
+
 @st.composite
 def averages(draw):
     rank = draw(st.sampled_from([1, 2, 2, 3]))
@@ -128,6 +138,8 @@ def test_surgery_copies_pickles_and_repr():
     layer.stride = 1
     layer.ceil_mode = False
     assert torch.equal(layer(x), nn.AvgPool2d(2, 1)(x))
+    layer.stride = None
+    assert torch.equal(layer(input=x), regfast.AvgPool2dAA(2)(x))
 
 
 @pytest.mark.parametrize("padding", [0, 1])

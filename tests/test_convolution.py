@@ -163,6 +163,14 @@ def test_surgery_on_a_layer_is_obeyed():
     assert layer(x).shape == (1, 6, 8, 8)
     layer.stride = (4, 4)
     assert layer(x).shape == (1, 6, 2, 2)
+    # nn.Conv2d takes an integer there too.
+    layer = regfast.Conv2dAA(4, 6, 1, 2)
+    expected = layer(input=x)
+    layer.kernel_size = layer.stride = 1
+    layer.stride, layer.padding = 2, 0
+    assert torch.equal(layer(x), expected)
+    layer.padding = 1
+    assert layer(x).shape == (1, 6, 5, 5)
     # As fusing a normalisation does.
     layer = regfast.Conv2dAA(4, 6, 1, 2, bias=False, blur_padding_mode="zeros")
     layer.bias = nn.Parameter(torch.ones(6))
@@ -221,6 +229,8 @@ def test_the_chapter_s_order_with_stride_one_has_no_blur():
     stage = regfast.ConvNormActAA(4, 6, stride=1, device="meta", dtype=torch.float64)
     assert [type(layer) for layer in stage] == [nn.Conv2d, nn.BatchNorm2d, nn.ReLU]
     assert {p.dtype for p in stage.parameters()} == {torch.float64} and {p.device.type for p in stage.parameters()} == {"meta"}
+    stage = regfast.ConvNormActAA(4, 6, activation_layer=nn.PReLU, device="meta", dtype=torch.float64)
+    assert (stage[2].weight.dtype, stage[2].weight.device.type) == (torch.float64, "meta")
 
 
 @pytest.mark.parametrize(

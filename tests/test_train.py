@@ -218,7 +218,9 @@ def finish(process: subprocess.Popen) -> str:
         printed, _ = process.communicate(timeout=120)
     finally:
         if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
+            # So that it ends its workers, which are no group of this one.
+            process.terminate()
+            process.wait(60)
     return printed
 
 
