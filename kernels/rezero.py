@@ -110,8 +110,8 @@ def _backward_kernel(
 
 
 def laid_out_as(t: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """t with the strides of `like`, which is dense; copied only where it has others."""
-    if t.stride() == like.stride():
+    """t in the order in which `like` lies, which is dense; copied only where it lies in another."""
+    if all(size == 1 or a == b for size, a, b in zip(t.shape, t.stride(), like.stride())):
         return t
     return torch.empty_strided(t.shape, like.stride(), dtype=t.dtype, device=t.device).copy_(t)
 

@@ -7,6 +7,7 @@ import inspect
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
+from types import CodeType
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -30,7 +31,7 @@ _TWINS = _MAX_POOLS | _AVG_POOLS | _CONVOLUTIONS
 _DECIMATING = (*_TWINS, nn.Conv3d)
 
 # What a converted module has beyond its twin.
-_BLUR = dict(blur_size=None, blur_filter="binomial", blur_padding_mode="reflect", activation=None)
+_BLUR = dict(blur="after", blur_size=None, blur_filter="binomial", blur_padding_mode="reflect", activation=None)
 _POOL = dict(ratio=1.7, blur_size=None, filter="binomial")
 _ARGUMENTS: dict[type[nn.Module], dict[str, Any]] = {
     **dict.fromkeys(_MAX_POOLS.values(), _POOL | {"padding_mode": "partial", "activation": None}),
@@ -149,7 +150,12 @@ def antialias_report(model: nn.Module) -> Report:
         A list of (name, type, done, why), a row a layer that decimates; printed, a table.
     """
     _check_model(model)
-    return Report(row for row, _ in _plan(model, model.__dict__.get(_OPTIONS, _Options())))
+    options = model.__dict__.get(_OPTIONS)
+    plan = _plan(model, options or _Options())
+    if options is None:
+        return Report(row for row, _ in plan)
+    late = dict(done="left", why="it has come since: convert the model again")
+    return Report(row if step is None else row._replace(**late) for row, step in plan)
 
 
 def restore(model: nn.Module) -> nn.Module:
@@ -158,6 +164,8 @@ def restore(model: nn.Module) -> nn.Module:
     Anti-aliased layers that `antialias` did not make stay.
     """
     _check_model(model)
+    if _MARK in model.__dict__ and model.__dict__.get("blur", "after") is None:
+        raise ValueError(f"the blur of model, a {type(model).__name__}, is in another layer: restore the nn.Sequential of both")
     for name, module in model.named_modules():
         mark = module.__dict__.get(_MARK)
         if mark is not None and type(module) is not _TWINS[mark.twin]:
@@ -173,7 +181,7 @@ def restore(model: nn.Module) -> nn.Module:
                 del module.__dict__[name]
             # Past the setters of layers.
             object.__setattr__(module, "__class__", mark.twin)
-    model.__dict__.pop(_OPTIONS, None)
+        module.__dict__.pop(_OPTIONS, None)
     return model
 
 
@@ -183,7 +191,7 @@ def _check_model(model: Any) -> None:
     for name, module in model.named_modules():
         kinds = {base.__name__ for base in type(module).__mro__}
         where = f"model{'.' if name else ''}{name} is a {type(module).__name__}"
-        if kinds & {"DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "FSDPModule"}:
+        if kinds & {"DistributedDataParallel", "DDP", "DataParallel", "FullyShardedDataParallel", "FSDPModule"}:
             raise ValueError(f"{where}: convert a model before it is wrapped or sharded for several devices")
         if "OptimizedModule" in kinds or getattr(module, "_compiled_call_impl", None) is not None:
             raise ValueError(f"{where} that is compiled: convert a model before torch.compile")
@@ -200,7 +208,7 @@ def _check_options(
     if blur not in ("after", "before"):
         raise ValueError(f"blur must be 'after' or 'before', got {blur!r}")
     (channels,) = per_axis("min_channels", min_channels, 1, 0)
-    entries = (skip,) if isinstance(skip, (str, type)) else tuple(skip)
+    entries = tuple(skip) if isinstance(skip, Iterable) and not isinstance(skip, (str, type)) else (skip,)
     for entry in entries:
         if not isinstance(entry, str) and not (isinstance(entry, type) and issubclass(entry, nn.Module)):
             raise TypeError(f"skip must be names of modules or types of modules, got {entry!r}")
@@ -212,7 +220,7 @@ def _check_options(
 def _matches(model: nn.Module, entry: str | type[nn.Module]) -> Iterator[nn.Module]:
     """The modules that an entry of `skip` stands for, and all that is in them."""
     for name, module in model.named_modules(remove_duplicate=False):
-        if fnmatchcase(name, entry) if isinstance(entry, str) else isinstance(module, entry):
+        if name == entry or fnmatchcase(name, entry) if isinstance(entry, str) else isinstance(module, entry):
             yield from module.modules()
 
 
@@ -252,7 +260,7 @@ def _plan(model: nn.Module, options: _Options) -> Iterator[tuple[ReportRow, _Ste
 
 
 def _stride(module: Any) -> tuple[int, ...]:
-    stride = module.stride
+    stride = module.kernel_size if module.stride is None else module.stride
     return tuple(stride) if isinstance(stride, Sequence) else (stride,)
 
 
@@ -275,8 +283,14 @@ def _obstacle(module: Any, options: _Options) -> str | None:
         return "it returns indices, and a blurred maximum has none"
     if isinstance(module, nn.modules.conv._ConvNd) and module.in_channels < options.min_channels:
         return f"it has {module.in_channels} input channels, fewer than min_channels={options.min_channels}"
+    if isinstance(module, nn.modules.conv._ConvNd) and not module.weight.is_floating_point():
+        return f"its numbers are {module.weight.dtype}, which no blur takes"
+    attributes = _ARGUMENTS[_TWINS[type(module)]]
+    own = [name for name in attributes if hasattr(module, name)]
+    if own:
+        return f"it has an attribute {own[0]!r} of its own"
     try:
-        _swap(copy.copy(module), _ARGUMENTS[_TWINS[type(module)]] | ({"blur": None} if type(module) in _CONVOLUTIONS else {}))
+        _swap(copy.copy(module), attributes)
     except (ValueError, TypeError) as error:
         return f"it cannot be: {error}"
     return None
@@ -295,12 +309,11 @@ def _step(module: Any, options: _Options, place: tuple[nn.Sequential, str] | Non
     reason = "it is used in several places" if shared else _not_after_activation(place, skipped)
     if place is not None and reason is None:
         return _Step(module, attributes | {"blur": None}, "blur after activation", f"in the place of {place[1]}", place)
-    after = attributes | {"blur": "after"}
     trial: Any = copy.copy(module)
-    _swap(trial, after)
+    _swap(trial, attributes)
     if trial._commutes():
-        return _Step(module, after, "blur before convolution", "of one pixel, that is the same function")
-    return _Step(module, after, "blur after convolution", reason or "")
+        return _Step(module, attributes, "blur before convolution", "of one pixel, that is the same function")
+    return _Step(module, attributes, "blur after convolution", reason or "")
 
 
 def _not_after_activation(place: tuple[nn.Sequential, str] | None, skipped: set[int]) -> str | None:
@@ -314,7 +327,7 @@ def _not_after_activation(place: tuple[nn.Sequential, str] | None, skipped: set[
     if id(activation) in skipped:
         return f"the activation after it, {key}, is among those to skip"
     if is_hooked(activation):
-        return f"the activation after it, {key}, has hooks"
+        return f"the activation after it, {key}, has hooks or a forward of its own"
     return None
 
 
@@ -323,23 +336,42 @@ def _activations(model: nn.Module) -> Iterator[tuple[int, tuple[nn.Sequential, s
     for container in model.modules():
         if not isinstance(container, nn.Sequential) or type(container).forward is not nn.Sequential.forward:
             continue
+        if "forward" in container.__dict__:
+            continue
         children = list(container._modules.items())
         for at, (_, child) in enumerate(children):
             if isinstance(child, nn.modules.conv._ConvNd):
                 rest = children[at + 1 : at + 3]
-                if rest and "Norm" in type(rest[0][1]).__name__:
+                if rest and _is_normalisation(rest[0][1]):
                     rest = rest[1:]
                 if rest and isinstance(rest[0][1], _ACTIVATIONS):
                     yield id(child), (container, rest[0][0])
 
 
+def _is_normalisation(module: Any) -> bool:
+    """Whether it is one, of images of any size: nn.LayerNorm counts the elements of the last axes."""
+    fixed = (nn.LayerNorm.forward, nn.RMSNorm.forward)
+    named = "Norm" in type(module).__name__ and not isinstance(module, nn.modules.conv._ConvNd)
+    return named and type(module).forward not in fixed
+
+
 def _functional_calls(module: nn.Module) -> list[str]:
-    """The functions that decimate and that a module's own forward names, as far as that can be seen."""
+    """The functions that decimate and that a module's forward and the methods it calls name, as far as that can be seen."""
     kind = type(module)
     if kind.__module__.startswith(("torch.nn.", "regfast.")):
         return []
-    code = getattr(inspect.unwrap(kind.forward), "__code__", None)
-    return [name for name in (code.co_names if code else ()) if name in _FUNCTIONS and not hasattr(module, name)]
+    codes = _codes(kind.forward)
+    for code in codes:  # which grows
+        called = [*code.co_consts, *(getattr(kind, name, None) for name in code.co_names)]
+        codes += [found for item in called for found in _codes(item) if found not in codes]
+    names = dict.fromkeys(name for code in codes for name in code.co_names)
+    return [name for name in names if name in _FUNCTIONS and not hasattr(module, name)]
+
+
+def _codes(item: Any) -> list[CodeType]:
+    """The code of a function or a method, or what is code itself: one, or none."""
+    code = item if inspect.iscode(item) else getattr(inspect.unwrap(item), "__code__", None)
+    return [code] if inspect.iscode(code) else []
 
 
 def _swap(module: Any, attributes: dict[str, Any]) -> tuple[type[nn.Module], tuple[str, ...]]:

@@ -203,8 +203,9 @@ class ConvNormActAA(nn.Sequential):
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Whether somebody wants to know of the module's calls, which a fused one has none of."""
-    return any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks))
+    """Whether somebody wants to know of the module's calls, which a fused one has none of, or has replaced its forward."""
+    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    return any(hooks) or "forward" in module.__dict__
 
 
 def blur_layers(activation: Sequence[nn.Module], window: Window) -> list[nn.Module]:

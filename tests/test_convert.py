@@ -160,6 +160,27 @@ def test_twice_is_once():
     assert type(model.pool) is nn.MaxPool2d and type(model.stage[2]) is nn.ReLU
 
 
+def test_restore_leaves_no_trace_of_a_part_that_was_converted_for_itself():
+    model = Net()
+    antialias(model.stage, conv=False)
+    restore(model)
+    assert rows(model.stage)["0"][0] == "blur after activation"
+
+
+def test_restore_refuses_a_convolution_alone_whose_blur_is_in_another_layer():
+    model = antialias(stage())
+    with pytest.raises(ValueError, match=r"a Conv2dAA, is in another layer: restore the nn\.Sequential of both"):
+        restore(model[0])
+    assert type(model[0]) is regfast.Conv2dAA and type(restore(model)[0]) is nn.Conv2d
+
+
+def test_a_layer_that_has_come_since_is_reported_as_what_it_is():
+    model = antialias(nn.Sequential(nn.MaxPool2d(2)))
+    model.append(nn.MaxPool2d(2))
+    assert rows(model)["1"] == ("left", "it has come since: convert the model again")
+    assert rows(antialias(model))["1"] == ("max-blur pool", "")
+
+
 @pytest.mark.parametrize("rank", [1, 2, 3])
 def test_a_model_that_is_a_layer_is_converted_itself(rank):
     name, x = f"MaxPool{rank}d", torch.randn(1, 2, *(8,) * rank)
@@ -235,7 +256,35 @@ def test_a_hook_on_an_activation_leaves_it_in_its_place():
     model[2].register_forward_hook(lambda module, args, y: seen.append(y.shape))
     antialias(model)(torch.randn(1, 16, 8, 8))
     assert seen == [(1, 20, 4, 4)]
-    assert rows(model)["0"] == ("blur after convolution", "the activation after it, 2, has hooks")
+    assert rows(model)["0"] == ("blur after convolution", "the activation after it, 2, has hooks or a forward of its own")
+
+
+def test_an_activation_whose_forward_was_replaced_stays():
+    model = stage(nn.ReLU())
+    model[2].forward = lambda x: torch.full_like(x, 7.0)
+    assert antialias(model)(torch.randn(1, 16, 8, 8)).unique().tolist() == [7]
+
+
+class NormConv2d(nn.Conv2d):
+    """No normalisation, whatever its name says."""
+
+
+@pytest.mark.parametrize(
+    "between",
+    [nn.LayerNorm([16, 4, 4]), nn.LayerNorm(4), nn.RMSNorm([4, 4]), NormConv2d(16, 16, 3, 1, 1), nn.Dropout()],
+    ids=["LayerNorm of a whole image", "LayerNorm of rows", "RMSNorm", "convolution", "Dropout"],
+)
+def test_what_may_not_see_a_larger_image_is_given_the_blurred_one(between):
+    model, seen = nn.Sequential(nn.Conv2d(16, 16, 3, 2, 1), between, nn.ReLU()), []
+    between.register_forward_hook(lambda module, args, y: seen.append(y.shape))
+    antialias(model)(torch.randn(1, 16, 8, 8))
+    assert seen == [(1, 16, 4, 4)] and rows(model)["0"][0] == "blur after convolution"
+
+
+def test_a_sequential_whose_forward_was_replaced_has_an_order_of_its_own():
+    model = stage()
+    model.forward = lambda x: model[0](x)
+    assert antialias(model)(torch.randn(1, 16, 8, 8)).shape == (1, 20, 4, 4)
 
 
 def test_an_activation_to_skip_stays_in_its_place():
@@ -318,14 +367,51 @@ def test_old_weight_norm_is_a_hook_and_stays():
     assert list(model.state_dict()) == keys and model[0].weight_g.grad is not None
 
 
+def test_attributes_that_a_layer_has_of_its_own_are_kept():
+    """Tools that prune keep a `ratio` at each layer, for one."""
+    model = nn.Sequential(nn.Conv2d(16, 16, 3, 2), nn.MaxPool2d(2))
+    model[0].activation, model[1].ratio = nn.ReLU(), 0.5
+    antialias(model)
+    assert rows(model) == {
+        "0": ("left", "it has an attribute 'activation' of its own"),
+        "1": ("left", "it has an attribute 'ratio' of its own"),
+    }
+    assert isinstance(model[0].activation, nn.ReLU) and model[1].ratio == 0.5
+
+
+def test_complex_numbers_are_left():
+    model = antialias(nn.Sequential(nn.Conv2d(16, 16, 3, 2, dtype=torch.complex64)))
+    assert type(model[0]) is nn.Conv2d and "torch.complex64" in rows(model)["0"][1]
+
+
+def test_a_pool_without_a_stride_has_its_kernel_s():
+    model = nn.Sequential(nn.MaxPool2d(2))
+    model[0].stride = None
+    assert torch.equal(antialias(model)(x := image()), regfast.MaxPool2dAA(2)(x))
+
+
 class Functional(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.max_pool2d(x, 2)
 
 
+class Deeper(nn.Module):
+    """As torchvision's Inception: the call is in a method, here in a function inside of it."""
+
+    def pooled(self, x: torch.Tensor) -> torch.Tensor:
+        return (lambda y: F.avg_pool2d(y, 2))(x)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.pooled(x)
+
+
 def test_functional_calls_are_left_and_reported():
-    model = antialias(nn.Sequential(Functional(), nn.MaxPool2d(2)))
-    assert rows(model) == {"0": ("left", "its forward calls max_pool2d, which is no layer"), "1": ("max-blur pool", "")}
+    model = antialias(nn.Sequential(Functional(), nn.MaxPool2d(2), Deeper()))
+    assert rows(model) == {
+        "0": ("left", "its forward calls max_pool2d, which is no layer"),
+        "1": ("max-blur pool", ""),
+        "2": ("left", "its forward calls avg_pool2d, which is no layer"),
+    }
 
 
 def test_options_choose_the_layers():
@@ -338,6 +424,7 @@ def test_options_choose_the_layers():
     assert left(min_channels=0) == set()
     assert left(skip="stage") == left(skip=["stage.0"]) == left(skip=["st*.0"]) == {"stem", "stage.0"}
     assert left(skip=[nn.MaxPool2d, "p*nt"]) == {"stem", "pool", "point"}
+    assert rows(antialias(nn.ModuleDict({"a[0]": nn.MaxPool2d(2)}), skip="a[0]"))["a[0]"][0] == "left"
     assert left(skip=nn.Sequential) == {"stem", "stage.0"}
     assert "among those to skip" in rows(antialias(Net(), skip="pool"))["pool"][1]
 
@@ -351,6 +438,7 @@ def test_options_choose_the_layers():
         (Net, dict(min_channels=-1), ValueError, ["min_channels", "-1", "at least 0"]),
         (Net, dict(skip="steam"), ValueError, ["skip", "'steam'"]),
         (Net, dict(skip=[3]), TypeError, ["skip", "3", "names"]),
+        (Net, dict(skip=None), TypeError, ["skip", "None", "names"]),
         (Net, dict(skip=nn.LSTM), ValueError, ["skip", "LSTM"]),
         (lambda: nn.Sequential(torch.compile(Net())), {}, ValueError, ["model.0", "OptimizedModule", "before torch.compile"]),
         (lambda: nn.DataParallel(Net()), {}, ValueError, ["DataParallel", "before it is wrapped"]),
@@ -381,11 +469,15 @@ def test_a_model_compiled_in_place_or_scripted_is_refused():
 
 @pytest.mark.slow
 def test_a_model_under_distributed_data_parallel_is_refused(tmp_path):
+    from torch.distributed._composable.replicate import replicate
+
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         model = nn.parallel.DistributedDataParallel(Net())
         with pytest.raises(ValueError, match="DistributedDataParallel: convert a model before it is wrapped"):
             antialias(model)
+        with pytest.raises(ValueError, match="DDPNet: convert a model before it is wrapped"):
+            antialias(replicate(Net()))
         wrapped = nn.parallel.DistributedDataParallel(antialias(Net()))
         wrapped(image()).sum().backward()
     finally:

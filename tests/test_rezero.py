@@ -88,6 +88,20 @@ def test_the_gate_s_gradient_has_the_same_bits_every_time(kernels, device):
     torch.testing.assert_close(sums[0].double(), f.double().relu().sum().view(1), rtol=1e-6, atol=0)
 
 
+@every
+def test_a_program_of_the_backward_takes_several_blocks(kernels, form, device, monkeypatch):
+    """As where there are more than PROGRAMS: two programs for five blocks, of which the last is not full."""
+    from regfast.kernels import rezero as module
+
+    monkeypatch.setattr(module, "PROGRAMS", 2)
+    leaves = inputs((4, module.BLOCK + 5), device)
+    grad = torch.randn(4, module.BLOCK + 5, device=device)
+    *gradients, dalpha = torch.autograd.grad(rezero(*leaves, "relu", form), leaves, grad)
+    *wanted, wanted_dalpha = torch.autograd.grad(written_out(*leaves, "relu", form), leaves, grad)
+    torch.testing.assert_close(gradients, wanted, **FLOAT32)
+    torch.testing.assert_close(dalpha, wanted_dalpha, **SUM)
+
+
 def test_at_alpha_zero_the_stream_is_given_back(path, device):
     x, f, _ = inputs((2, 3, 700), device)
     for alpha in (0, 0.0, torch.zeros((), device=device), torch.zeros(1, device=device), torch.zeros(1, 1, dtype=torch.float64)):
@@ -132,6 +146,21 @@ def test_any_layout_of_either(path, device):
             assert y.stride() == torch.empty_like(x).stride()
             for a, b in zip(torch.autograd.grad(y.sum(), leaves), torch.autograd.grad(expected.sum(), leaves)):
                 torch.testing.assert_close(a, b, **FLOAT32)
+
+
+def test_strides_of_axes_of_one_element_cost_no_copy():
+    """A step of decoding, and images of one channel: they lie alike, whatever such an axis' stride is."""
+    pytest.importorskip("triton")
+    from regfast.kernels import rezero as module
+
+    alike = [
+        (torch.randn(3, 1, 8), torch.randn(1, 3, 8).transpose(0, 1)),
+        (torch.randn(3, 1, 5, 6), torch.empty(3, 1, 5, 6, memory_format=torch.channels_last)),
+    ]
+    for like, t in alike:
+        assert t.stride() != like.stride() and module.laid_out_as(t, like) is t
+    expanded = torch.randn(1, 8).expand(3, 8)
+    assert module.laid_out_as(expanded, torch.empty(3, 8)).is_contiguous()
 
 
 def test_relu_at_its_kink_and_at_nan(path, device):
@@ -191,6 +220,7 @@ IMAGE = torch.randn(2, 3)
         ((IMAGE, IMAGE, torch.zeros(2)), ValueError, ["alpha", "(2,)", "one element"]),
         ((IMAGE, IMAGE, torch.zeros(1).int()), TypeError, ["alpha", "torch.int32", "floating-point"]),
         ((IMAGE, IMAGE, 0.5, "elu"), ValueError, ["activation", "'elu'", "'identity'", "'silu'"]),
+        ((IMAGE, IMAGE, 0.5, ["relu"]), ValueError, ["activation", "['relu']", "'identity'", "'silu'"]),
         ((IMAGE, IMAGE, 0.5, "relu", "pre"), ValueError, ["form", "'pre'", "'gate'", "'post'"]),
     ],
     ids=lambda value: None if isinstance(value, tuple) else str(value),
@@ -223,3 +253,7 @@ def test_offsets_past_two_to_the_31(kernels, device):
     x = torch.ones(2**31 + 4, dtype=torch.float16, device=device)
     y = module.rezero(x, x, torch.full((1,), 0.5, device=device), "relu", "gate", torch.empty_like(x))
     assert (y[-8:] == 1.5).all()
+    df, dalpha = torch.zeros_like(x), torch.zeros((), device=device)
+    module.rezero_backward(x, None, x, torch.full((1,), 0.5, device=device), "relu", "gate", None, df, dalpha)
+    # Every term is one: up to a program's 2^20 exact in float32, and their sum to its last bits.
+    assert (df[-8:] == 0.5).all() and dalpha.item() == pytest.approx(2**31 + 4, rel=1e-6)

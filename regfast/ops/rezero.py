@@ -161,7 +161,8 @@ def _check(x: Any, f: Any, alpha: Any) -> None:
 
 
 def check_activation(activation: Any) -> None:
-    if activation not in ACTIVATIONS:
+    # Not in the dictionary itself, which would have to hash whatever it is.
+    if activation not in tuple(ACTIVATIONS):
         raise ValueError(f"activation must be one of {', '.join(map(repr, ACTIVATIONS))}, got {activation!r}")
 
 
