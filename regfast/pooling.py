@@ -98,8 +98,8 @@ class _MaxPoolAA(_Pooling):
     def _make_window(self) -> Window:
         return max_blur_window(self.rank, *(getattr(self, argument) for argument in self._arguments))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return max_blur_pool(x, self._window)
+    def forward(self, input: Tensor) -> Tensor:
+        return max_blur_pool(input, self._window)
 
     def extra_repr(self) -> str:
         blur = f"ratio={self.ratio}" if self.blur_size is None else f"blur_size={self.blur_size}"
@@ -311,8 +311,8 @@ class _BlurPool(_Pooling):
     def _make_window(self) -> Window:
         return blur_window(self.rank, *(getattr(self, argument) for argument in self._arguments))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return blur_pool(x, self._window)
+    def forward(self, input: Tensor) -> Tensor:
+        return blur_pool(input, self._window)
 
     def extra_repr(self) -> str:
         return (

@@ -108,6 +108,12 @@ def test_modules_copy_and_pickle(module):
         torch.testing.assert_close(copied(x), module(x), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("layer", [regfast.MaxPool2dAA(2), regfast.BlurPool2d()], ids=repr)
+def test_the_argument_of_a_call_is_named_as_torch_nn_s(layer):
+    x = torch.randn(1, 2, 8, 8)
+    assert torch.equal(layer(input=x), layer(x))
+
+
 def test_surgery_on_a_layer_is_obeyed():
     """torchvision's SSD sets ceil_mode on pooling layers, segmentation models set stride."""
     layer, x = regfast.MaxPool2dAA(3, 2), torch.randn(1, 1, 10, 10)
