@@ -7,7 +7,7 @@ launch of every kernel. bench: every operation and its peers, and a copy's bandw
 calls. tune, if asked for: what bench/tune.py finds for the poolings named.
 
 Every step is a process of its own with a share of the time left, so that one that fails, hangs or spoils its device costs no
-other its results. (They would take an estimated 18 minutes: for every row of the benchmark, run the parts one by one.) gpu.json
+other its results. (They would take an estimated 24 minutes: for every row of the benchmark, run the parts one by one.) gpu.json
 and gpu.md are written anew after each step; the goals and their verdicts come last. The exit status is 1 if a step failed. On a
 CPU everything is a toy, and tests this code alone.
 """

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from .convolution import Conv1dAA, Conv2dAA, blur_layers, is_hooked
-from .geometry import per_axis
+from .geometry import check_bool, per_axis
 from .pooling import AvgPool1dAA, AvgPool2dAA, AvgPool3dAA, MaxPool1dAA, MaxPool2dAA, MaxPool3dAA
 
 __all__ = ["Report", "ReportRow", "antialias", "antialias_report", "restore"]
@@ -30,13 +30,17 @@ _CONVOLUTIONS: dict[type[nn.Module], type[nn.Module]] = {nn.Conv1d: Conv1dAA, nn
 _TWINS = _MAX_POOLS | _AVG_POOLS | _CONVOLUTIONS
 _DECIMATING = (*_TWINS, nn.Conv3d)
 
-# What a converted module has beyond its twin.
-_BLUR = dict(blur="after", blur_size=None, blur_filter="binomial", blur_padding_mode="reflect", activation=None)
-_POOL = dict(ratio=1.7, blur_size=None, filter="binomial")
+
+def _blur_of(layer: type[nn.Module]) -> dict[str, Any]:
+    """What a layer has beyond its twin, at its defaults: the arguments that it takes by keyword."""
+    parameters = inspect.signature(layer).parameters.values()
+    return {parameter.name: parameter.default for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
+
+
 _ARGUMENTS: dict[type[nn.Module], dict[str, Any]] = {
-    **dict.fromkeys(_MAX_POOLS.values(), _POOL | {"padding_mode": "partial", "activation": None}),
-    **dict.fromkeys(_AVG_POOLS.values(), _POOL | {"padding_mode": "reflect"}),
-    **dict.fromkeys(_CONVOLUTIONS.values(), _BLUR),
+    **dict.fromkeys(_MAX_POOLS.values(), _blur_of(MaxPool1dAA)),
+    **dict.fromkeys(_AVG_POOLS.values(), _blur_of(AvgPool1dAA)),
+    **dict.fromkeys(_CONVOLUTIONS.values(), _blur_of(Conv1dAA)),
 }
 
 # Element by element and without state: a blur may come after them.
@@ -203,8 +207,7 @@ def _check_options(
     model: nn.Module, max_pool: Any, conv: Any, avg_pool: Any, blur: Any, min_channels: Any, skip: Any
 ) -> _Options:
     for name, value in (("max_pool", max_pool), ("conv", conv), ("avg_pool", avg_pool)):
-        if not isinstance(value, bool):
-            raise TypeError(f"{name} must be True or False, got {value!r}")
+        check_bool(name, value)
     if blur not in ("after", "before"):
         raise ValueError(f"blur must be 'after' or 'before', got {blur!r}")
     (channels,) = per_axis("min_channels", min_channels, 1, 0)

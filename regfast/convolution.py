@@ -8,16 +8,13 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .geometry import Activation, BlurPaddingMode, Size, Window, decimating_window, per_axis
+from .geometry import RATIO, Activation, BlurPaddingMode, Size, Window, decimating_window, per_axis
 from .ops.blur_pool import blur_pool
 from .pooling import BlurPool1d, BlurPool2d, _Pooling
 
 __all__ = ["Conv1dAA", "Conv2dAA", "ConvNormActAA"]
 
 Blur = Literal["after", "before"]
-
-# A blur's size, as a multiple of its stride.
-RATIO = 1.7
 
 
 class _ConvAA(_Pooling):

@@ -20,6 +20,9 @@ MaxPaddingMode = Literal["partial", "replicate", "reflect", "zeros"]
 BlurPaddingMode = Literal["reflect", "replicate", "zeros"]
 Activation = Literal["relu"]
 
+# The size of a blur that takes a stride, as a multiple of that, where nobody says another: the book chapter's.
+RATIO = 1.7
+
 
 class Window(NamedTuple):
     """A max window followed by a strided blur, per spatial axis (a tuple has one entry an axis).
@@ -101,8 +104,8 @@ def max_blur_window(
     pad = per_axis("padding", padding, rank, 0)
     hole = per_axis("dilation", dilation, rank, 1)
     _check_padding(pad, kernel, padding, kernel_size)
-    _check_bool("ceil_mode", ceil_mode)
-    _check_bool("return_indices", return_indices)
+    check_bool("ceil_mode", ceil_mode)
+    check_bool("return_indices", return_indices)
     if return_indices:
         raise ValueError(
             "return_indices must be False, got True: an output is a weighted sum of several maxima, so no one index belongs to it"
@@ -152,8 +155,8 @@ def check_average(
     kernel = per_axis("kernel_size", kernel_size, rank, 1)
     pad = per_axis("padding", padding, rank, 0)
     _check_padding(pad, kernel, padding, kernel_size)
-    _check_bool("ceil_mode", ceil_mode)
-    _check_bool("count_include_pad", count_include_pad)
+    check_bool("ceil_mode", ceil_mode)
+    check_bool("count_include_pad", count_include_pad)
     if divisor_override is not None and (isinstance(divisor_override, bool) or not isinstance(divisor_override, Integral)):
         raise TypeError(f"divisor_override must be an integer or None, got {divisor_override!r}")
     if divisor_override is not None and divisor_override == 0:
@@ -207,7 +210,8 @@ def _check_padding(pad: tuple[int, ...], kernel: tuple[int, ...], padding: Any, 
         raise ValueError(f"padding must be at most half of kernel_size, got padding={padding!r} and kernel_size={kernel_size!r}")
 
 
-def _check_bool(name: str, value: Any) -> None:
+def check_bool(name: str, value: Any) -> None:
+    """Refuses what is neither True nor False."""
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {value!r}")
 

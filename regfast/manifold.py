@@ -20,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .dispatch import on_device, outside_graphs
 from .draw import Stream, beta, check_alpha, pairing
+from .geometry import check_bool
 from .mixup import MixedTarget
 from .ops.mixup import blend
 
@@ -90,8 +91,7 @@ class ManifoldMixup(nn.Module):
         super().__init__()
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
-        if not isinstance(include_input, bool):
-            raise TypeError(f"include_input must be True or False, got {include_input!r}")
+        check_bool("include_input", include_input)
         check_alpha("alpha", alpha)
         self._stream = Stream(generator)
         if generator is not None and generator.device.type != "cpu":

@@ -12,6 +12,7 @@ from torch.utils.data import default_collate
 
 from .dispatch import may_read, on_device, outside_graphs
 from .draw import PAIRINGS, Stream, beta, boxes, check_alpha, check_generator, pairing
+from .geometry import check_bool
 from .ops.mixup import affine, blend, check_batch, check_channels, check_lam, result_dtype
 from .reference.blur_pool import accumulator
 
@@ -134,8 +135,7 @@ class MixUp(nn.Module):
         _check_probability("switch_prob", switch_prob)
         if pairing not in PAIRINGS:
             raise ValueError(f"pairing must be one of {', '.join(map(repr, PAIRINGS))}, got {pairing!r}")
-        if not isinstance(per_sample, bool):
-            raise TypeError(f"per_sample must be True or False, got {per_sample!r}")
+        check_bool("per_sample", per_sample)
         result_dtype(torch.float32, dtype, mean, std)
         self.alpha = alpha
         self.pairing = pairing

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .geometry import (
+    RATIO,
     Activation,
     BlurPaddingMode,
     MaxPaddingMode,
@@ -76,7 +77,7 @@ class _MaxPoolAA(_Pooling):
         return_indices: bool = False,
         ceil_mode: bool = False,
         *,
-        ratio: float | Sequence[float] = 1.7,
+        ratio: float | Sequence[float] = RATIO,
         blur_size: Size | None = None,
         filter: Any = "binomial",
         padding_mode: MaxPaddingMode = "partial",
@@ -177,7 +178,7 @@ class _AvgPoolAA(_Pooling):
         ceil_mode: bool = False,
         count_include_pad: bool = True,
         *,
-        ratio: float | Sequence[float] = 1.7,
+        ratio: float | Sequence[float] = RATIO,
         blur_size: Size | None = None,
         filter: Any = "binomial",
         padding_mode: BlurPaddingMode = "reflect",

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .convolution import RATIO, Conv2dAA, blur_layers, is_hooked
-from .geometry import Size, decimating_window, per_axis
+from .convolution import Conv2dAA, blur_layers, is_hooked
+from .geometry import RATIO, Size, check_bool, decimating_window, per_axis
 from .ops.rezero import check_activation, check_form, rezero
 
 __all__ = ["BottleneckBlock", "ReZero", "ReZeroTransformerEncoderLayer", "ResidualBlock", "ResidualLinear", "parameter_groups"]
@@ -146,9 +146,8 @@ class ReZero(_Residual):
 
 def _check_block(activation: Any, gated: Any, form: str, antialias: Any = False, norm_layer: Any = None) -> nn.Module:
     """The activation of a block as a module."""
-    for name, value in (("ReZero", gated), ("antialias", antialias)):
-        if not isinstance(value, bool):
-            raise TypeError(f"{name} must be True or False, got {value!r}")
+    check_bool("ReZero", gated)
+    check_bool("antialias", antialias)
     if norm_layer is not None and not callable(norm_layer):
         raise TypeError(f"norm_layer must be a function of a number of channels or None, got {norm_layer!r}")
     check_form(form)

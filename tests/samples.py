@@ -7,6 +7,7 @@ the smallest that still have an interior and a border, and two samples have more
 from __future__ import annotations
 
 import contextlib
+import inspect
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -43,6 +44,14 @@ class Sample:
         x = torch.randn(self.shape, dtype=torch.float32)
         x = x.mul(4).round() / 4 if "activation" in self.arguments else x.relu()
         return as_format(x.to(device=device, dtype=dtype), channels_last)
+
+
+def check_signature(theirs: type, ours: type) -> None:
+    """A layer is called as its twin of torch.nn is; what it has beyond that goes by keyword."""
+    expected, got = (list(inspect.signature(module).parameters.values()) for module in (theirs, ours))
+    assert [p.name for p in got[: len(expected)]] == [p.name for p in expected]
+    assert all(own.default == p.default for own, p in zip(got, expected) if p.default is not p.empty)
+    assert all(p.kind in (p.KEYWORD_ONLY, p.VAR_KEYWORD) for p in got[len(expected) :])
 
 
 def as_format(x: Tensor, channels_last: bool) -> Tensor:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import pickle
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from samples import check_signature
 from torch import nn
 
 import regfast
@@ -50,9 +50,7 @@ def check_same(found: nn.Module, expected, x: torch.Tensor) -> None:
 
 @ranks
 def test_the_signature_begins_as_torch_nn_s(rank):
-    theirs, ours = (inspect.signature(module).parameters for module in MODULES[rank][:2])
-    assert list(ours)[: len(theirs)] == list(theirs)
-    assert [p.default for p in list(ours.values())[: len(theirs)]] == [p.default for p in theirs.values()]
+    check_signature(*MODULES[rank][:2])
 
 
 @ranks

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from ..dispatch import use_triton
-from ..geometry import Activation, MaxPaddingMode, Size, Window, max_blur_window, output_shape
+from ..geometry import RATIO, Activation, MaxPaddingMode, Size, Window, max_blur_window, output_shape
 from ..layout import empty_output
 from ..reference.max_blur_pool import max_blur_pool as reference
 from ..sharding import is_sharded, on_parts
@@ -145,7 +145,7 @@ def max_blur_pool1d(
     return_indices: bool = False,
     ceil_mode: bool = False,
     *,
-    ratio: float | Sequence[float] = 1.7,
+    ratio: float | Sequence[float] = RATIO,
     blur_size: Size | None = None,
     filter: Any = "binomial",
     padding_mode: MaxPaddingMode = "partial",
@@ -166,7 +166,7 @@ def max_blur_pool2d(
     return_indices: bool = False,
     ceil_mode: bool = False,
     *,
-    ratio: float | Sequence[float] = 1.7,
+    ratio: float | Sequence[float] = RATIO,
     blur_size: Size | None = None,
     filter: Any = "binomial",
     padding_mode: MaxPaddingMode = "partial",
@@ -187,7 +187,7 @@ def max_blur_pool3d(
     return_indices: bool = False,
     ceil_mode: bool = False,
     *,
-    ratio: float | Sequence[float] = 1.7,
+    ratio: float | Sequence[float] = RATIO,
     blur_size: Size | None = None,
     filter: Any = "binomial",
     padding_mode: MaxPaddingMode = "partial",
