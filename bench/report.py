@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from contest import Case
 
+from regfast.info import processor
+
 Row = dict[str, Any]
 
 PACKAGES = ("regfast", "torch", "triton", "kornia", "kornia_rs", "timm", "torchvision", "antialiased-cnns", "mosaicml", "numpy")
@@ -31,15 +33,6 @@ def output_of(*command: str) -> str | None:
         return None
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
     return done.stdout.strip() if done.returncode == 0 else None
-
-
-def processor() -> str:
-    try:
-        from cpuinfo import get_cpu_info
-
-        return get_cpu_info()["brand_raw"]
-    except (ImportError, KeyError):
-        return platform.processor() or platform.machine()
 
 
 def version_of(package: str) -> str | None:

@@ -68,19 +68,25 @@ def draw(out: Path, folders: dict[str, list[Path]], images: data.Dataset, comman
         by_epoch[variant] = [([r["epoch"] for r in epochs], [r["accuracy"] for r in epochs]) for epochs, _ in own]
         by_time[variant] = [(elapsed(epochs), [r["accuracy"] for r in epochs]) for epochs, _ in own]
     results = {variant: [result for _, result in own] for variant, own in runs.items()}
+
+    def values(name: str) -> dict[str, list[float]]:
+        return {variant: [result[name] for result in own] for variant, own in results.items()}
+
     where = f"{images.name}, centre crops of {len(images.test.x)} test images"
+    deviation = "deviation of the true class's probability over\n64 shifts, the median image's (less is better)"
+    consistency = "pairs of shifts with one prediction,\nof all images (more is better)"
+    panels = [
+        figures.Measure(deviation, values("deviation")),
+        figures.Measure(consistency, values("consistency"), percent=True),
+    ]
     written = [
         figures.curves(out / "accuracy.png", f"Accuracy by epoch: {where}", "epoch", by_epoch),
         figures.curves(out / "accuracy-time.png", f"Accuracy by time: {where}", "seconds of training", by_time),
-        figures.bars(
-            out / "deviation.png", "How much a prediction moves with its image",
-            "standard deviation of the true class's probability over 64 shifts, median over images",
-            {variant: [result["deviation"] for result in own] for variant, own in results.items()},
-        ),
+        figures.measures(out / "consistency.png", "How much a prediction moves with its image", panels),
         shifts(out / "shifts.png", folders, images),
         figures.densities(out / "beta.png"),
         figures.zebra(out / "zebra.png"),
-    ]  # fmt: skip
+    ]
     with train.replacing(out / "results.md") as part:
         part.write_text(f"{table(results)}\n    {command}\n")
     return [*written, out / "results.md"]
@@ -112,7 +118,9 @@ def table(results: dict[str, list[dict[str, Any]]]) -> str:
         cells = [spread([result[key] for result in own], form) for key, form in forms.items()]
         lines.append(f"| {variant} | {' | '.join(cells)} | {len(own)} |")
     one = next(iter(results.values()))[0]
-    lines += ["", f"{one['device']}, torch {one['torch']}, {one['date']}; ± is the standard deviation over seeds."]
+    device = f"{one['device']}, threads: {one['threads']}" if one["threads"] else one["device"]
+    versions = ", ".join(f"{package} {version}" for package, version in one["versions"].items())
+    lines += ["", f"± is the standard deviation over seeds. {device}; {versions}; {one['date']}."]
     return "\n".join(lines) + "\n"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib
 import numpy as np
@@ -51,17 +52,32 @@ def curves(path: Path, title: str, xlabel: str, lines: Curves) -> Path:
     return path
 
 
-def bars(path: Path, title: str, xlabel: str, values: Mapping[str, Sequence[float]]) -> Path:
-    """A number of each variant: the mean over seeds, and every seed as a dot."""
-    with _figure(path, (9.2, 0.55 * len(values) + 1.6), title) as figure:
-        axes = figure.add_axes((0.27, 0.2, 0.68, 0.62))
-        for place, (seeds, colour) in enumerate(zip(values.values(), _colours())):
-            axes.barh(place, np.mean(seeds), color=colour, alpha=0.85, height=0.62)
-            axes.plot(seeds, [place] * len(seeds), "o", color=INK, markersize=3.5)
-        axes.set_yticks(range(len(values)), list(values))
-        axes.invert_yaxis()
-        axes.set_xlabel(xlabel)
-        axes.tick_params(length=0)
+class Measure(NamedTuple):
+    """A number of each variant, a value for each seed."""
+
+    label: str
+    values: Mapping[str, Sequence[float]]
+    percent: bool = False
+
+
+def measures(path: Path, title: str, panels: Sequence[Measure]) -> Path:
+    """Numbers of each variant, side by side: every seed as a dot, and a bar at their mean."""
+    variants = list(panels[0].values)
+    with _figure(path, (2.4 + 4.2 * len(panels), 0.5 * len(variants) + 1.9), title) as figure:
+        grid = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+        figure.subplots_adjust(left=0.17, right=0.97, top=1 - 0.75 / figure.get_figheight(), bottom=0.85 / figure.get_figheight())
+        for axes, panel in zip(grid, panels):
+            for place, (variant, colour) in enumerate(zip(variants, _colours())):
+                seeds = panel.values[variant]
+                axes.plot(seeds, [place] * len(seeds), "o", color=colour, markersize=7, alpha=0.6, markeredgewidth=0)
+                axes.plot(np.mean(seeds), place, "|", color=colour, markersize=20, markeredgewidth=3)
+            axes.set_xlabel(panel.label)
+            axes.xaxis.set_major_locator(MaxNLocator(6))
+            if panel.percent:
+                axes.xaxis.set_major_formatter(PercentFormatter(1))
+            _plain(axes)
+        grid[0].set_yticks(range(len(variants)), variants)
+        grid[0].set_ylim(len(variants) - 0.5, -0.5)
     return path
 
 
@@ -130,6 +146,7 @@ def _colours() -> Iterator[str]:
 
 def _plain(axes: Axes) -> None:
     axes.grid(axis="y", color=RULE, linewidth=0.8)
+    axes.set_axisbelow(True)
     axes.spines["left"].set_visible(False)
     axes.tick_params(which="both", length=0)
 

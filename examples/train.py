@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import regfast
+from regfast import info
 
 # Shifts by up to 7 pixels, 8 x 8 in all, as in the chapter.
 SHIFTS = 8
@@ -242,8 +243,9 @@ def train(options: argparse.Namespace, job: Job, console: Console) -> dict[str, 
             "consistency": shifts.consistency,
             "seconds": sum(record["seconds"] for record in run.records),
             "arguments": identity(options, job),
-            "torch": torch.__version__,
-            "device": torch.cuda.get_device_name() if job.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads",
+            "versions": info.versions(),
+            "device": info.devices()[job.device],
+            "threads": options.threads if job.device.type == "cpu" else None,
             "date": datetime.date.today().isoformat(),
         }
         torch.save({"probability": shifts.probability, "prediction": shifts.prediction}, options.out / "shifts.pt")

@@ -26,9 +26,19 @@ def versions() -> dict[str, str]:
     return found
 
 
+def processor() -> str:
+    """The name of the CPU, where py-cpuinfo is there to ask."""
+    try:
+        from cpuinfo import get_cpu_info
+
+        return get_cpu_info()["brand_raw"]
+    except (ImportError, KeyError):
+        return platform.processor() or platform.machine()
+
+
 def devices() -> dict[torch.device, str]:
     """The devices of this machine, by name."""
-    found = {torch.device("cpu"): platform.processor() or platform.machine()}
+    found = {torch.device("cpu"): processor()}
     for index in range(torch.cuda.device_count()):
         found[torch.device("cuda", index)] = torch.cuda.get_device_name(index)
     if torch.backends.mps.is_available():

@@ -17,6 +17,8 @@ import figures
 import train
 from matplotlib.image import imread
 
+from regfast import info
+
 SMALL = ("--limit", "96", "--epochs", "2", "--width", "4", "--batch", "32", "--shift-images", "12", "--device", "cpu")
 VARIANTS = ("regular", "anti-aliased", "manifold mixup")
 
@@ -35,7 +37,7 @@ def shown(path: Path) -> float:
 
 def test_every_figure_is_drawn_and_is_not_blank(written: list[Path]) -> None:
     names = [path.name for path in written]
-    assert names == ["accuracy.png", "accuracy-time.png", "deviation.png", "shifts.png", "beta.png", "zebra.png", "results.md"]
+    assert names == ["accuracy.png", "accuracy-time.png", "consistency.png", "shifts.png", "beta.png", "zebra.png", "results.md"]
     for path in written[:-1]:
         assert shown(path) > 0.01, path.name
 
@@ -45,7 +47,7 @@ def test_the_table_has_a_line_a_variant_with_mean_and_spread(written: list[Path]
     assert [line.split(" | ")[0].strip("| ") for line in lines[2:5]] == list(VARIANTS)
     assert all(line.count("±") == 4 and line.endswith("| 2 |") for line in lines[2:5])
     assert lines[-1].startswith("    python examples/chapter.py --seeds 2") and "--out OUT -- --limit 96" in lines[-1]
-    assert "torch" in lines[-3]
+    assert all(f"{package} {version}" in lines[-3] for package, version in info.versions().items())
 
 
 def test_a_second_call_trains_no_more_and_says_the_same(written: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
