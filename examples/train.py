@@ -5,7 +5,8 @@
     torchrun --nproc-per-node 4 examples/train.py --data folder --root DIR --model timm:resnet50 --antialias --amp --channels-last
 
 Images stay bytes on the device; crops, flips, mixing and normalisation happen there. Killed and started again with the same
-arguments it goes on from the last finished epoch. --out gets metrics.jsonl (a line an epoch), checkpoint.pt and result.json.
+arguments it goes on from the last finished epoch. --out gets metrics.jsonl (a line an epoch), checkpoint.pt, result.json, and
+where TensorBoard is installed its events.
 """
 
 from __future__ import annotations
@@ -224,16 +225,20 @@ def train(options: argparse.Namespace, job: Job, console: Console) -> dict[str, 
     run.resume()
     # Before anything is trained: a folder or a disk that cannot take it says so now.
     run.save()
-    board = tensorboard(options.out) if job.writes else None
+    board = tensorboard(options.out, len(run.records) + 1) if job.writes else None
     while len(run.records) < options.epochs:
         record = run.epoch()
         run.records.append(record)
+        if board:
+            for name in ("loss", "accuracy"):
+                board.add_scalar(name, record[name], record["epoch"])
+            board.flush()
         run.save()
         if job.writes:
             line = "epoch {epoch:>3}  loss {loss:.4f}  accuracy {accuracy:.2%}  {seconds:.1f} s"
             console.print(line.format(**record), highlight=False)
-        for name in ("loss", "accuracy") if board else ():
-            board.add_scalar(name, record[name], record["epoch"])
+    if board:
+        board.close()
     result: dict[str, Any] = {}
     if job.writes:
         shifts = run.shift_consistency(options.shift_images)
@@ -258,13 +263,14 @@ def train(options: argparse.Namespace, job: Job, console: Console) -> dict[str, 
     return result
 
 
-def tensorboard(out: Path) -> Any:
-    """A writer of TensorBoard's files, where it is installed."""
+def tensorboard(out: Path, epoch: int) -> Any:
+    """A writer of TensorBoard's files from `epoch` on, where it is installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return None
-    return SummaryWriter(str(out / "tensorboard"))
+    # An epoch that was killed after its writing and before its checkpoint is done again, and its first points go.
+    return SummaryWriter(str(out / "tensorboard"), purge_step=epoch)
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:

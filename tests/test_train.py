@@ -124,6 +124,29 @@ def check_equal(a, b) -> None:
         assert a == b
 
 
+def test_tensorboard_has_every_epoch_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of a run that was stopped between an epoch's points and its checkpoint, and so did the epoch again."""
+    events = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator", reason="the test extra is not installed"
+    )
+    save, saved = train.Run.save, []
+
+    def stopping(self):
+        saved.append(1)
+        if len(saved) == 3:
+            raise Interrupted
+        save(self)
+
+    monkeypatch.setattr(train.Run, "save", stopping)
+    with pytest.raises(Interrupted):
+        run(tmp_path, "--epochs", "3")
+    run(tmp_path, "--epochs", "3")
+    board = events.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    for name in ("loss", "accuracy"):
+        points = [(point.step, point.value) for point in board.Scalars(name)]
+        assert points == [(line["epoch"], pytest.approx(line[name])) for line in lines(tmp_path)]
+
+
 def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
     run(tmp_path)
     with pytest.raises(SystemExit, match=r"error: .*checkpoint\.pt is of a run with other arguments \(seed=0, now 1\)"):
