@@ -53,9 +53,15 @@ class _Pooling(nn.Module):
         raise NotImplementedError
 
     def __setattr__(self, name: str, value: Any) -> None:
+        before = self.__dict__.get(name)
         super().__setattr__(name, value)
         if name in self._arguments and all(argument in self.__dict__ for argument in self._arguments):
-            self.__dict__["_window"] = self._make_window()
+            try:
+                self.__dict__["_window"] = self._make_window()
+            except (TypeError, ValueError):
+                # What is refused leaves the layer as it was.
+                self.__dict__[name] = before
+                raise
 
 
 def _activation_repr(activation: str | None) -> str:

@@ -123,6 +123,19 @@ def test_surgery_on_a_layer_is_obeyed():
         layer.padding = 2
 
 
+@pytest.mark.parametrize(
+    "layer", [regfast.MaxPool2dAA(2), regfast.AvgPool2dAA(2), regfast.BlurPool2d(), regfast.Conv2dAA(2, 2, 3, 2)], ids=repr
+)
+@pytest.mark.parametrize("value", [0, "2"])
+def test_what_is_refused_leaves_a_layer_as_it_was(layer, value):
+    before, x = repr(layer), torch.randn(1, 2, 9, 9)
+    y = layer(x)
+    with pytest.raises((ValueError, TypeError), match=f"got {value!r}"):
+        layer.stride = value
+    assert repr(layer) == before
+    assert torch.equal(copy.deepcopy(layer)(x), y)
+
+
 def test_the_blur_answers_to_the_stride():
     """b = int(1.7 s), never less than s, 1 where s is 1; blur_size overrides: a tuple literally."""
 
