@@ -216,17 +216,31 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def train(options: argparse.Namespace, job: Job, console: Console) -> dict[str, Any]:
     """Trains to the end, from wherever an earlier run came to; the result, which is written too."""
-    images = data.load(options.data, options.root, options.size, options.limit).to(job.device)
-    if options.crop + SHIFTS - 1 > images.test.x.shape[-1]:
-        side = images.test.x.shape[-1]
-        raise ValueError(f"--crop must leave {SHIFTS - 1} of the images' {side} pixels to shift it by, got {options.crop}")
-    options.out.mkdir(parents=True, exist_ok=True)
-    run = Run(options, job, images)
-    run.resume()
-    # Before anything is trained: a folder or a disk that cannot take it says so now.
-    run.save()
-    board = tensorboard(options.out, len(run.records) + 1) if job.writes else None
-    while len(run.records) < options.epochs:
+    result = result_of(options, job)
+    if result is None:
+        images = data.load(options.data, options.root, options.size, options.limit).to(job.device)
+        if options.crop + SHIFTS - 1 > images.test.x.shape[-1]:
+            side = images.test.x.shape[-1]
+            raise ValueError(f"--crop must leave {SHIFTS - 1} of the images' {side} pixels to shift it by, got {options.crop}")
+        options.out.mkdir(parents=True, exist_ok=True)
+        run = Run(options, job, images)
+        run.resume()
+        # Before anything is trained: a folder or a disk that cannot take it says so now.
+        run.save()
+        go_on(run, console)
+        result = conclude(run) if job.writes else {}
+        # Nobody leaves while another one is still at work.
+        job.sum(0)
+    if job.writes:
+        line = "accuracy {accuracy:.2%}, deviation over shifts {deviation:.4f}, consistency {consistency:.2%}"
+        console.print(line.format(**result), highlight=False)
+    return result
+
+
+def go_on(run: Run, console: Console) -> None:
+    """The epochs that remain."""
+    board = tensorboard(run.options.out, len(run.records) + 1) if run.job.writes else None
+    while len(run.records) < run.options.epochs:
         record = run.epoch()
         run.records.append(record)
         if board:
@@ -234,33 +248,40 @@ def train(options: argparse.Namespace, job: Job, console: Console) -> dict[str, 
                 board.add_scalar(name, record[name], record["epoch"])
             board.flush()
         run.save()
-        if job.writes:
+        if run.job.writes:
             line = "epoch {epoch:>3}  loss {loss:.4f}  accuracy {accuracy:.2%}  {seconds:.1f} s"
             console.print(line.format(**record), highlight=False)
     if board:
         board.close()
-    result: dict[str, Any] = {}
-    if job.writes:
-        shifts = run.shift_consistency(options.shift_images)
-        result = {
-            "accuracy": run.records[-1]["accuracy"],
-            "deviation": shifts.deviation,
-            "consistency": shifts.consistency,
-            "seconds": sum(record["seconds"] for record in run.records),
-            "arguments": identity(options, job),
-            "versions": info.versions(),
-            "device": info.devices()[job.device],
-            "threads": options.threads if job.device.type == "cpu" else None,
-            "date": datetime.date.today().isoformat(),
-        }
-        torch.save({"probability": shifts.probability, "prediction": shifts.prediction}, options.out / "shifts.pt")
-        with replacing(options.out / "result.json") as part:
-            part.write_text(json.dumps(result, indent=1) + "\n")
-        line = "accuracy {accuracy:.2%}, deviation over shifts {deviation:.4f}, consistency {consistency:.2%}"
-        console.print(line.format(**result), highlight=False)
-    # Nobody leaves while another one is still at work.
-    job.sum(0)
+
+
+def conclude(run: Run) -> dict[str, Any]:
+    """Measures what has been trained, and writes it, the result last."""
+    options, job = run.options, run.job
+    shifts = run.shift_consistency(options.shift_images)
+    result = {
+        "accuracy": run.records[-1]["accuracy"],
+        "deviation": shifts.deviation,
+        "consistency": shifts.consistency,
+        "seconds": sum(record["seconds"] for record in run.records),
+        "arguments": identity(options, job),
+        "versions": info.versions(),
+        "device": info.devices()[job.device],
+        "threads": options.threads if job.device.type == "cpu" else None,
+        "date": datetime.date.today().isoformat(),
+    }
+    with replacing(options.out / "shifts.pt") as part:
+        torch.save({"probability": shifts.probability, "prediction": shifts.prediction}, part)
+    with replacing(options.out / "result.json") as part:
+        part.write_text(json.dumps(result, indent=1) + "\n")
     return result
+
+
+def result_of(options: argparse.Namespace, job: Job) -> dict[str, Any] | None:
+    """What a run with these arguments has written at its end, if it came to it."""
+    path = options.out / "result.json"
+    result = json.loads(path.read_text()) if path.exists() else None
+    return result if result and result["arguments"] == identity(options, job) else None
 
 
 def tensorboard(out: Path, epoch: int) -> Any:
