@@ -72,7 +72,7 @@ def measures(path: Path, title: str, panels: Sequence[Measure]) -> Path:
                 axes.plot(seeds, [place] * len(seeds), "o", color=colour, markersize=7, alpha=0.6, markeredgewidth=0)
                 axes.plot(np.mean(seeds), place, "|", color=colour, markersize=20, markeredgewidth=3)
             axes.set_xlabel(panel.label)
-            axes.xaxis.set_major_locator(MaxNLocator(6))
+            axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
             if panel.percent:
                 axes.xaxis.set_major_formatter(PercentFormatter(1))
             _plain(axes)
