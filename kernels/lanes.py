@@ -10,12 +10,8 @@ are read and written at once where sizes, strides and addresses are all multiple
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import operator
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 
@@ -158,53 +154,3 @@ def _join(slices, COUNT: tl.constexpr):
     else:
         joined = tl.join(_join(slices[0::2], COUNT // 2), _join(slices[1::2], COUNT // 2))
         return joined.reshape(joined.shape[0], joined.shape[1], COUNT)
-
-
-class Layout(NamedTuple):
-    """A tensor as a launch sees it, without its data: five entries each, of N, C, A, B and W."""
-
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-
-    @property
-    def is_channels_last(self) -> bool:
-        """Whether the channels lie closer together than the columns."""
-        return self.strides[1] < self.strides[4]
-
-    def is_cut(self, axis: int, count: int) -> bool:
-        """Whether the tensor is cut into vectors of `count` successive elements along an axis."""
-        others = (stride for dim, stride in enumerate(self.strides) if dim != axis and self.shape[dim] > 1)
-        dense = self.strides[axis] == 1 or self.shape[axis] == 1
-        return dense and self.shape[axis] % count == 0 and all(stride % count == 0 for stride in others)
-
-
-def layout_of(t: torch.Tensor) -> Layout:
-    """The layout of a batched tensor of 1 to 3 spatial axes."""
-    (n, c, *sizes), (stride_n, stride_c, *strides) = t.shape, t.stride()
-    absent = 3 - len(sizes)
-    return Layout(
-        (n, c, *sizes[:-1], *(1,) * absent, sizes[-1]),
-        (stride_n, stride_c, *strides[:-1], *(0,) * absent, strides[-1]),
-    )  # fmt: skip
-
-
-def alignment_of(*tensors: torch.Tensor) -> int:
-    """The greatest power of two, in elements and up to 128 bytes, of which all the tensors' addresses are multiples."""
-    address = functools.reduce(operator.or_, (t.data_ptr() for t in tensors), 128)
-    return max((address & -address) // tensors[0].element_size(), 1)
-
-
-def contiguous(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
-    """Small tensors, or none, as kernels read them that are not told their strides."""
-    return [t if t is None else t.contiguous() for t in tensors]
-
-
-@functools.cache
-def warp_size(device: torch.device) -> int:
-    """The threads of a warp: a device's own, and NVIDIA's where no device runs the kernel."""
-    return torch.cuda.get_device_properties(device).warp_size if device.type == "cuda" else 32
-
-
-def device_guard(x: torch.Tensor):
-    """Makes x's device the current one while a kernel is launched on it; nothing to guard on the CPU (the interpreter)."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()

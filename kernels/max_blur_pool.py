@@ -25,22 +25,11 @@ import torch
 import triton
 import triton.language as tl
 
-from regfast.geometry import Window, blur_window, map_limits
-from regfast.layout import empty_output
+from regfast._core.geometry import Window, blur_window, map_limits
+from regfast._core.layout import empty, empty_output, is_channels_last
 
-from .lanes import (
-    Access,
-    Layout,
-    alignment_of,
-    device_guard,
-    image_of,
-    lane_of,
-    layout_of,
-    load_column,
-    load_columns,
-    store_columns,
-    warp_size,
-)
+from .lanes import Access, image_of, lane_of, load_column, load_columns, store_columns
+from .launch import LAUNCHES, Launch, Layout, alignment_of, keep, kinds_of, on_meta, strides_of, warp_size
 
 
 class Axis(NamedTuple):
@@ -79,25 +68,12 @@ class Axis(NamedTuple):
 
 
 @triton.jit
-def _later(best, new, outside, CARRY: tl.constexpr):
-    """The greater of two samples, `best` the earlier in window order: the first of equals, the last of NaNs.
-
-    A sample is its value and, with CARRY, what travels with it. `outside`: best lies before the image; even -inf beats it.
-    """
-    if CARRY:
-        take = (new[0] > best[0]) | (new[0] != new[0]) | outside
-        return (tl.where(take, new[0], best[0]), tl.where(take, new[1], best[1]))
-    else:
-        return (tl.maximum(best[0], new[0], propagate_nan=tl.PropagateNan.ALL),)
-
-
-@triton.jit
-def _later_each(best, new, outside, COUNT: tl.constexpr, CARRY: tl.constexpr):
-    """`_later` over two tuples of samples."""
-    merged = ()
+def _greater_each(best, new, COUNT: tl.constexpr):
+    """The greater of two tuples of tiles, tile by tile. A NaN wins."""
+    greater = ()
     for t in tl.static_range(COUNT):
-        merged = merged + (_later(best[t], new[t], outside, CARRY),)
-    return merged
+        greater = greater + (tl.maximum(best[t], new[t], propagate_nan=tl.PropagateNan.ALL),)
+    return greater
 
 
 @triton.jit
@@ -113,75 +89,43 @@ def _border(q, high, AXIS: tl.constexpr):
 
 
 @triton.jit
-def _samples(
-    x, t, a, b, FIRST: tl.constexpr, COUNT: tl.constexpr,
-    AXIS_W: tl.constexpr, CARRY: tl.constexpr, ACCESS: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """COUNT samples of each lane from its column FIRST on: x's value and, with CARRY, t's."""
-    OWN: tl.constexpr = AXIS_W.group
-    values = load_columns(x, a, b, FIRST, COUNT, OWN, float("-inf"), ACCESS, ACC)
-    if CARRY:
-        carried = load_columns(t, a, b, FIRST, COUNT, OWN, 0.0, ACCESS, ACC)
-    samples = ()
-    for i in tl.static_range(COUNT):
-        if CARRY:
-            samples = samples + ((values[i], carried[i]),)
-        else:
-            samples = samples + ((values[i],),)
-    return samples
-
-
-@triton.jit
-def _sample(x, t, a, b, w, AXIS_W: tl.constexpr, CARRY: tl.constexpr, ACCESS: tl.constexpr, ACC: tl.constexpr):
-    """The sample at column w."""
-    OWN: tl.constexpr = AXIS_W.group
-    value = load_column(x, a, b, w, OWN, float("-inf"), ACCESS, ACC)
-    if CARRY:
-        return (value, load_column(t, a, b, w, OWN, 0.0, ACCESS, ACC))
-    else:
-        return (value,)
-
-
-@triton.jit
-def _row_maxima(x, t, a, b, high_w, AXIS_W: tl.constexpr, CARRY: tl.constexpr, ACCESS: tl.constexpr, ACC: tl.constexpr):
-    """One input row's maxima under the taps of a lane's outputs: `maps` samples."""
+def _row_maxima(x, a, b, high_w, AXIS_W: tl.constexpr, ACCESS: tl.constexpr, ACC: tl.constexpr):
+    """One input row's maxima under the taps of a lane's outputs: `maps` tiles."""
     K: tl.constexpr = AXIS_W.k
     D: tl.constexpr = AXIS_W.d
     MAPS: tl.constexpr = AXIS_W.maps
+    OWN: tl.constexpr = AXIS_W.group
     FIRST: tl.constexpr = -AXIS_W.lead - AXIS_W.p
-    first = x[1] * AXIS_W.group + FIRST
     maxima = ()
     if AXIS_W.edge == "clamp" or AXIS_W.edge == "reflect":
+        first = x[1] * OWN + FIRST
         # A plain blur's own columns lie within the limits, if the image ends where a lane ends.
         WITHIN: tl.constexpr = ACCESS.whole and K == 1 and AXIS_W.p == 0 and AXIS_W.ends_within
         if WITHIN:
-            own = _samples(x, t, a, b, 0, AXIS_W.group, AXIS_W, CARRY, ACCESS, ACC)
+            own = load_columns(x, a, b, 0, OWN, OWN, float("-inf"), ACCESS, ACC)
         for j in tl.static_range(MAPS):
-            if WITHIN and FIRST + j >= 0 and FIRST + j < AXIS_W.group:
+            if WITHIN and FIRST + j >= 0 and FIRST + j < OWN:
                 maxima = maxima + (own[FIRST + j],)
             else:
                 column = _border(first + AXIS_W.p + j, high_w, AXIS_W) - AXIS_W.p
-                best = _sample(x, t, a, b, column, AXIS_W, CARRY, ACCESS, ACC)
+                best = load_column(x, a, b, column, OWN, float("-inf"), ACCESS, ACC)
                 for i in tl.static_range(1, K):
-                    new = _sample(x, t, a, b, column + D * i, AXIS_W, CARRY, ACCESS, ACC)
-                    best = _later(best, new, column + D * (i - 1) < 0, CARRY)
+                    new = load_column(x, a, b, column + D * i, OWN, float("-inf"), ACCESS, ACC)
+                    best = tl.maximum(best, new, propagate_nan=tl.PropagateNan.ALL)
                 maxima = maxima + (best,)
     else:
-        columns = _samples(x, t, a, b, FIRST, MAPS + AXIS_W.span, AXIS_W, CARRY, ACCESS, ACC)
+        columns = load_columns(x, a, b, FIRST, MAPS + AXIS_W.span, OWN, float("-inf"), ACCESS, ACC)
         for j in tl.static_range(MAPS):
             best = columns[j]
             for i in tl.static_range(1, K):
-                best = _later(best, columns[j + D * i], first + j + D * (i - 1) < 0, CARRY)
+                best = tl.maximum(best, columns[j + D * i], propagate_nan=tl.PropagateNan.ALL)
             maxima = maxima + (best,)
     return maxima
 
 
 @triton.jit
-def _plane_maxima(
-    x, t, a, b, high_b, high_w, AXIS_B: tl.constexpr, AXIS_W: tl.constexpr, CARRY: tl.constexpr, ACCESS: tl.constexpr,
-    ACC: tl.constexpr,
-):  # fmt: skip
-    """One input plane's maxima under the taps of the outputs at row b: maps_b * maps_w samples."""
+def _plane_maxima(x, a, b, high_b, high_w, AXIS_B: tl.constexpr, AXIS_W: tl.constexpr, ACCESS: tl.constexpr, ACC: tl.constexpr):
+    """One input plane's maxima under the taps of the outputs at row b: maps_b * maps_w tiles."""
     K: tl.constexpr = AXIS_B.k
     D: tl.constexpr = AXIS_B.d
     MAPS: tl.constexpr = AXIS_B.maps
@@ -191,48 +135,44 @@ def _plane_maxima(
     if AXIS_B.edge == "clamp" or AXIS_B.edge == "reflect":
         for j in tl.static_range(MAPS):
             row = _border(first + j, high_b, AXIS_B) - AXIS_B.p
-            best = _row_maxima(x, t, a, row, high_w, AXIS_W, CARRY, ACCESS, ACC)
+            best = _row_maxima(x, a, row, high_w, AXIS_W, ACCESS, ACC)
             for i in tl.static_range(1, K):
-                new = _row_maxima(x, t, a, row + D * i, high_w, AXIS_W, CARRY, ACCESS, ACC)
-                best = _later_each(best, new, row + D * (i - 1) < 0, MAPS_W, CARRY)
+                best = _greater_each(best, _row_maxima(x, a, row + D * i, high_w, AXIS_W, ACCESS, ACC), MAPS_W)
             maxima = maxima + best
     else:
         rows = ()
         for offset in tl.static_range(MAPS + AXIS_B.span):
-            rows = rows + (_row_maxima(x, t, a, first - AXIS_B.p + offset, high_w, AXIS_W, CARRY, ACCESS, ACC),)
+            rows = rows + (_row_maxima(x, a, first - AXIS_B.p + offset, high_w, AXIS_W, ACCESS, ACC),)
         for j in tl.static_range(MAPS):
             best = rows[j]
             for i in tl.static_range(1, K):
-                best = _later_each(best, rows[j + D * i], first - AXIS_B.p + j + D * (i - 1) < 0, MAPS_W, CARRY)
+                best = _greater_each(best, rows[j + D * i], MAPS_W)
             maxima = maxima + best
     return maxima
 
 
 @triton.jit
-def _window_maxima(planes, a, AXIS_A: tl.constexpr, COUNT: tl.constexpr, CARRY: tl.constexpr):
-    """The maxima of the windows that start at row a, from the COUNT maxima of each plane they cover."""
+def _window_maxima(planes, AXIS_A: tl.constexpr, COUNT: tl.constexpr):
+    """The maxima of the windows over planes of A, from the COUNT maxima of each plane."""
     K_A: tl.constexpr = AXIS_A.k
     best = planes[0]
     for i in tl.static_range(1, K_A):
-        best = _later_each(best, planes[AXIS_A.d * i], a + AXIS_A.d * (i - 1) < 0, COUNT, CARRY)
+        best = _greater_each(best, planes[AXIS_A.d * i], COUNT)
     return best
 
 
 @triton.jit
-def _rectify(samples, COUNT: tl.constexpr, CARRY: tl.constexpr):
-    """The samples, zero at least; with CARRY, what travels with those that are positive. A NaN stays, and keeps it."""
+def _rectify(maxima, COUNT: tl.constexpr):
+    """The maxima, zero at least. A NaN stays."""
     rectified = ()
     for t in tl.static_range(COUNT):
-        if CARRY:
-            rectified = rectified + ((samples[t][0], tl.where(samples[t][0] <= 0, 0.0, samples[t][1])),)
-        else:
-            rectified = rectified + ((tl.maximum(samples[t][0], 0.0, propagate_nan=tl.PropagateNan.ALL),),)
+        rectified = rectified + (tl.maximum(maxima[t], 0.0, propagate_nan=tl.PropagateNan.ALL),)
     return rectified
 
 
 @triton.jit
-def _blur_plane(maxima, b, g, high_b, high_w, AXIS_B: tl.constexpr, AXIS_W: tl.constexpr, CARRY: tl.constexpr):
-    """The maxima (or, with CARRY, what came with them) weighted by the taps of B and W and summed: a tile for each own output."""
+def _blur_plane(maxima, b, g, high_b, high_w, AXIS_B: tl.constexpr, AXIS_W: tl.constexpr):
+    """The maxima weighted by the taps of B and W and summed: a tile for each own output."""
     TAPS_B: tl.constexpr = AXIS_B.b
     TAPS_W: tl.constexpr = AXIS_W.b
     OWN: tl.constexpr = AXIS_W.own
@@ -242,7 +182,7 @@ def _blur_plane(maxima, b, g, high_b, high_w, AXIS_B: tl.constexpr, AXIS_W: tl.c
         for j in tl.static_range(TAPS_B):
             row = 0.0
             for i in tl.static_range(TAPS_W):
-                value = maxima[j * AXIS_W.maps + u * AXIS_W.s + i][CARRY]
+                value = maxima[j * AXIS_W.maps + u * AXIS_W.s + i]
                 if AXIS_W.edge == "zeros":
                     q = g * AXIS_W.group - AXIS_W.lead + u * AXIS_W.s + i
                     value = tl.where((q >= 0) & (q <= high_w), value, 0.0)
@@ -279,26 +219,24 @@ def _blur_rows(rows, AXIS_A: tl.constexpr, COUNT: tl.constexpr):
 
 @triton.jit
 def _next_map_row(
-    held, x, t, q, b, high_a, high_b, high_w, AXIS_A: tl.constexpr, AXIS_B: tl.constexpr, AXIS_W: tl.constexpr,
-    CARRY: tl.constexpr, ACCESS: tl.constexpr, ACC: tl.constexpr,
+    held, x, q, b, high_a, high_b, high_w, AXIS_A: tl.constexpr, AXIS_B: tl.constexpr, AXIS_W: tl.constexpr,
+    ACCESS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Row q of the max map, blurred along B and W, and the plane maxima to hold for row q + 1."""
     COUNT: tl.constexpr = AXIS_B.maps * AXIS_W.maps
     OWN: tl.constexpr = AXIS_W.own
-    first = q - AXIS_A.p
-    held = held + (_plane_maxima(x, t, first + AXIS_A.span, b, high_b, high_w, AXIS_B, AXIS_W, CARRY, ACCESS, ACC),)
-    maxima = _window_maxima(held, first, AXIS_A, COUNT, CARRY)
+    held = held + (_plane_maxima(x, q - AXIS_A.p + AXIS_A.span, b, high_b, high_w, AXIS_B, AXIS_W, ACCESS, ACC),)
+    maxima = _window_maxima(held, AXIS_A, COUNT)
     if AXIS_A.edge == "clamp" or AXIS_A.edge == "reflect":
         if (q < AXIS_A.low) | (q > high_a):
             first = _border(q, high_a, AXIS_A) - AXIS_A.p
             planes = ()
             for offset in tl.static_range(AXIS_A.span + 1):
-                plane = _plane_maxima(x, t, first + offset, b, high_b, high_w, AXIS_B, AXIS_W, CARRY, ACCESS, ACC)
-                planes = planes + (plane,)
-            maxima = _window_maxima(planes, first, AXIS_A, COUNT, CARRY)
+                planes = planes + (_plane_maxima(x, first + offset, b, high_b, high_w, AXIS_B, AXIS_W, ACCESS, ACC),)
+            maxima = _window_maxima(planes, AXIS_A, COUNT)
     if AXIS_W.relu:
-        maxima = _rectify(maxima, COUNT, CARRY)
-    blurred = _blur_plane(maxima, b, x[1], high_b, high_w, AXIS_B, AXIS_W, CARRY)
+        maxima = _rectify(maxima, COUNT)
+    blurred = _blur_plane(maxima, b, x[1], high_b, high_w, AXIS_B, AXIS_W)
     if AXIS_A.edge == "zeros":
         blurred = _keep_each(blurred, (q >= 0) & (q <= high_a), OWN)
     return blurred, held[1:]
@@ -315,15 +253,6 @@ def _blank_tiles(COUNT: tl.constexpr, LANES: tl.constexpr, ACCESS: tl.constexpr,
 
 
 @triton.jit
-def _blank_samples(COUNT: tl.constexpr, CARRY: tl.constexpr, LANES: tl.constexpr, ACCESS: tl.constexpr, ACC: tl.constexpr):
-    """COUNT samples of zeros."""
-    samples = ()
-    for t in tl.static_range(COUNT):
-        samples = samples + (_blank_tiles(CARRY + 1, LANES, ACCESS, ACC),)
-    return samples
-
-
-@triton.jit
 def _program(others, chunks, per_chunk):
     """What this program processes: a block of lanes, a position of B, and of the positions of A the first.
 
@@ -334,22 +263,20 @@ def _program(others, chunks, per_chunk):
     return pid // others, pid % others, chunk * per_chunk
 
 
-def numbers_of(*tensors: str) -> list[str]:
-    """The names of a kernel's numbers, on none of which it is specialised: lanes, sizes, limits and the tensors' strides."""
-    sizes = [f"{what}_{axis}" for what in ("size", "out", "high") for axis in "abw"]
-    return ["lanes", "channels", "groups", "rows", *sizes, *(f"{tensor}_stride_{axis}" for tensor in tensors for axis in "ncabw")]
+# None of a kernel's numbers is specialised on.
+NUMBERS = [
+    "lanes", "channels", "groups", "rows", *(f"{what}_{axis}" for what in ("size", "out", "high") for axis in "abw"),
+]  # fmt: skip
 
 
-@triton.jit(do_not_specialize=numbers_of("x", "t", "y"))
+@triton.jit(do_not_specialize=[*NUMBERS, *strides_of("x", "y")])
 def _forward_kernel(
-    x_ptr, t_ptr, y_ptr, lanes, channels, groups, size_a, size_b, size_w, out_a, out_b, out_w, high_a, high_b, high_w, rows,
+    x_ptr, y_ptr, lanes, channels, groups, size_a, size_b, size_w, out_a, out_b, out_w, high_a, high_b, high_w, rows,
     x_stride_n, x_stride_c, x_stride_a, x_stride_b, x_stride_w,
-    t_stride_n, t_stride_c, t_stride_a, t_stride_b, t_stride_w,
     y_stride_n, y_stride_c, y_stride_a, y_stride_b, y_stride_w,
-    AXIS_A: tl.constexpr, AXIS_B: tl.constexpr, AXIS_W: tl.constexpr, TANGENT: tl.constexpr, ACCESS: tl.constexpr,
-    LANES: tl.constexpr,
+    AXIS_A: tl.constexpr, AXIS_B: tl.constexpr, AXIS_W: tl.constexpr, ACCESS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """Shapes: x and t (N, channels, size_a, size_b, size_w); y (N, channels, out_a, out_b, out_w). t is read with TANGENT only.
+    """Shapes: x (N, channels, size_a, size_b, size_w); y (N, channels, out_a, out_b, out_w).
 
     This program processes `rows` successive output rows of A, at one position of B, for LANES lanes of `own` outputs of W.
     """
@@ -358,10 +285,8 @@ def _forward_kernel(
     lane = lane_of(lanes, channels, groups, block, LANES, ACCESS)
     sizes = (size_a, size_b, size_w)
     x_strides = (x_stride_n, x_stride_c, x_stride_a, x_stride_b, x_stride_w)
-    t_strides = (t_stride_n, t_stride_c, t_stride_a, t_stride_b, t_stride_w)
     y_strides = (y_stride_n, y_stride_c, y_stride_a, y_stride_b, y_stride_w)
     x = image_of(x_ptr, lane, AXIS_W.group, sizes, x_strides, ACCESS)
-    t = image_of(t_ptr, lane, AXIS_W.group, sizes, t_strides, ACCESS)
     y = image_of(y_ptr, lane, AXIS_W.own, (out_a, out_b, out_w), y_strides, ACCESS)
 
     S: tl.constexpr = AXIS_A.s
@@ -374,7 +299,7 @@ def _forward_kernel(
     WARM_UP: tl.constexpr = -(-(SHARED + SPAN) // S)
     held = ()
     for p in tl.static_range(SPAN):
-        held = held + (_blank_samples(AXIS_B.maps * AXIS_W.maps, TANGENT, LANES, ACCESS, ACC),)
+        held = held + (_blank_tiles(AXIS_B.maps * AXIS_W.maps, LANES, ACCESS, ACC),)
     shared = ()
     for r in tl.static_range(SHARED):
         shared = shared + (_blank_tiles(OWN, LANES, ACCESS, ACC),)
@@ -382,7 +307,7 @@ def _forward_kernel(
         o = start - WARM_UP + step
         q = o * S - AXIS_A.lead + SHARED
         for j in tl.static_range(S):
-            row, held = _next_map_row(held, x, t, q + j, b, high_a, high_b, high_w, AXIS_A, AXIS_B, AXIS_W, TANGENT, ACCESS, ACC)
+            row, held = _next_map_row(held, x, q + j, b, high_a, high_b, high_w, AXIS_A, AXIS_B, AXIS_W, ACCESS, ACC)
             shared = shared + (row,)
         store_columns(y, o, b, _blur_rows(shared, AXIS_A, OWN), OWN, o >= start, ACCESS)
         shared = shared[S:]
@@ -732,7 +657,7 @@ def _next_gradient_row(
         return gradients, held, sums
 
 
-@triton.jit(do_not_specialize=numbers_of("g", "x", "dx"))
+@triton.jit(do_not_specialize=[*NUMBERS, *strides_of("g", "x", "dx")])
 def _backward_kernel(
     g_ptr, x_ptr, dx_ptr, lanes, channels, groups, size_a, size_b, size_w, out_a, out_b, out_w, high_a, high_b, high_w, rows,
     g_stride_n, g_stride_c, g_stride_a, g_stride_b, g_stride_w,
@@ -846,7 +771,6 @@ class Cut(NamedTuple):
 CUTS = {
     #            contiguous          channels last       volumes: contiguous  channels last
     "forward": (Cut(4, 1, 16, 4), Cut(2, 4, 16, 4), Cut(2, 1, 8, 4), Cut(1, 4, 8, 4)),
-    "tangent": (Cut(2, 1, 16, 4), Cut(1, 4, 16, 4), Cut(1, 1, 8, 4), Cut(1, 2, 8, 4)),
     "backward": (Cut(4, 1, 16, 4), Cut(2, 2, 16, 4), Cut(2, 1, 8, 4), Cut(1, 2, 8, 4)),
     "blur": (Cut(4, 1, 16, 4), Cut(2, 4, 16, 4), Cut(4, 1, 8, 4), Cut(1, 4, 8, 4)),
     "blur backward": (Cut(4, 1, 16, 4), Cut(2, 4, 16, 4), Cut(2, 1, 8, 8), Cut(1, 4, 8, 4)),
@@ -878,51 +802,57 @@ def access_for(cut: Cut, stride: int, alignment: int, inputs: tuple[Layout, ...]
     return 1, Access(False, 1, False)
 
 
-class Plan(NamedTuple):
-    """All of a launch but its tensors: the grid, the kernel's numbers in their order, its constants and options."""
-
-    grid: tuple[int]
-    numbers: tuple[int, ...]
-    options: dict[str, Any]
-
-
-# In training the same few layouts come again and again.
-@functools.lru_cache(maxsize=1024)
-def plan_forward(window: Window, tangent: bool, x: Layout, t: Layout, y: Layout, alignment: int, cut: Cut, warp: int) -> Plan:
-    """The forward's plan, or the tangent's."""
-    own, access = access_for(cut, window.stride[-1], alignment, (x, t), y)
-    *positions, out_w = y.shape[2:]
+def _prepare_forward(x: torch.Tensor, window: Window, misaligned: int) -> tuple[torch.Size, tuple[int, ...], Launch]:
+    """The output's shape and strides, and the launch that fills it."""
+    check_sizes(x)
+    like = empty_output(on_meta(x), window)
+    read, written = layout_of(x), layout_of(like)
+    cut = cut_for("forward" if window.takes_max else "blur", window.rank, read.is_channels_last)
+    own, access = access_for(cut, window.stride[-1], alignment_of(misaligned) // x.element_size(), (read,), written)
+    *positions, out_w = written.shape[2:]
     covered = (*positions, -(-out_w // own))
-    return _plan(window, own, access, (x, t, y), x, y, covered, cut, warp, {"TANGENT": tangent})
+    options = _options(window, own, access, cut, x.device)
+    grid, numbers = _numbers(window, access, (read, written), read, written, covered, cut, options["LANES"])
+    return like.shape, like.stride(), Launch(_forward_kernel, grid, numbers, x.device, not misaligned, **options)
 
 
-@functools.lru_cache(maxsize=1024)
-def plan_backward(window: Window, g: Layout, x: Layout, dx: Layout, alignment: int, cut: Cut, warp: int) -> Plan:
-    """The backward's plan."""
-    own, access = access_for(cut, window.stride[-1], alignment, (dx, x), g)
-    covered = tuple(-(-size // axis.group) for size, axis in zip(dx.shape[2:], axes_of(window, own)))
-    return _plan(window, own, access, (g, x, dx), dx, g, covered, cut, warp, {"TAKES_MAX": window.takes_max})
+def _prepare_backward(g: torch.Tensor, x: torch.Tensor, dx: torch.Tensor, window: Window, misaligned: int) -> Launch:
+    """The launch that fills dx. x is read where the window takes a maximum."""
+    check_sizes(dx)
+    layouts = sent, read, written = layout_of(g), layout_of(x), layout_of(dx)
+    cut = cut_for("backward" if window.takes_max else "blur backward", window.rank, written.is_channels_last)
+    own, access = access_for(cut, window.stride[-1], alignment_of(misaligned) // g.element_size(), (written, read), sent)
+    covered = tuple(-(-size // axis.group) for size, axis in zip(written.shape[2:], axes_of(window, own)))
+    options = _options(window, own, access, cut, g.device) | {"TAKES_MAX": window.takes_max}
+    grid, numbers = _numbers(window, access, layouts, written, sent, covered, cut, options["LANES"])
+    return Launch(_backward_kernel, grid, numbers, g.device, not misaligned, **options)
 
 
-def _plan(
-    window: Window, own: int, access: Access, layouts: tuple[Layout, ...], x: Layout, y: Layout, covered: tuple[int, ...],
-    cut: Cut, warp: int, constants: dict[str, Any],
-) -> Plan:  # fmt: skip
-    """What the plans share. `layouts` are the arguments'; x is the input's and y the output's; `covered` are the positions of A
-    and B and the groups of W that there are programs for."""
+def _options(window: Window, own: int, access: Access, cut: Cut, device: torch.device) -> dict[str, Any]:
+    """The kernels' constants and options."""
+    axes = dict(zip(("AXIS_A", "AXIS_B", "AXIS_W"), axes_of(window, own)))
+    return axes | {"ACCESS": access, "LANES": warp_size(device) * cut.num_warps, "num_warps": cut.num_warps}
+
+
+def _numbers(
+    window: Window, access: Access, layouts: tuple[Layout, ...], x: Layout, y: Layout, covered: tuple[int, ...], cut: Cut,
+    lanes_a_program: int,
+) -> tuple[int, tuple[int, ...]]:  # fmt: skip
+    """The programs of a launch, and a kernel's numbers in their order.
+
+    `layouts` are the arguments'; x is the input's and y the output's; `covered` are the positions of A and B and the groups of W
+    that there are programs for.
+    """
     n, channels, *sizes = x.shape
     positions_a, positions_b, groups = covered
-    lanes, lanes_a_program = n * channels // access.vector * groups, warp * cut.num_warps
+    lanes = n * channels // access.vector * groups
     blocks = -(-lanes // lanes_a_program) * positions_b
-    chunks = max(-(-positions_a // cut.rows), min(cut.programs // blocks, positions_a // 4))
+    # (No image has no block.)
+    chunks = max(-(-positions_a // cut.rows), min(cut.programs // max(blocks, 1), positions_a // 4))
     rows = -(-positions_a // chunks)
     strides = (stride for layout in layouts for stride in layout.strides)
-    axes = dict(zip(("AXIS_A", "AXIS_B", "AXIS_W"), axes_of(window, own)))
-    return Plan(
-        grid=(blocks * -(-positions_a // rows),),
-        numbers=(lanes, channels, groups, *sizes, *y.shape[2:], *_highs(window, x), rows, *strides),
-        options=axes | constants | {"ACCESS": access, "LANES": lanes_a_program, "num_warps": cut.num_warps},
-    )
+    numbers = (lanes, channels, groups, *sizes, *y.shape[2:], *_highs(window, x), rows, *strides)
+    return blocks * -(-positions_a // rows), numbers
 
 
 def _highs(window: Window, x: Layout) -> tuple[int, ...]:
@@ -930,6 +860,16 @@ def _highs(window: Window, x: Layout) -> tuple[int, ...]:
     spatial = [size for axis, size in enumerate(x.shape[2:]) if axis == 2 or axis < window.rank - 1]
     highs = [map_limits(window, axis, size)[1] for axis, size in enumerate(spatial)]
     return (*highs[:-1], *(0,) * (3 - window.rank), highs[-1])
+
+
+def layout_of(t: torch.Tensor) -> Layout:
+    """The layout of a batched tensor of 1 to 3 spatial axes."""
+    (n, c, *sizes), (stride_n, stride_c, *strides) = t.shape, t.stride()
+    absent = 3 - len(sizes)
+    return Layout(
+        (n, c, *sizes[:-1], *(1,) * absent, sizes[-1]),
+        (stride_n, stride_c, *strides[:-1], *(0,) * absent, strides[-1]),
+    )  # fmt: skip
 
 
 def check_sizes(x: torch.Tensor) -> None:
@@ -942,44 +882,36 @@ def check_sizes(x: torch.Tensor) -> None:
         raise ValueError(f"the kernels take spatial sizes below 2^30, got {tuple(x.shape[2:])}: take backend 'reference'")
 
 
-def launch_forward(x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, window: Window, tangent: bool) -> torch.Tensor:
-    """Fills y, (N, C, *out), with the blurred maxima of x, or with t, (N, C, *size) like x, read where they came from."""
-    if y.numel() == 0:
-        return y
-    check_sizes(x)
-    layout = layout_of(x)
-    cut = cut_for("tangent" if tangent else "forward" if window.takes_max else "blur", window.rank, layout.is_channels_last)
-    layouts, alignment = (layout, layout_of(t), layout_of(y)), alignment_of(x, t, y)
-    plan = plan_forward(window, tangent, *layouts, alignment, cut, warp_size(x.device))
-    with device_guard(x):
-        _forward_kernel[plan.grid](x, t, y, *plan.numbers, **plan.options)
-    return y
-
-
-def launch_backward(g: torch.Tensor, x: torch.Tensor, dx: torch.Tensor, window: Window) -> torch.Tensor:
-    """Fills dx with the gradient that g, (N, C, *out), sends back to x; x is not read where the window takes no maximum."""
-    if dx.numel() == 0:
-        return dx
-    check_sizes(dx)
-    layout = layout_of(dx)
-    cut = cut_for("backward" if window.takes_max else "blur backward", window.rank, layout.is_channels_last)
-    layouts, alignment = (layout_of(g), layout_of(x), layout), alignment_of(g, x, dx)
-    plan = plan_backward(window, *layouts, alignment, cut, warp_size(dx.device))
-    with device_guard(dx):
-        _backward_kernel[plan.grid](g, x, dx, *plan.numbers, **plan.options)
-    return dx
-
-
 def max_blur_pool(x: torch.Tensor, window: Window) -> torch.Tensor:
     """Blurred maxima of x, (N, C, *spatial), in x's dtype and memory format."""
-    return launch_forward(x, x, empty_output(x, window), window, tangent=False)
-
-
-def max_blur_pool_tangent(t: torch.Tensor, x: torch.Tensor, window: Window) -> torch.Tensor:
-    """The derivative of `max_blur_pool` at x in the direction t: t, like x, read where the maxima of x lie, and blurred."""
-    return launch_forward(x, t, empty_output(x, window), window, tangent=True)
+    kinds = kinds_of(x)
+    key = ("max_blur_pool", window, x.shape, x.device, kinds)
+    shape, strides, launch = LAUNCHES.get(key) or keep(key, _prepare_forward(x, window, kinds[-1]))
+    y = x.new_empty_strided(shape, strides)
+    launch(x, y)
+    return y
 
 
 def max_blur_pool_backward(g: torch.Tensor, x: torch.Tensor, window: Window) -> torch.Tensor:
     """The gradient of x, laid out as x is (contiguous where x overlaps itself), from that of the output."""
-    return launch_backward(g, x, torch.empty_like(x), window)
+    kinds = kinds_of(g, x)
+    key = ("max_blur_pool_backward", window, x.shape, x.device, kinds)
+    dx = torch.empty_like(x)
+    launch = LAUNCHES.get(key) or keep(key, _prepare_backward(g, x, dx, window, kinds[-1]))
+    launch(g, x, dx)
+    return dx
+
+
+def blur_pool_backward(g: torch.Tensor, shape: torch.Size, stride: tuple[int, ...], window: Window) -> torch.Tensor:
+    """The gradient of an input of a plain blur, of such a shape and strides, in its memory format, from that of the output."""
+    kinds = kinds_of(g)
+    key = ("blur_pool_backward", window, shape, stride, g.device, kinds)
+    found = LAUNCHES.get(key)
+    if found is None:
+        channels_last = is_channels_last(torch.empty_strided(shape, stride, device="meta"))
+        like = empty(list(shape), on_meta(g), channels_last)
+        found = keep(key, (like.stride(), _prepare_backward(g, like, like, window, kinds[-1])))
+    strides, launch = found
+    dx = g.new_empty_strided(shape, strides)
+    launch(g, dx, dx)
+    return dx

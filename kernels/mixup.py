@@ -15,7 +15,6 @@ Two numbers, per element of e bytes in and f bytes out:
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any, NamedTuple
 
@@ -23,7 +22,20 @@ import torch
 import triton
 import triton.language as tl
 
-from .lanes import contiguous, device_guard
+from .launch import (
+    LAUNCHES,
+    Launch,
+    Layout,
+    contiguous,
+    keep,
+    kinds_of,
+    scalar,
+    strides_of,
+    wide_of,
+)
+
+# A weight: a number, or a tensor, 0-d or one number per sample.
+Weight = float | torch.Tensor
 
 # Elements a program, and its warps: 16 elements a thread, which is one 128-bit load of bytes and two of half precision.
 BLOCK, WARPS = 2048, 4
@@ -149,25 +161,29 @@ def _scale(value, scale_ptr, shift_ptr, c, channels):
     return value
 
 
-def numbers_of(*tensors: str) -> list[str]:
-    """The names of a kernel's numbers, on none of which it is specialised: sizes and the tensors' strides."""
-    return [
-        "batch", "numel", "size_c", "size_a", "size_h", "size_w", "lam_stride", "box_stride",
-        *(f"{tensor}_stride_{axis}" for tensor in tensors for axis in "ncahw"),
-    ]  # fmt: skip
+@triton.jit
+def _lam(ptr, lam, i, stride, ACC: tl.constexpr):
+    """Sample i's weight: a number, or one number of the batch or of the sample in memory."""
+    if ptr is not None:
+        ptr += i * stride
+    return scalar(ptr, lam, ACC)
 
 
-@triton.jit(do_not_specialize=numbers_of("x", "y"))
+# None of a kernel's numbers is specialised on.
+NUMBERS = ["batch", "numel", "size_c", "size_a", "size_h", "size_w", "lam_stride", "box_stride"]
+
+
+@triton.jit(do_not_specialize=[*NUMBERS, *strides_of("x", "y", axes="ncahw")])
 def _forward_kernel(
-    x_ptr, index_ptr, lam_ptr, box_ptr, scale_ptr, shift_ptr, y_ptr,
+    x_ptr, index_ptr, lam_ptr, box_ptr, scale_ptr, shift_ptr, y_ptr, lam: tl.float64,
     batch, numel, size_c, size_a, size_h, size_w, lam_stride, box_stride,
     x_stride_n, x_stride_c, x_stride_a, x_stride_h, x_stride_w,
     y_stride_n, y_stride_c, y_stride_a, y_stride_h, y_stride_w,
     READ_FLAT: tl.constexpr, WRITE_FLAT: tl.constexpr, ALIGN: tl.constexpr, ORDER: tl.constexpr, IN_PLACE: tl.constexpr,
     ACC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Shapes: x and y (batch, size_c, size_a, size_h, size_w); index (batch,); lam () or (batch,); box (4,) or (batch, 4) or
-    None; scale and shift (size_c,) or None.
+    """Shapes: x and y (batch, size_c, size_a, size_h, size_w); index (batch,); lam_ptr () or (batch,), or None where lam is a
+    number; box (4,) or (batch, 4) or None; scale and shift (size_c,) or None.
 
     This program processes BLOCK elements of one sample, and IN_PLACE, where y is x and the index an involution, those of its
     partner too: of a pair, the first does it. A sample whose partner does not exist is filled with NaN.
@@ -189,26 +205,26 @@ def _forward_kernel(
     UNIT: tl.constexpr = 1.0 / 255.0 if x_ptr.dtype.element_ty == tl.uint8 else 1.0
     unit = tl.where(known, tl.full((), UNIT, ACC), float("nan"))
     to = y_ptr.dtype.element_ty
-    value = _mix(own, partner, tl.load(lam_ptr + i * lam_stride).to(ACC), _region(box_ptr, i, box_stride, place), unit)
+    value = _mix(own, partner, _lam(lam_ptr, lam, i, lam_stride, ACC), _region(box_ptr, i, box_stride, place), unit)
     value = _scale(value, scale_ptr, shift_ptr, place[0], size_c)
     tl.store(_sample(y_ptr, i, y_stride_n, WRITE_FLAT, ALIGN) + y_offsets, value.to(to), mask=exists)
     if IN_PLACE and known:
-        value = _mix(partner, own, tl.load(lam_ptr + j * lam_stride).to(ACC), _region(box_ptr, j, box_stride, place), unit)
+        value = _mix(partner, own, _lam(lam_ptr, lam, j, lam_stride, ACC), _region(box_ptr, j, box_stride, place), unit)
         value = _scale(value, scale_ptr, shift_ptr, place[0], size_c)
         tl.store(_sample(y_ptr, j, y_stride_n, WRITE_FLAT, ALIGN) + y_offsets, value.to(to), mask=exists)
 
 
-@triton.jit(do_not_specialize=numbers_of("g", "dx"))
+@triton.jit(do_not_specialize=[*NUMBERS, *strides_of("g", "dx", axes="ncahw")])
 def _backward_kernel(
-    g_ptr, samples_ptr, starts_ptr, lam_ptr, box_ptr, scale_ptr, dx_ptr,
+    g_ptr, order_ptr, lam_ptr, box_ptr, scale_ptr, dx_ptr, lam: tl.float64,
     batch, numel, size_c, size_a, size_h, size_w, lam_stride, box_stride,
     g_stride_n, g_stride_c, g_stride_a, g_stride_h, g_stride_w,
     dx_stride_n, dx_stride_c, dx_stride_a, dx_stride_h, dx_stride_w,
     READ_FLAT: tl.constexpr, WRITE_FLAT: tl.constexpr, ALIGN: tl.constexpr, ORDER: tl.constexpr, ACC: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Shapes: g and dx (batch, size_c, size_a, size_h, size_w); samples (batch,), sorted by their partner; starts (batch + 1,),
-    where each partner's begin in it; lam () or (batch,); box (4,) or (batch, 4) or None; scale (size_c,) or None.
+    """Shapes: g and dx (batch, size_c, size_a, size_h, size_w); order (2*batch + 1,), see `_order_kernel`; lam_ptr () or
+    (batch,), or None where lam is a number; box (4,) or (batch, 4) or None; scale (size_c,) or None.
 
     This program processes BLOCK elements of one sample's gradient.
     """
@@ -221,11 +237,12 @@ def _backward_kernel(
     dx_offsets = _offsets(start, k, place, (dx_stride_c, dx_stride_a, dx_stride_h, dx_stride_w), WRITE_FLAT, ORDER)
 
     gradient = tl.load(_sample(g_ptr, j, g_stride_n, READ_FLAT, ALIGN) + g_offsets, mask=exists).to(ACC)
-    total = _share(gradient, tl.load(lam_ptr + j * lam_stride).to(ACC), _region(box_ptr, j, box_stride, place), True)
+    total = _share(gradient, _lam(lam_ptr, lam, j, lam_stride, ACC), _region(box_ptr, j, box_stride, place), True)
+    starts_ptr = order_ptr + batch
     for s in range(tl.load(starts_ptr + j), tl.load(starts_ptr + j + 1)):
-        i = tl.load(samples_ptr + s)
+        i = tl.load(order_ptr + s)
         gradient = tl.load(_sample(g_ptr, i, g_stride_n, READ_FLAT, ALIGN) + g_offsets, mask=exists).to(ACC)
-        total += _share(gradient, tl.load(lam_ptr + i * lam_stride).to(ACC), _region(box_ptr, i, box_stride, place), False)
+        total += _share(gradient, _lam(lam_ptr, lam, i, lam_stride, ACC), _region(box_ptr, i, box_stride, place), False)
     total = _scale(total, scale_ptr, None, place[0], size_c)
     tl.store(_sample(dx_ptr, j, dx_stride_n, WRITE_FLAT, ALIGN) + dx_offsets, total.to(dx_ptr.dtype.element_ty), mask=exists)
 
@@ -240,46 +257,28 @@ def _share(gradient, lam, region, OWN: tl.constexpr):
         return tl.where(blended, (1.0 - lam) * gradient, tl.where(within, gradient, 0.0))
 
 
-class Layout(NamedTuple):
-    """A batch as a launch sees it, without its data: sizes and strides of N, C, A, H and W."""
+@triton.jit(do_not_specialize=["batch"])
+def _order_kernel(index_ptr, order_ptr, batch, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Shapes: index (batch,); order (2*batch + 1,): the samples sorted by their partner, then where each partner's begin.
 
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-
-    def is_flat(self, channels_last: bool) -> bool:
-        """Whether a sample's elements, in the order of the format, are a run in memory."""
-        expected = 1
-        for axis in (1, 4, 3, 2) if channels_last else (4, 3, 2, 1):
-            if self.shape[axis] > 1 and self.strides[axis] != expected:
-                return False
-            expected *= self.shape[axis]
-        return True
-
-    def is_dense(self) -> bool:
-        """Whether a sample's elements, in some order, are a run in memory."""
-        expected = 1
-        for stride, size in sorted(zip(self.strides[1:], self.shape[1:])):
-            if size > 1 and stride != expected:
-                return False
-            expected *= size
-        return True
+    This program processes ROWS samples, and as many partners. It counts the samples that come before each: a sort by B^2
+    comparisons, which for the batches of a training step take a GPU less than one pass of a radix sort does.
+    """
+    i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    partner = tl.load(index_ptr + i, mask=i < batch, other=0)
+    before_sample = tl.zeros((ROWS, BLOCK), tl.int32)
+    before_partner = tl.zeros((ROWS, BLOCK), tl.int32)
+    for start in range(0, batch, BLOCK):
+        k = start + tl.arange(0, BLOCK)[None, :]
+        other = tl.load(index_ptr + k, mask=k < batch, other=0)
+        before_sample += ((k < batch) & ((other < partner) | ((other == partner) & (k < i)))).to(tl.int32)
+        before_partner += ((k < batch) & (other < i)).to(tl.int32)
+    tl.store(order_ptr + tl.sum(before_sample, 1, keep_dims=True), i, mask=i < batch)
+    tl.store(order_ptr + batch + i, tl.sum(before_partner, 1, keep_dims=True), mask=i <= batch)
 
 
-def as_batch(t: torch.Tensor) -> torch.Tensor:
-    """t as (N, C, A, H, W): an axis that it has not got has size 1, those between C and H are one (which may take a copy)."""
-    n, *sizes = t.shape
-    channels, *spatial = sizes or [1]
-    height = spatial[-2] if len(spatial) > 1 else 1
-    width = spatial[-1] if spatial else 1
-    return t.reshape(n, channels, math.prod(spatial[:-2]), height, width)
-
-
-class Plan(NamedTuple):
-    """All of a launch but its tensors: the grid, the kernel's numbers in their order, and its constants."""
-
-    grid: tuple[int]
-    numbers: tuple[int, ...]
-    options: dict[str, Any]
+# The samples and partners that a program of it processes, those it compares them with at once, and the batches it is for.
+ORDER_ROWS, ORDER_BLOCK, ORDER_BATCH = 16, 256, 8192
 
 
 def order_of(shape: tuple[int, ...], channels_last: bool, flat: bool) -> Order:
@@ -288,7 +287,8 @@ def order_of(shape: tuple[int, ...], channels_last: bool, flat: bool) -> Order:
     At most 16 of them; 8 where they are not `flat`, as the addresses of longer ones would be more than there are registers for.
     """
     _, size_c, _, size_h, size_w = shape
-    inner, outer = (size_c, size_w) if channels_last else (size_w, size_h)
+    # (A sample without elements has rows of none.)
+    inner, outer = (max(size_c, 1), size_w) if channels_last else (max(size_w, 1), size_h)
     run, small = 16 if flat else 8, inner < 16
     while run > 1 and small and (inner + run - 2) // inner > outer:
         run //= 2
@@ -296,79 +296,138 @@ def order_of(shape: tuple[int, ...], channels_last: bool, flat: bool) -> Order:
     return Order(channels_last, run, wraps, small)
 
 
-# In training the same few layouts come again and again.
-@functools.lru_cache(maxsize=1024)
-def plan(read: Layout, written: Layout, lam_stride: int, box_stride: int, positions: bool, double: bool) -> Plan:
-    """The launch for a layout that is read and one that is written, in the order of the latter.
+def layout_of(t: torch.Tensor) -> Layout | None:
+    """t, (N, C, *spatial), as N, C, A, H and W: an absent axis has size 1, and those between C and H are one.
+
+    None where their strides do not make them one.
+    """
+    n, channels, *sizes = (*t.shape, 1)[: max(t.ndim, 2)]
+    stride_n, stride_c, *strides = (*t.stride(), 0)[: max(t.ndim, 2)]
+    absent = 2 - len(sizes)
+    sizes, strides = [1] * absent + sizes, [0] * absent + strides
+    middle, stride = 1, 0
+    for size, outer in zip(reversed(sizes[:-2]), reversed(strides[:-2])):
+        if size > 1 and middle > 1 and outer != middle * stride:
+            return None
+        if size > 1:
+            middle, stride = middle * size, outer if middle == 1 else stride
+    return Layout((n, channels, middle, *sizes[-2:]), (stride_n, stride_c, stride, *strides[-2:]))
+
+
+def _constants(read: Layout, written: Layout, positions: bool, dtypes: tuple[torch.dtype, ...]) -> dict[str, Any]:
+    """What is compiled for, of a layout that is read and one that is written, in the order of the latter.
 
     `positions`: whether an element's channel, row or column is asked for.
     """
-    n, *sizes = written.shape
-    numel = math.prod(sizes)
     channels_last = written.strides[1] < written.strides[4]
     flat = [layout.is_flat(channels_last) for layout in (read, written)]
     if not positions and read.strides == written.strides and written.is_dense():
         # In whatever order.
         flat = [True, True]
     needed = positions or not all(flat)
+    numel = math.prod(written.shape[1:])
     aligned = [numel, *(layout.strides[0] for layout, is_flat in zip((read, written), flat) if is_flat)]
-    return Plan(
-        grid=(n * -(-numel // BLOCK),),
-        numbers=(n, numel, *sizes, lam_stride, box_stride, *read.strides, *written.strides),
-        options=dict(
-            READ_FLAT=flat[0],
-            WRITE_FLAT=flat[1],
-            ALIGN=next(align for align in (16, 4, 1) if all(number % align == 0 for number in aligned)),
-            ORDER=order_of(written.shape, channels_last, all(flat)) if needed else Order(False, 16, 0, False),
-            ACC=tl.float64 if double else tl.float32,
-            BLOCK=BLOCK,
-            num_warps=WARPS,
-        ),
+    return dict(
+        READ_FLAT=flat[0],
+        WRITE_FLAT=flat[1],
+        ALIGN=next(align for align in (16, 4, 1) if all(number % align == 0 for number in aligned)),
+        ORDER=order_of(written.shape, channels_last, all(flat)) if needed else Order(False, 16, 0, False),
+        ACC=wide_of(*dtypes),
+        BLOCK=BLOCK,
+        num_warps=WARPS,
     )
 
 
-def plan_of(
-    read: torch.Tensor, written: torch.Tensor, lam: torch.Tensor, box: torch.Tensor | None, channels: torch.Tensor | None
-) -> Plan:
-    """The launch for these batches, (N, C, A, H, W)."""
-    return plan(
-        Layout(tuple(read.shape), read.stride()),
-        Layout(tuple(written.shape), written.stride()),
-        lam.stride(0) if lam.ndim else 0,
-        4 if box is not None and box.ndim > 1 else 0,
-        box is not None or channels is not None,
-        torch.float64 in (read.dtype, written.dtype),
-    )
+def _numbers(read: Layout, written: Layout, lam: Weight, box: torch.Tensor | None) -> tuple[int, tuple[int, ...]]:
+    """A launch's programs, and a kernel's numbers in their order."""
+    n, *sizes = written.shape
+    numel = math.prod(sizes)
+    lam_stride = lam.stride(0) if isinstance(lam, torch.Tensor) and lam.ndim else 0
+    box_stride = 4 if box is not None and box.ndim > 1 else 0
+    return n * -(-numel // BLOCK), (n, numel, *sizes, lam_stride, box_stride, *read.strides, *written.strides)
 
 
 def mixup(
-    x: torch.Tensor, index: torch.Tensor, lam: torch.Tensor, box: torch.Tensor | None, scale: torch.Tensor | None,
-    shift: torch.Tensor | None, y: torch.Tensor,
+    x: torch.Tensor, index: torch.Tensor, lam: Weight, box: torch.Tensor | None, scale: torch.Tensor | None,
+    shift: torch.Tensor | None, dtype: torch.dtype, memory_format: torch.memory_format, out: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """Fills y, of x's shape, with x blended. y may be x, for an index that is an involution; else they share no memory."""
-    if y.numel() == 0:
-        return y
-    batch, filled = as_batch(x), as_batch(y)
-    index, box, scale, shift = contiguous(index, box, scale, shift)
-    launch = plan_of(batch, filled, lam, box, scale)
-    in_place = y.data_ptr() == x.data_ptr()
-    with device_guard(x):
-        _forward_kernel[launch.grid](
-            batch, index, lam, box, scale, shift, filled, *launch.numbers, **launch.options, IN_PLACE=in_place
-        )
-    return y if filled.data_ptr() == y.data_ptr() else y.copy_(filled.view(y.shape))
+    """x, (N, ...), blended, in a dtype and memory format, or written to `out`.
+
+    `out` may be x, for an index that is an involution; else they share no memory.
+    """
+    index, box, scale, shift = contiguous(index), contiguous(box), contiguous(scale), contiguous(shift)
+    pointer, number = (lam, 0.0) if isinstance(lam, torch.Tensor) else (None, lam)
+    kinds = kinds_of(x, index, pointer, box, scale, shift, out)
+    in_place = out is not None and out.data_ptr() == x.data_ptr()
+    key = ("mixup", dtype, memory_format, in_place, x.shape, x.device, kinds)
+    y = torch.empty_like(x, dtype=dtype, memory_format=memory_format) if out is None else out
+    launch = LAUNCHES.get(key) or keep(key, _prepare_forward(x, y, lam, box, scale, in_place, kinds[-1]))
+    if launch is None:
+        return y.copy_(mixup(x.contiguous(), index, lam, box, scale, shift, dtype, torch.contiguous_format))
+    launch(x, index, pointer, box, scale, shift, y, number)
+    return y
+
+
+def _prepare_forward(
+    x: torch.Tensor, y: torch.Tensor, lam: Weight, box: torch.Tensor | None, scale: torch.Tensor | None, in_place: bool,
+    misaligned: int,
+) -> Launch | None:  # fmt: skip
+    """The launch that fills y, or None where the axes of one of them have to be copied into others."""
+    read, written = layout_of(x), layout_of(y)
+    if read is None or written is None:
+        return None
+    constants = _constants(read, written, box is not None or scale is not None, (x.dtype, y.dtype))
+    grid, numbers = _numbers(read, written, lam, box)
+    return Launch(_forward_kernel, grid, numbers, x.device, not misaligned, **constants, IN_PLACE=in_place)
 
 
 def mixup_backward(
-    g: torch.Tensor, samples: torch.Tensor, starts: torch.Tensor, lam: torch.Tensor, box: torch.Tensor | None,
-    scale: torch.Tensor | None, dx: torch.Tensor,
+    g: torch.Tensor, index: torch.Tensor, lam: Weight, box: torch.Tensor | None, scale: torch.Tensor | None,
+    stride: tuple[int, ...], dtype: torch.dtype,
 ) -> torch.Tensor:  # fmt: skip
-    """Fills dx with the gradient of an input of its layout, from that of the output."""
-    if dx.numel() == 0:
-        return dx
-    gradient, filled = as_batch(g), as_batch(dx)
-    samples, starts, box, scale = contiguous(samples, starts, box, scale)
-    launch = plan_of(gradient, filled, lam, box, scale)
-    with device_guard(dx):
-        _backward_kernel[launch.grid](gradient, samples, starts, lam, box, scale, filled, *launch.numbers, **launch.options)
-    return dx if filled.data_ptr() == dx.data_ptr() else dx.copy_(filled.view(dx.shape))
+    """The gradient of an x of such strides and dtype, in x's memory format, from that of the output."""
+    index, box, scale = contiguous(index), contiguous(box), contiguous(scale)
+    pointer, number = (lam, 0.0) if isinstance(lam, torch.Tensor) else (None, lam)
+    kinds = kinds_of(g, index, pointer, box, scale)
+    key = ("mixup_backward", stride, dtype, g.shape, g.device, kinds)
+    found = LAUNCHES.get(key)
+    if found is None:
+        like = torch.empty_like(torch.empty_strided(g.shape, stride, dtype=dtype, device="meta"))
+        found = keep(key, (like.stride(), *_prepare_backward(g, index, like, lam, box, scale, kinds[-1])))
+    strides, sort, launch = found
+    dx = g.new_empty_strided(g.shape, strides, dtype=dtype)
+    if launch is None:
+        flat = torch.empty(g.shape, device="meta").stride()
+        return dx.copy_(mixup_backward(g.contiguous(), index, lam, box, scale, flat, dtype))
+    if len(index) <= ORDER_BATCH:
+        order = index.new_empty(2 * len(index) + 1, dtype=torch.int32)
+        sort(index, order)
+    else:
+        order = _sorted(index)
+    launch(g, order, pointer, box, scale, dx, number)
+    return dx
+
+
+def _prepare_backward(
+    g: torch.Tensor, index: torch.Tensor, dx: torch.Tensor, lam: Weight, box: torch.Tensor | None, scale: torch.Tensor | None,
+    misaligned: int,
+) -> tuple[Launch, Launch | None]:  # fmt: skip
+    """The launches that order the samples by their partner and that fill dx; no second where axes have to be copied."""
+    batch = len(index)
+    sort = Launch(
+        _order_kernel, -(-(batch + 1) // ORDER_ROWS), (batch,), g.device, not misaligned,
+        ROWS=ORDER_ROWS, BLOCK=ORDER_BLOCK, num_warps=WARPS,
+    )  # fmt: skip
+    read, written = layout_of(g), layout_of(dx)
+    if read is None or written is None:
+        return sort, None
+    constants = _constants(read, written, box is not None or scale is not None, (g.dtype, dx.dtype))
+    grid, numbers = _numbers(read, written, lam, box)
+    return sort, Launch(_backward_kernel, grid, numbers, g.device, not misaligned, **constants)
+
+
+def _sorted(index: torch.Tensor) -> torch.Tensor:
+    """What `_order_kernel` gives, by torch's sort, which a large batch is worth."""
+    partners, samples = index.sort(stable=True)
+    starts = torch.searchsorted(partners, torch.arange(len(index) + 1, device=index.device, dtype=index.dtype))
+    return torch.cat((samples, starts)).int()

@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .lanes import device_guard
+from .launch import LAUNCHES, Launch, keep, kinds_of, on_meta, scalar, wide_of
 
 # Elements a turn of a program, and its warps: 16 elements a thread, two 128-bit loads of half precision.
 BLOCK, WARPS = 2048, 4
@@ -58,31 +58,35 @@ def _pull(u, g, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def _forward_kernel(
-    x_ptr, f_ptr, alpha_ptr, y_ptr, numel, ACTIVATION: tl.constexpr, FORM: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr
-):
-    """Shapes: x, f and y (numel,); alpha (1,). This program processes BLOCK elements."""
+    x_ptr, f_ptr, alpha_ptr, y_ptr, alpha: tl.float64, numel,
+    ACTIVATION: tl.constexpr, FORM: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Shapes: x, f and y (numel,); alpha_ptr (1,), or None where alpha is a number.
+
+    This program processes BLOCK elements.
+    """
     k = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + k, mask=k < numel).to(ACC)
     f = tl.load(f_ptr + k, mask=k < numel).to(ACC)
-    alpha = tl.load(alpha_ptr).to(ACC)
+    gate = scalar(alpha_ptr, alpha, ACC)
     if FORM == "gate":
-        y = x + alpha * _activate(f, ACTIVATION)
+        y = x + gate * _activate(f, ACTIVATION)
     else:
-        y = _activate(x + alpha * f, ACTIVATION)
+        y = _activate(x + gate * f, ACTIVATION)
     tl.store(y_ptr + k, y.to(y_ptr.dtype.element_ty), mask=k < numel)
 
 
 @triton.jit
 def _backward_kernel(
-    g_ptr, x_ptr, f_ptr, alpha_ptr, dx_ptr, df_ptr, partial_ptr, numel, ACTIVATION: tl.constexpr, FORM: tl.constexpr,
-    ACC: tl.constexpr, BLOCK: tl.constexpr,
+    g_ptr, x_ptr, f_ptr, alpha_ptr, dx_ptr, df_ptr, partial_ptr, alpha: tl.float64, numel,
+    ACTIVATION: tl.constexpr, FORM: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Shapes: g, x, f, dx and df (numel,), partial (programs,); alpha (1,). x is None in the gate's form, and dx, df or partial
-    where nobody wants it.
+    """Shapes: g, x, f, dx and df (numel,), partial (programs,); alpha_ptr (1,), or None where alpha is a number. x is None in the
+    gate's form, and dx, df or partial where it is not wanted.
 
     This program processes every programs-th block of BLOCK elements, from its own on.
     """
-    alpha = tl.load(alpha_ptr).to(ACC)
+    gate = scalar(alpha_ptr, alpha, ACC)
     total = tl.zeros((BLOCK,), ACC)
     step = tl.num_programs(0).to(tl.int64) * BLOCK
     for start in range(tl.program_id(0).to(tl.int64) * BLOCK, numel, step):
@@ -92,13 +96,13 @@ def _backward_kernel(
         f = tl.load(f_ptr + k, mask=k < numel, other=0.0).to(ACC)
         if FORM == "gate":
             if df_ptr is not None:
-                df = _pull(f, alpha * g, ACTIVATION)
+                df = _pull(f, gate * g, ACTIVATION)
             if partial_ptr is not None:
                 total += g * _activate(f, ACTIVATION)
         else:
             x = tl.load(x_ptr + k, mask=k < numel, other=0.0).to(ACC)
-            h = _pull(x + alpha * f, g, ACTIVATION)
-            df = alpha * h
+            h = _pull(x + gate * f, g, ACTIVATION)
+            df = gate * h
             if dx_ptr is not None:
                 tl.store(dx_ptr + k, h.to(dx_ptr.dtype.element_ty), mask=k < numel)
             if partial_ptr is not None:
@@ -109,45 +113,85 @@ def _backward_kernel(
         tl.store(partial_ptr + tl.program_id(0), tl.sum(total))
 
 
-def laid_out_as(t: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """t in the order in which `like` lies, which is dense; copied only where it lies in another."""
-    if all(size == 1 or a == b for size, a, b in zip(t.shape, t.stride(), like.stride())):
+@triton.jit(do_not_specialize=["programs"])
+def _finish_kernel(partial_ptr, dalpha_ptr, programs, BLOCK: tl.constexpr):
+    """Shapes: partial (programs,), programs <= BLOCK; dalpha (1,). This program processes everything."""
+    i = tl.arange(0, BLOCK)
+    total = tl.sum(tl.load(partial_ptr + i, mask=i < programs, other=0.0))
+    tl.store(dalpha_ptr, total.to(dalpha_ptr.dtype.element_ty))
+
+
+def _lies(t: torch.Tensor, strides: tuple[int, ...]) -> bool:
+    """Whether t lies in the order of dense strides."""
+    return t.stride() == strides or all(size == 1 or a == b for size, a, b in zip(t.shape, t.stride(), strides))
+
+
+def _laid_out(t: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
+    """t in the order of dense strides; copied only where it lies in another."""
+    if _lies(t, strides):
         return t
-    return torch.empty_strided(t.shape, like.stride(), dtype=t.dtype, device=t.device).copy_(t)
+    return torch.empty_strided(t.shape, strides, dtype=t.dtype, device=t.device).copy_(t)
 
 
-def wide_of(*tensors: torch.Tensor) -> tl.dtype:
-    """What the arithmetic is in."""
-    return tl.float64 if any(t.dtype == torch.float64 for t in tensors) else tl.float32
+def _prepare_forward(
+    x: torch.Tensor, f: torch.Tensor, alpha: float | torch.Tensor, activation: str, form: str, misaligned: int
+) -> tuple[torch.dtype, bool, Launch]:  # fmt: skip
+    """The output's dtype, whether one of the inputs must be copied to lie as it does, and the launch that fills it."""
+    dtype = torch.promote_types(x.dtype, f.dtype)
+    wide = wide_of(dtype, *([alpha.dtype] if isinstance(alpha, torch.Tensor) else []))
+    launch = Launch(
+        _forward_kernel, triton.cdiv(x.numel(), BLOCK), (x.numel(),), x.device, not misaligned,
+        ACTIVATION=activation, FORM=form, ACC=wide, BLOCK=BLOCK, num_warps=WARPS,
+    )  # fmt: skip
+    strides = torch.empty_like(on_meta(x)).stride()
+    return dtype, not all(_lies(t, strides) for t in (x, f)), launch
 
 
-def rezero(x: torch.Tensor, f: torch.Tensor, alpha: torch.Tensor, activation: str, form: str, y: torch.Tensor) -> torch.Tensor:
-    """Fills y, dense and of x's shape."""
-    if y.numel() == 0:
-        return y
-    x, f = laid_out_as(x, y), laid_out_as(f, y)
-    options = dict(ACTIVATION=activation, FORM=form, ACC=wide_of(x, f, alpha), BLOCK=BLOCK, num_warps=WARPS)
-    with device_guard(y):
-        _forward_kernel[(triton.cdiv(y.numel(), BLOCK),)](x, f, alpha, y, y.numel(), **options)
+def rezero(x: torch.Tensor, f: torch.Tensor, alpha: float | torch.Tensor, activation: str, form: str) -> torch.Tensor:
+    """x + alpha*act(f), or act(x + alpha*f), in x's memory format and the wider of the dtypes of x and f."""
+    pointer, number = (alpha, 0.0) if isinstance(alpha, torch.Tensor) else (None, alpha)
+    kinds = kinds_of(x, f, pointer)
+    key = ("rezero", activation, form, x.shape, x.device, kinds)
+    dtype, copies, launch = LAUNCHES.get(key) or keep(key, _prepare_forward(x, f, alpha, activation, form, kinds[-1]))
+    y = torch.empty_like(x, dtype=dtype)
+    if copies:
+        x, f = _laid_out(x, y.stride()), _laid_out(f, y.stride())
+    launch(x, f, pointer, y, number)
     return y
 
 
+def _prepare_backward(
+    g: torch.Tensor, f: torch.Tensor, alpha: float | torch.Tensor, activation: str, form: str, misaligned: int
+) -> tuple[tuple[int, ...], int, torch.dtype, Launch, Launch]:  # fmt: skip
+    """The gradients' strides, the sums of alpha's and their dtype, and the launches that fill the gradients and add the sums."""
+    wide = torch.float64 if torch.float64 in (g.dtype, f.dtype, getattr(alpha, "dtype", None)) else torch.float32
+    programs = max(min(triton.cdiv(f.numel(), BLOCK), PROGRAMS), 1)
+    launch = Launch(
+        _backward_kernel, programs, (f.numel(),), f.device, not misaligned,
+        ACTIVATION=activation, FORM=form, ACC=wide_of(wide), BLOCK=BLOCK, num_warps=WARPS,
+    )  # fmt: skip
+    finish = Launch(_finish_kernel, 1, (programs,), f.device, True, BLOCK=PROGRAMS, num_warps=WARPS)
+    return torch.empty_like(on_meta(f)).stride(), programs, wide, launch, finish
+
+
 def rezero_backward(
-    g: torch.Tensor, x: torch.Tensor | None, f: torch.Tensor, alpha: torch.Tensor, activation: str, form: str, dx: torch.Tensor,
-    df: torch.Tensor, dalpha: torch.Tensor,
-) -> None:  # fmt: skip
-    """Fills the gradients that are not empty: dx and df, laid out alike and dense, and dalpha, 0-d."""
-    if f.numel() == 0:
-        dalpha.zero_()
-        return
-    like = torch.empty_like(f, device="meta")
-    g, f = laid_out_as(g, like), laid_out_as(f, like)
-    x = None if x is None else laid_out_as(x, like)
-    programs = min(triton.cdiv(f.numel(), BLOCK), PROGRAMS)
-    partial = f.new_empty(programs, dtype=dalpha.dtype) if dalpha.numel() else None
-    outputs = (t if t is not None and t.numel() else None for t in (dx, df, partial))
-    options = dict(ACTIVATION=activation, FORM=form, ACC=wide_of(g, f, alpha), BLOCK=BLOCK, num_warps=WARPS)
-    with device_guard(f):
-        _backward_kernel[(programs,)](g, x, f, alpha, *outputs, f.numel(), **options)
-    if partial is not None:
-        torch.sum(partial, 0, out=dalpha)
+    g: torch.Tensor, x: torch.Tensor | None, f: torch.Tensor, alpha: float | torch.Tensor, activation: str, form: str,
+    wants_x: bool, wants_f: bool, wants_alpha: bool,
+) -> tuple[torch.Tensor | None, ...]:  # fmt: skip
+    """The gradients of x and f, laid out as f is, and of alpha; None where it is not wanted."""
+    pointer, number = (alpha, 0.0) if isinstance(alpha, torch.Tensor) else (None, alpha)
+    kinds = kinds_of(g, x, f, pointer)
+    key = ("rezero_backward", activation, form, wants_x, wants_f, wants_alpha, f.shape, f.device, kinds)
+    strides, programs, wide, launch, finish = LAUNCHES.get(key) or keep(
+        key, _prepare_backward(g, f, alpha, activation, form, kinds[-1])
+    )
+    dx = x.new_empty_strided(f.shape, strides) if wants_x else None
+    df = f.new_empty_strided(f.shape, strides) if wants_f else None
+    partial = f.new_empty(programs, dtype=wide) if wants_alpha else None
+    x = None if x is None else _laid_out(x, strides)
+    launch(_laid_out(g, strides), x, _laid_out(f, strides), pointer, dx, df, partial, number)
+    if partial is None:
+        return dx, df, None
+    dalpha = pointer.new_empty(pointer.shape)
+    finish(partial, dalpha)
+    return dx, df, dalpha

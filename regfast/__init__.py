@@ -1,12 +1,12 @@
 """regfast: anti-aliased pooling, MixUp and other regularisers of vision models, each in one pass."""
 
 from . import filters, functional, metrics
+from ._core.dispatch import backend, debug
 from .convert import antialias, antialias_report, restore
 from .convolution import Conv1dAA, Conv2dAA, ConvNormActAA
-from .dispatch import backend, debug
 from .losses import MixupBCEWithLogitsLoss, MixupCrossEntropyLoss, MixupLoss, mixup_accuracy, mixup_criterion
 from .manifold import ManifoldMixup
-from .mixup import MixedTarget, MixUp, MixupCollator, mixup_data
+from .mixing import MixedTarget, MixUp, MixupCollator, mixup_data
 from .pooling import (
     AvgPool1dAA,
     AvgPool2dAA,
@@ -19,7 +19,7 @@ from .pooling import (
     MaxPool2dAA,
     MaxPool3dAA,
 )
-from .rezero import (
+from .residual import (
     BottleneckBlock,
     ResidualBlock,
     ResidualLinear,
@@ -71,3 +71,7 @@ __all__ = [
     "restore",
     "warm_up",
 ]
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

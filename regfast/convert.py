@@ -14,8 +14,8 @@ import torch
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
+from ._core.checks import check_bool, per_axis
 from .convolution import Conv1dAA, Conv2dAA, blur_layers, is_hooked
-from .geometry import check_bool, per_axis
 from .pooling import AvgPool1dAA, AvgPool2dAA, AvgPool3dAA, MaxPool1dAA, MaxPool2dAA, MaxPool3dAA
 
 __all__ = ["Report", "ReportRow", "antialias", "antialias_report", "restore"]

@@ -8,7 +8,8 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .geometry import RATIO, Activation, BlurPaddingMode, Size, Window, decimating_window, per_axis
+from ._core.checks import per_axis
+from ._core.geometry import RATIO, Activation, BlurPaddingMode, Size, Window, decimating_window
 from .ops.blur_pool import blur_pool
 from .pooling import BlurPool1d, BlurPool2d, _Pooling
 

@@ -10,9 +10,8 @@ import torch
 
 import regfast
 
-from .dispatch import INTERPRETED, TRITON_DTYPES, obstacle
-
-OPERATIONS = ("max_blur_pool", "blur_pool", "mixup", "mixup_cross_entropy", "rezero")
+from ._core.dispatch import INTERPRETED, TRITON_DTYPES, obstacle
+from .ops import OPERATIONS
 
 
 def versions() -> dict[str, str]:
@@ -63,9 +62,9 @@ def main() -> None:
     print("versions")
     for name, version in versions().items():
         print(f"  {name:<10} {version}")
-    for variable in ("REGFAST_BACKEND", "TRITON_INTERPRET"):
+    for variable in ("REGFAST_BACKEND", "REGFAST_LAUNCH", "TRITON_INTERPRET"):
         print(f"  {variable}={os.environ.get(variable, '')}")
-    dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in TRITON_DTYPES)
+    dtypes = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in TRITON_DTYPES))
     for device, name in devices().items():
         print(f"{device} ({name})")
         for operation in OPERATIONS:

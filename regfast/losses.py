@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .dispatch import on_device
-from .ops.mixup import check_lam
+from ._core.dispatch import on_device
+from ._core.tensors import check_lam
 from .ops.mixup_cross_entropy import check_reduction, check_smoothing, mixup_cross_entropy
 
 __all__ = ["MixupBCEWithLogitsLoss", "MixupCrossEntropyLoss", "MixupLoss", "mixup_accuracy", "mixup_criterion"]

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 from torch.utils.hooks import RemovableHandle
 
-from .dispatch import on_device, outside_graphs
-from .draw import Stream, beta, check_alpha, pairing
-from .geometry import check_bool
-from .mixup import MixedTarget
+from ._core.checks import check_bool
+from ._core.dispatch import on_device, outside_graphs
+from ._core.draw import Stream, beta, check_alpha, pairing
+from .mixing import MixedTarget
 from .ops.mixup import blend
 
 __all__ = ["ManifoldMixup"]

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .geometry import Size, per_axis
+from ._core.checks import per_axis
+from ._core.geometry import Size
 
 __all__ = ["ShiftConsistency", "shift_consistency"]
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .geometry import (
+from ._core.geometry import (
     RATIO,
     Activation,
     BlurPaddingMode,

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import nn
 
-from .geometry import Window
-from .layout import with_format
+from ._core.geometry import Window
+from ._core.layout import with_format
 from .ops.blur_pool import blur_pool
 from .ops.max_blur_pool import max_blur_pool
 

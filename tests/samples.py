@@ -18,9 +18,9 @@ import oracle
 import torch
 from torch import Tensor
 
-from regfast import functional, geometry
-from regfast.geometry import Window
-from regfast.layout import is_channels_last
+from regfast import functional
+from regfast._core import geometry
+from regfast._core.geometry import Window
 from regfast.ops.schema import flatten
 
 
@@ -153,7 +153,6 @@ def window_op_calls(x: Tensor, y: Tensor, window: Window) -> list[tuple[Any, tup
     return [
         (ops.max_blur_pool.default, (x, *window)),
         (ops.max_blur_pool_backward.default, (y, x, *window)),
-        (ops.max_blur_pool_tangent.default, (x, x, *window)),
     ]
 
 
@@ -164,7 +163,7 @@ def blur_op_calls(x: Tensor, y: Tensor, sample: Sample) -> list[tuple[Any, tuple
     ops, window = torch.ops.regfast, flatten(blur_window(sample))
     return [
         (ops.blur_pool.default, (x, *window)),
-        (ops.blur_pool_backward.default, (y, list(x.shape), is_channels_last(x), *window)),
+        (ops.blur_pool_backward.default, (y, list(x.shape), list(x.stride()), *window)),
     ]
 
 
@@ -199,12 +198,10 @@ def mixup_op_calls(x: Tensor, y: Tensor, sample: Sample) -> list[tuple[Any, tupl
     ops, arguments = torch.ops.regfast, mixup_arguments(sample, x.device)
     index, lam = (torch.as_tensor(arguments[name], device=x.device) for name in ("index", "lam"))
     box = torch.as_tensor(arguments["box"], device=x.device) if "box" in arguments else None
-    partners, samples = index.sort(stable=True)
-    starts = torch.searchsorted(partners, torch.arange(len(index) + 1, device=x.device))
     return [
         (ops.mixup.default, (x, index, lam, box, None, None, x.dtype, torch.preserve_format)),
         (ops.mixup_out.default, (x, index, lam, box, None, None, torch.empty_like(y))),
-        (ops.mixup_backward.default, (y, samples, starts, lam, box, None, x.stride(), x.dtype)),
+        (ops.mixup_backward.default, (y, index, lam, box, None, x.stride(), x.dtype)),
     ]
 
 
@@ -237,10 +234,10 @@ def loss_op_calls(x: Tensor, y: Tensor, sample: Sample) -> list[tuple[Any, tuple
     terms = (x, *labels_of(x), lam, arguments.get("weight"))
     ignore_index, smoothing = arguments.get("ignore_index", -100), arguments.get("label_smoothing", 0.0)
     options = (ignore_index, arguments.get("reduction", "mean"), smoothing, x.dtype)
-    _, statistics, denominators = ops.mixup_cross_entropy(*terms, *options)
+    _, statistics = ops.mixup_cross_entropy(*terms, *options)
     return [
         (ops.mixup_cross_entropy.default, (*terms, *options)),
-        (ops.mixup_cross_entropy_backward.default, (y, *terms, statistics, denominators, ignore_index, smoothing)),
+        (ops.mixup_cross_entropy_backward.default, (y, *terms, statistics, ignore_index, options[1], smoothing)),
     ]
 
 
@@ -265,7 +262,7 @@ def residual_op_calls(x: Tensor, y: Tensor, sample: Sample) -> list[tuple[Any, t
     form = sample.arguments.get("form", "gate")
     modes = sample.arguments.get("activation", "relu"), form
     return [
-        (ops.rezero.default, (stream, x, alpha, *modes, x.dtype)),
+        (ops.rezero.default, (stream, x, alpha, *modes)),
         (ops.rezero_backward.default, (y, stream if form == "post" else None, x, alpha, *modes, True, True, True)),
     ]
 

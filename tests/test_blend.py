@@ -19,7 +19,7 @@ from samples import BOXES, LAM
 from torch._dynamo.testing import CompileCounter
 
 import regfast
-from regfast.dispatch import may_read
+from regfast._core.dispatch import may_read
 from regfast.functional import mixup
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -277,8 +277,8 @@ def test_a_partner_that_does_not_exist_makes_a_sample_nan_and_no_other(box, devi
     torch.ops.regfast.mixup_out(inner, far, lam, box, None, None, inner)
     torch.testing.assert_close(inner, expected, equal_nan=True, **FLOAT32)
     assert (around[0] == 7).all() and (around[-1] == 7).all()
-    order, starts = torch.arange(6, device=device), torch.tensor([0, 1, 2, 2, 2, 3, 4], device=device)
-    assert torch.ops.regfast.mixup_backward(y.nan_to_num(), order, starts, lam, box, None, x.stride(), x.dtype).isfinite().all()
+    dx = torch.ops.regfast.mixup_backward(y.nan_to_num(), far, lam, box, None, x.stride(), x.dtype)
+    assert dx.isfinite().all()
 
 
 X, U8 = torch.randn(4, 3, 6, 5), torch.zeros(4, 3, 6, 5, dtype=torch.uint8)

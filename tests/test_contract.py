@@ -21,8 +21,8 @@ from samples import OPERATIONS, Operation, Sample, as_format, blur, no_synchroni
 from torch import Tensor
 
 import regfast
+from regfast._core.geometry import output_size
 from regfast.functional import mixup
-from regfast.geometry import output_size
 
 # Sums of at most a few hundred products in an order of their own: some units in the last place of float32, float64.
 FLOAT32 = dict(rtol=1e-5, atol=1e-5)

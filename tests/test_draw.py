@@ -11,8 +11,8 @@ import pytest
 import torch
 from scipy import stats
 
-from regfast import draw
-from regfast.draw import Stream, beta, boxes, pairing
+from regfast._core import draw
+from regfast._core.draw import Stream, beta, boxes, pairing
 
 # Seeds are fixed, so a right distribution passes always or never: one draw in a thousand is below, and none of these is.
 P_VALUE = 1e-3

@@ -11,8 +11,8 @@ import pytest
 from samples import max_window as window
 from scipy.stats import binom
 
+from regfast._core.geometry import blur_window, map_limits, output_size
 from regfast.filters import binomial
-from regfast.geometry import blur_window, map_limits, output_size
 from regfast.kernels.max_blur_pool import axis_of
 
 

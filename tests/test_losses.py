@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from regfast.losses import MixupBCEWithLogitsLoss, MixupCrossEntropyLoss, MixupLoss, mixup_accuracy, mixup_criterion
-from regfast.mixup import MixedTarget, MixUp
+from regfast.mixing import MixedTarget, MixUp
 
 # float32 sums of the same terms in another order.
 ROUNDING = dict(rtol=2e-6, atol=2e-6)

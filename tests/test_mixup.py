@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from torch.utils.data._utils.pin_memory import pin_memory
 
 from regfast import functional as F
-from regfast.draw import PAIRINGS, beta, boxes, pairing
-from regfast.mixup import MixedTarget, MixUp, MixupCollator, mixup_data
+from regfast._core.draw import PAIRINGS, beta, boxes, pairing
+from regfast.mixing import MixedTarget, MixUp, MixupCollator, mixup_data
 
 # float32 sums of two products of order one, in another order.
 ROUNDING = dict(rtol=1e-6, atol=1e-6)

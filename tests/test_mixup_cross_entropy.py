@@ -329,10 +329,9 @@ def test_on_the_device_a_label_that_is_no_class_gives_nan(label, reduction, devi
     c = case((3, 7), reduction, full=False, device=device)
     c.a[1] = label
     arguments = (c.z, c.a, c.b, c.lam, None, -100, reduction, 0.0)
-    loss, statistics, denominators = torch.ops.regfast.mixup_cross_entropy(*arguments, torch.float32)
-    dz = torch.ops.regfast.mixup_cross_entropy_backward(
-        torch.ones_like(loss), *arguments[:5], statistics, denominators, -100, 0.0
-    )
+    loss, statistics = torch.ops.regfast.mixup_cross_entropy(*arguments, torch.float32)
+    backward = torch.ops.regfast.mixup_cross_entropy_backward
+    dz = backward(torch.ones_like(loss), *arguments[:5], statistics, *arguments[5:])
     assert loss[1].isnan() if reduction == "none" else loss.isnan()
     assert dz[1].isnan().all()
     if reduction == "none":
@@ -452,8 +451,8 @@ def test_the_ops_pass_opcheck(channels_last, reduction, device, kernels):
     z, ops, weight = as_format(c.z, channels_last), torch.ops.regfast, c.options["weight"]
     arguments = (z, c.a, c.b, c.lam, weight)
     torch.library.opcheck(ops.mixup_cross_entropy.default, (*arguments, -100, reduction, 0.1, torch.float32))
-    loss, statistics, denominators = ops.mixup_cross_entropy(*arguments, -100, reduction, 0.1, torch.float32)
-    backward = (loss, *arguments, statistics, denominators, -100, 0.1)
+    loss, statistics = ops.mixup_cross_entropy(*arguments, -100, reduction, 0.1, torch.float32)
+    backward = (loss, *arguments, statistics, -100, reduction, 0.1)
     torch.library.opcheck(ops.mixup_cross_entropy_backward.default, backward)
 
 
@@ -557,11 +556,10 @@ def test_ops_refuse_what_does_not_belong_to_the_logits(device):
         changed = [*arguments[:place], wrong, *arguments[place + 1 :]]
         with pytest.raises(ValueError, match=r"must .*\(2,\)"):
             torch.ops.regfast.mixup_cross_entropy(*changed, *options)
-    _, statistics, denominators = torch.ops.regfast.mixup_cross_entropy(*arguments, *options)
+    _, statistics = torch.ops.regfast.mixup_cross_entropy(*arguments, *options)
     backward = torch.ops.regfast.mixup_cross_entropy_backward
     with pytest.raises(ValueError, match=r"grad must be \(\) or \(4,\)"):
-        backward(c.z.new_ones(2), *arguments, statistics, denominators, -100, 0.0)
-    with pytest.raises(ValueError, match=r"statistics must have .*\(2, 4\)"):
-        backward(c.z.new_ones(()), *arguments, statistics[:, :2], denominators, -100, 0.0)
-    with pytest.raises(ValueError, match=r"denominators must have .*\(2,\)"):
-        backward(c.z.new_ones(()), *arguments, statistics, statistics[0], -100, 0.0)
+        backward(c.z.new_ones(2), *arguments, statistics, -100, "mean", 0.0)
+    with pytest.raises(ValueError, match=r"statistics must have .*\(10,\).*got .*\(8,\)"):
+        # Without the denominators of a mean.
+        backward(c.z.new_ones(()), *arguments, statistics[:8], -100, "mean", 0.0)

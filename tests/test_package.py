@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ("pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "regfast", "kernels", "tests", "bench", "examples")
-PACKAGES = ("regfast", "regfast/kernels", "regfast/ops", "regfast/reference")
+PACKAGES = ("regfast", "regfast/_core", "regfast/kernels", "regfast/ops", "regfast/reference")
 
 
 def run(*command: str | Path, cwd: Path) -> str:

@@ -20,7 +20,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import regfast.reference.blur_pool as blur_module
 import regfast.reference.max_blur_pool as max_module
-from regfast.geometry import blur_window
+from regfast._core.geometry import blur_window
 from regfast.reference.blur_pool import blur_pool
 from regfast.reference.max_blur_pool import max_blur_pool
 
@@ -41,11 +41,15 @@ def by_oracle(x, w):
 
 @pytest.fixture
 def composite(request, monkeypatch):
-    """Runs a test on the path that the references choose by themselves, or on one that they choose elsewhere."""
+    """Runs a test on the path that the references choose for small images, or on one that they choose elsewhere."""
     choose(request.param, monkeypatch)
 
 
 def choose(composite, monkeypatch):
+    if composite == "small":
+        return
+    for module in (max_module, blur_module):
+        monkeypatch.setattr(module, "SMALL", 0)
     if composite != "library":
         monkeypatch.setattr(blur_module, "prefers_convolution", lambda x: False)
         monkeypatch.setattr(max_module, "prefers_max_pool", lambda x: False)
@@ -53,8 +57,8 @@ def choose(composite, monkeypatch):
         monkeypatch.setattr(max_module, "is_compiled", lambda: True)
 
 
-both_composites = pytest.mark.parametrize("composite", ["library", "slices"], indirect=True)
-all_composites = pytest.mark.parametrize("composite", ["library", "slices", "compiled"], indirect=True)
+both_composites = pytest.mark.parametrize("composite", ["small", "library", "slices"], indirect=True)
+all_composites = pytest.mark.parametrize("composite", ["small", "library", "slices", "compiled"], indirect=True)
 
 # Each line is a shape and what differs from the default, MaxPool2dAA(2).
 TABLE = [
@@ -244,6 +248,64 @@ def test_memory_format_and_dtype_are_kept(rank, dtype, composite):
         y = blur_pool(x, blur_window(rank, 4, 2, "same", "binomial", "reflect"))
         assert y.dtype == dtype
         assert in_format(y, channels_last).stride() == y.stride()
+
+
+def test_the_memory_format_is_kept_where_padding_loses_it(monkeypatch):
+    """As it does on CUDA, of few channels."""
+    pad = torch.nn.functional.pad
+    monkeypatch.setattr(torch.nn.functional, "pad", lambda *args, **options: pad(*args, **options).contiguous())
+    choose("slices", monkeypatch)
+    x = in_format(torch.randn(2, 3, 7, 8), True)
+    for changes in (
+        {},
+        {"kernel_size": 3, "padding": 1, "ceil_mode": True},
+        {"padding_mode": "reflect"},
+        {"kernel_size": 3, "stride": 1},
+    ):
+        for differentiated in (False, True):
+            y = max_blur_pool(x.requires_grad_(differentiated), window(**changes))
+            assert in_format(y, True).stride() == y.stride() != y.contiguous().stride()
+    assert blur_pool(x, blur_window(2, 3, 2, "same", "binomial", "reflect")).stride(1) == 1
+
+
+def test_small_images_are_pooled_as_others_are(monkeypatch):
+    """Slices of a batch too, of which nothing may be changed, in both formats; and their gradients."""
+    for changes in (
+        {},
+        {"kernel_size": 3, "stride": 2, "padding": 1, "activation": "relu"},
+        {"kernel_size": (1, 3), "stride": (2, 3)},
+    ):
+        w = window(**changes)
+        for channels_last in (False, True):
+            batch = in_format(torch.randn(4, 8, 9, 11), channels_last)
+            x, before = batch[1:3], batch.clone()
+            found = [max_blur_pool(x, w), *value_and_gradient(x, w)]
+            with monkeypatch.context() as patched:
+                choose("library", patched)
+                expected = [max_blur_pool(x, w), *value_and_gradient(x, w)]
+            assert torch.equal(batch, before)
+            assert [t.stride() for t in found] == [t.stride() for t in expected]
+            torch.testing.assert_close(found, expected, **FLOAT32)
+
+
+def test_the_result_is_a_tensor_of_its_own():
+    for shape, w in (
+        ((1, 2, 6, 6), window(kernel_size=1)),
+        ((1, 2, 6), window(1, kernel_size=1)),
+        ((1, 2, 4, 4, 4), window(3, kernel_size=1)),
+    ):
+        x = torch.randn(shape)
+        y = max_blur_pool(x, w)
+        assert torch.equal(x, y) and y.data_ptr() != x.data_ptr()
+    w = blur_window(2, 1, 1, "same", "binomial", "reflect")
+    x = torch.randn(1, 2, 6, 6)
+    assert blur_pool(x, w).data_ptr() != x.data_ptr()
+
+
+def value_and_gradient(x, w):
+    x = x.detach().requires_grad_()
+    y = max_blur_pool(x, w)
+    return y.detach(), torch.autograd.grad(y.square().sum(), x)[0]
 
 
 @both_composites

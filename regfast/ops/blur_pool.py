@@ -8,90 +8,103 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
-from ..dispatch import use_triton
-from ..geometry import Activation, BlurPaddingMode, Size, Window, blur_window, output_shape
-from ..layout import empty, empty_output, is_channels_last
+from .._core.autograd import gradients, is_differentiated_again, needs_graph, unwatched_apply
+from .._core.dispatch import is_its_memory, is_watched, use_triton
+from .._core.geometry import Activation, BlurPaddingMode, Size, Window, blur_window, output_shape
+from .._core.layout import empty, empty_output, is_channels_last
+from .._core.sharding import is_sharded, on_parts
+from .._core.tensors import check_image, check_like
 from ..reference.blur_pool import blur_pool as reference
-from ..sharding import is_sharded, on_parts
 from . import max_blur_pool
-from .schema import WINDOW, apply, check_input, check_like, check_output, define, flatten, unflatten
+from .schema import WINDOW, define, flatten, kernels_of, unflatten
 
 __all__ = ["blur_pool", "blur_pool1d", "blur_pool2d", "blur_pool3d"]
 
 
-def _forward(x: Tensor, *window: Any) -> Tensor:
-    from ..kernels import blur_pool as kernels
-
-    return kernels.blur_pool(x, unflatten(*window))
+def _forward_op(x: Tensor, *window: Any) -> Tensor:
+    return kernels_of("blur_pool").blur_pool(x, unflatten(*window))
 
 
-def _backward(grad: Tensor, size: list[int], channels_last: bool, *args: Any) -> Tensor:
-    from ..kernels import blur_pool as kernels
-
+def _backward_op(grad: Tensor, size: list[int], stride: list[int], *args: Any) -> Tensor:
     window = unflatten(*args)
     if window.activation is not None:
-        raise ValueError(f"blur_pool_backward: activation must be None, got {window.activation!r}; max_blur_pool_backward's may")
+        found = f"{window.activation!r}; max_blur_pool_backward's may"
+        raise ValueError(f"blur_pool_backward: activation must be None, got {found}")
     check_like("blur_pool_backward: grad", grad, output_shape(window, size), grad)
-    return kernels.blur_pool_backward(grad, size, channels_last, window)
+    return kernels_of("blur_pool").blur_pool_backward(grad, torch.Size(size), tuple(stride), window)
 
 
-define(f"blur_pool(Tensor x, {WINDOW}) -> Tensor", _forward, lambda x, *window: empty_output(x, unflatten(*window)))
+def _fake_gradient(grad: Tensor, size: list[Any], stride: list[Any], *window: Any) -> Tensor:
+    return empty(size, grad, is_channels_last(torch.empty_strided(size, stride, device=grad.device)))
+
+
 define(
-    f"blur_pool_backward(Tensor grad, SymInt[] size, bool channels_last, {WINDOW}) -> Tensor",
-    _backward,
-    lambda grad, size, channels_last, *window: empty(size, grad, channels_last),
+    f"blur_pool(Tensor x, {WINDOW}) -> Tensor",
+    _forward_op,
+    lambda x, *window: empty_output(x, unflatten(*window)),
+)
+define(
+    f"blur_pool_backward(Tensor grad, SymInt[] x_size, SymInt[] x_stride, {WINDOW}) -> Tensor",
+    _backward_op,
+    _fake_gradient,
 )
 
 
-# The blur is linear, so it is its own tangent, and nothing is saved: its derivative needs x's shape and format alone.
-class _Blur(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, window):
-        ctx.size, ctx.channels_last, ctx.window = x.shape, is_channels_last(x), window
+def _forward(x: Tensor, window: Window, watched: bool) -> Tensor:
+    if watched:
         return torch.ops.regfast.blur_pool(x, *flatten(window))
+    return kernels_of("blur_pool").blur_pool(x, window)
+
+
+def _backward(grad: Tensor, size: torch.Size, stride: tuple[int, ...], window: Window) -> Tensor:
+    if is_watched(grad) or not is_its_memory(grad):
+        return torch.ops.regfast.blur_pool_backward(grad, size, stride, *flatten(window))
+    return kernels_of("blur_pool").blur_pool_backward(grad, size, stride, window)
+
+
+class _BlurPool(torch.autograd.Function):
+    """Saves nothing: the blur is linear, and its gradient needs x's shape and strides alone."""
+
+    @staticmethod
+    def forward(ctx, x, window, watched):
+        ctx.arguments = x.shape, x.stride(), window
+        return _forward(x, window, watched)
 
     @staticmethod
     def backward(ctx, grad):
-        return apply(_Adjoint, _AdjointWithJvp, grad, ctx.size, ctx.channels_last, ctx.window), None
+        size, stride, window = ctx.arguments
+        if is_differentiated_again():
+            # Any image of the shape has the gradient.
+            zeros = grad.new_zeros(()).expand(size).requires_grad_()
+            return *gradients(lambda x: reference(x, window), (zeros,), (True,), grad), None, None
+        return _backward(grad, size, stride, window), None, None
 
 
-class _Adjoint(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, grad, size, channels_last, window):
-        ctx.size, ctx.channels_last, ctx.window = size, channels_last, window
-        return torch.ops.regfast.blur_pool_backward(grad, size, channels_last, *flatten(window))
-
-    @staticmethod
-    def backward(ctx, t):
-        return apply(_Blur, _BlurWithJvp, t, ctx.window), None, None, None
+_apply = unwatched_apply(_BlurPool)
 
 
-class _BlurWithJvp(_Blur):
-    @staticmethod
-    def jvp(ctx, t, _window):
-        return _BlurWithJvp.apply(t, ctx.window)
-
-
-class _AdjointWithJvp(_Adjoint):
-    @staticmethod
-    def jvp(ctx, t, _size, _channels_last, _window):
-        return _AdjointWithJvp.apply(t, ctx.size, ctx.channels_last, ctx.window)
+def _fused(x: Tensor, window: Window) -> Tensor:
+    """The kernels' blur of x, (N, C, *spatial), differentiable."""
+    if window.activation is not None:
+        # Activated, the blur is not linear: it is the pooling of windows of one element, whose backward reads x.
+        return max_blur_pool.fused(x, window)
+    watched = is_watched(x) or not is_its_memory(x)
+    if needs_graph(x):
+        return (_BlurPool.apply if watched else _apply)(x, window, watched)
+    return _forward(x, window, watched)
 
 
 def blur_pool(x: Tensor, window: Window) -> Tensor:
     """Blurs x, (C, *spatial) or (N, C, *spatial), with arguments already checked: what the modules call."""
     if has_torch_function_unary(x):
         return handle_torch_function(blur_pool, (x,), x, window)
-    name = f"blur_pool{window.rank}d"
-    if not check_input(name, x, window.rank):
+    if not check_image("blur_pool", x, len(window.kernel_size)):
         return blur_pool(x.unsqueeze(0), window).squeeze(0)
-    check_output(name, x, window)
-    if is_sharded(x):
+    if type(x) is not Tensor and is_sharded(x):
         return on_parts(lambda x: blur_pool(x, window), x, dims=(0, 1), keeps=2)
-    if not use_triton(x):
-        return reference(x, window)
-    # Activated, the blur is no longer linear: it is the pooling of windows of one element, whose backward reads x.
-    return apply(_Blur, _BlurWithJvp, x, window) if window.activation is None else max_blur_pool.fused(x, window)
+    if use_triton(x, x.dtype):
+        return _fused(x, window)
+    return reference(x, window)
 
 
 def blur_pool1d(

@@ -9,131 +9,99 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
-from ..dispatch import use_triton
-from ..geometry import RATIO, Activation, MaxPaddingMode, Size, Window, max_blur_window, output_shape
-from ..layout import empty_output
+from .._core.autograd import gradients, is_differentiated_again, needs_graph, unwatched_apply
+from .._core.dispatch import is_its_memory, is_watched, use_triton
+from .._core.geometry import (
+    RATIO,
+    Activation,
+    MaxPaddingMode,
+    Size,
+    Window,
+    max_blur_window,
+    output_shape,
+)
+from .._core.layout import empty_output
+from .._core.sharding import is_sharded, on_parts
+from .._core.tensors import check_image, check_like
 from ..reference.max_blur_pool import max_blur_pool as reference
-from ..sharding import is_sharded, on_parts
-from .schema import WINDOW, apply, check_input, check_like, check_output, define, flatten, unflatten
+from .schema import WINDOW, define, flatten, kernels_of, unflatten
 
 __all__ = ["fused", "max_blur_pool", "max_blur_pool1d", "max_blur_pool2d", "max_blur_pool3d"]
 
 
-def _forward(x: Tensor, *window: Any) -> Tensor:
-    from ..kernels import max_blur_pool as kernels
-
-    return kernels.max_blur_pool(x, unflatten(*window))
+def _forward_op(x: Tensor, *window: Any) -> Tensor:
+    return kernels_of("max_blur_pool").max_blur_pool(x, unflatten(*window))
 
 
-def _backward(grad: Tensor, x: Tensor, *args: Any) -> Tensor:
-    from ..kernels import max_blur_pool as kernels
-
+def _backward_op(grad: Tensor, x: Tensor, *args: Any) -> Tensor:
     window = unflatten(*args)
     check_like("max_blur_pool_backward: grad", grad, output_shape(window, x.shape), x)
-    return kernels.max_blur_pool_backward(grad, x, window)
+    return kernels_of("max_blur_pool").max_blur_pool_backward(grad, x, window)
 
 
-def _tangent(t: Tensor, x: Tensor, *window: Any) -> Tensor:
-    from ..kernels import max_blur_pool as kernels
-
-    check_like("max_blur_pool_tangent: t", t, x.shape, x)
-    return kernels.max_blur_pool_tangent(t, x, unflatten(*window))
-
-
-define(f"max_blur_pool(Tensor x, {WINDOW}) -> Tensor", _forward, lambda x, *window: empty_output(x, unflatten(*window)))
+define(
+    f"max_blur_pool(Tensor x, {WINDOW}) -> Tensor",
+    _forward_op,
+    lambda x, *window: empty_output(x, unflatten(*window)),
+)
 define(
     f"max_blur_pool_backward(Tensor grad, Tensor x, {WINDOW}) -> Tensor",
-    _backward,
+    _backward_op,
     lambda grad, x, *window: torch.empty_like(x),
 )
-define(
-    f"max_blur_pool_tangent(Tensor t, Tensor x, {WINDOW}) -> Tensor",
-    _tangent,
-    lambda t, x, *window: empty_output(x, unflatten(*window)),
-)
 
 
-# With a(q) the place of the maximum M(q), y is linear in x[a(q)]. So three maps are all there is: P(x), its tangent T(t, x)
-# and T's adjoint B(g, x), linear in t and g; and each one's derivative is one of the other two.
-class _Pool(torch.autograd.Function):
-    """P(x). Saves x alone: where each maximum came from is found again."""
-
-    @staticmethod
-    def forward(ctx, x, window):
-        ctx.save_for_backward(x)
-        ctx.save_for_forward(x)
-        ctx.window = window
+def _forward(x: Tensor, window: Window, watched: bool) -> Tensor:
+    if watched:
         return torch.ops.regfast.max_blur_pool(x, *flatten(window))
-
-    @staticmethod
-    def backward(ctx, grad):
-        return apply(_Adjoint, _AdjointWithJvp, grad, *ctx.saved_tensors, ctx.window), None
+    return kernels_of("max_blur_pool").max_blur_pool(x, window)
 
 
-class _Adjoint(torch.autograd.Function):
-    """B(g, x)."""
-
-    @staticmethod
-    def forward(ctx, grad, x, window):
-        ctx.save_for_backward(x)
-        ctx.save_for_forward(x)
-        ctx.window = window
+def _backward(grad: Tensor, x: Tensor, window: Window, watched: bool) -> Tensor:
+    if watched or is_watched(grad) or not is_its_memory(grad):
         return torch.ops.regfast.max_blur_pool_backward(grad, x, *flatten(window))
+    return kernels_of("max_blur_pool").max_blur_pool_backward(grad, x, window)
+
+
+class _MaxBlurPool(torch.autograd.Function):
+    """Saves x alone: where each maximum came from is found again."""
 
     @staticmethod
-    def backward(ctx, t):
-        return apply(_Tangent, _TangentWithJvp, t, *ctx.saved_tensors, ctx.window), None, None
-
-
-class _Tangent(torch.autograd.Function):
-    """T(t, x)."""
-
-    @staticmethod
-    def forward(ctx, t, x, window):
+    def forward(ctx, x, window, watched):
         ctx.save_for_backward(x)
-        ctx.save_for_forward(x)
-        ctx.window = window
-        return torch.ops.regfast.max_blur_pool_tangent(t, x, *flatten(window))
+        ctx.window, ctx.watched = window, watched
+        return _forward(x, window, watched)
 
     @staticmethod
     def backward(ctx, grad):
-        return apply(_Adjoint, _AdjointWithJvp, grad, *ctx.saved_tensors, ctx.window), None, None
+        (x,) = ctx.saved_tensors
+        if is_differentiated_again():
+            return *gradients(lambda x: reference(x, ctx.window), (x,), (True,), grad), None, None
+        return _backward(grad, x, ctx.window, ctx.watched), None, None
 
 
-class _PoolWithJvp(_Pool):
-    @staticmethod
-    def jvp(ctx, t, _window):
-        return _TangentWithJvp.apply(t, *ctx.saved_tensors, ctx.window)
-
-
-class _AdjointWithJvp(_Adjoint):
-    @staticmethod
-    def jvp(ctx, t, _x, _window):
-        return _AdjointWithJvp.apply(t, *ctx.saved_tensors, ctx.window)
-
-
-class _TangentWithJvp(_Tangent):
-    @staticmethod
-    def jvp(ctx, t, _x, _window):
-        return _TangentWithJvp.apply(t, *ctx.saved_tensors, ctx.window)
+_apply = unwatched_apply(_MaxBlurPool)
 
 
 def fused(x: Tensor, window: Window) -> Tensor:
     """The kernels' pooling of x, (N, C, *spatial), differentiable."""
-    return apply(_Pool, _PoolWithJvp, x, window)
+    watched = is_watched(x) or not is_its_memory(x)
+    if needs_graph(x):
+        return (_MaxBlurPool.apply if watched else _apply)(x, window, watched)
+    return _forward(x, window, watched)
 
 
 def max_blur_pool(x: Tensor, window: Window) -> Tensor:
     """Pools x, (C, *spatial) or (N, C, *spatial), with arguments already checked: what the modules call."""
     if has_torch_function_unary(x):
         return handle_torch_function(max_blur_pool, (x,), x, window)
-    name = f"max_blur_pool{window.rank}d"
-    if not check_input(name, x, window.rank):
+    if not check_image("max_blur_pool", x, len(window.kernel_size)):
         return max_blur_pool(x.unsqueeze(0), window).squeeze(0)
-    check_output(name, x, window)
-    if is_sharded(x):
+    if type(x) is not Tensor and is_sharded(x):
         return on_parts(lambda x: max_blur_pool(x, window), x, dims=(0, 1), keeps=2)
-    return fused(x, window) if use_triton(x) else reference(x, window)
+    if use_triton(x, x.dtype):
+        return fused(x, window)
+    return reference(x, window)
 
 
 def max_blur_pool1d(

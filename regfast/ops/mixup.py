@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from numbers import Integral, Real
+from collections.abc import Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from ..dispatch import is_variable, may_read, on_device, use_triton
-from ..reference.blur_pool import accumulator
+from .._core.autograd import gradients, is_differentiated_again, is_variable, needs_graph, unwatched_apply
+from .._core.dispatch import is_its_memory, is_watched, may_read, on_device, use_triton
+from .._core.layout import as_tensor
+from .._core.normalise import Affine, result_dtype
+from .._core.precision import accumulator
+from .._core.sharding import is_sharded, on_parts, whole
+from .._core.tensors import check_batch, check_lam, check_like, extremes
 from ..reference.mixup import mixup as reference
-from ..sharding import is_sharded, on_parts, whole
-from .schema import apply, check_like, define
+from .schema import define, kernels_of
 
 __all__ = ["blend", "mixup"]
 
@@ -26,29 +30,24 @@ _FORMATS = {
 }
 
 
-def _forward(x, index, lam, box, scale, shift, dtype, memory_format):
-    from ..kernels import mixup as kernels
-
+def _forward_op(x, index, lam, box, scale, shift, dtype, memory_format):
     _check_op(x, index, lam, box, scale, shift)
-    y = torch.empty_like(x, dtype=dtype, memory_format=memory_format)
-    return kernels.mixup(x, index, lam, box, scale, shift, y)
+    return kernels_of("mixup").mixup(x, index, lam, box, scale, shift, dtype, memory_format)
 
 
-def _forward_out(x, index, lam, box, scale, shift, out):
-    from ..kernels import mixup as kernels
-
+def _out_op(x, index, lam, box, scale, shift, out):
     _check_op(x, index, lam, box, scale, shift)
     check_like("mixup_out: out", out, x.shape, out)
-    kernels.mixup(x, index, lam, box, scale, shift, out)
+    kernels_of("mixup").mixup(x, index, lam, box, scale, shift, out.dtype, torch.preserve_format, out)
 
 
-def _backward(grad, samples, starts, lam, box, scale, stride, dtype):
-    from ..kernels import mixup as kernels
+def _backward_op(grad, index, lam, box, scale, stride, dtype):
+    _check_op(grad, index, lam, box, scale, None)
+    return kernels_of("mixup").mixup_backward(grad, index, lam, box, scale, tuple(stride), dtype)
 
-    _check_op(grad, samples, lam, box, scale, None)
-    check_like("mixup_backward: starts", starts, (len(samples) + 1,), samples)
-    dx = torch.empty_strided(grad.shape, stride, dtype=dtype, device=grad.device)
-    return kernels.mixup_backward(grad, samples, starts, lam, box, scale, dx)
+
+def _fake_gradient(grad, index, lam, box, scale, stride, dtype):
+    return torch.empty_like(torch.empty_strided(grad.shape, stride, dtype=dtype, device=grad.device))
 
 
 def _check_op(x: Tensor, index: Tensor, lam: Tensor, box: Tensor | None, scale: Tensor | None, shift: Tensor | None) -> None:
@@ -66,65 +65,58 @@ def _check_op(x: Tensor, index: Tensor, lam: Tensor, box: Tensor | None, scale: 
             raise ValueError(f"mixup: all tensors must be on x's device, {x.device}, got one on {t.device}")
 
 
-_MIX = "Tensor lam, Tensor? box, Tensor? scale, Tensor? shift"
+_MIX = "Tensor index, Tensor lam, Tensor? box, Tensor? scale"
 define(
-    f"mixup(Tensor x, Tensor index, {_MIX}, ScalarType dtype, MemoryFormat memory_format) -> Tensor",
-    _forward,
+    f"mixup(Tensor x, {_MIX}, Tensor? shift, ScalarType dtype, MemoryFormat memory_format) -> Tensor",
+    _forward_op,
     lambda x, *args: torch.empty_like(x, dtype=args[-2], memory_format=args[-1]),
 )
-define(f"mixup_out(Tensor x, Tensor index, {_MIX}, Tensor(a!) out) -> ()", _forward_out, lambda *args: None)
+define(f"mixup_out(Tensor x, {_MIX}, Tensor? shift, Tensor(a!) out) -> ()", _out_op, lambda *args: None)
 define(
-    "mixup_backward(Tensor grad, Tensor samples, Tensor starts, Tensor lam, Tensor? box, Tensor? scale, SymInt[] stride, "
-    "ScalarType dtype) -> Tensor",
-    _backward,
-    lambda grad, *args: torch.empty_strided(grad.shape, args[-2], dtype=args[-1], device=grad.device),
+    f"mixup_backward(Tensor grad, {_MIX}, SymInt[] stride, ScalarType dtype) -> Tensor",
+    _backward_op,
+    _fake_gradient,
 )
 
 
-# The blend is affine in x, so its linear part is its tangent, and nothing of x is saved but its strides and dtype.
+def _forward(x, index, lam, box, scale, shift, result, watched):
+    if watched:
+        return torch.ops.regfast.mixup(x, index, lam, box, scale, shift, *result)
+    return kernels_of("mixup").mixup(x, index, lam, box, scale, shift, *result)
+
+
+def _backward(grad, index, lam, box, scale, stride, dtype, watched):
+    if watched or is_watched(grad) or not is_its_memory(grad):
+        lam = as_tensor(lam, accumulator(grad.dtype, dtype), grad.device)
+        return torch.ops.regfast.mixup_backward(grad, index, lam, box, scale, stride, dtype)
+    return kernels_of("mixup").mixup_backward(grad, index, lam, box, scale, stride, dtype)
+
+
 class _Mixup(torch.autograd.Function):
+    """The blend is affine in x, and nothing of x is saved but its strides and dtype."""
+
     @staticmethod
-    def forward(ctx, x, lam, index, box, scale, shift, dtype, memory_format):
-        ctx.save_for_backward(lam, index, box, scale)
-        ctx.save_for_forward(lam, index, box, scale)
-        ctx.dtype, ctx.memory_format = dtype, memory_format
-        ctx.like = torch.empty_like(x, device="meta")
-        return torch.ops.regfast.mixup(x, index, lam, box, scale, shift, dtype, memory_format)
+    def forward(ctx, x, index, lam, box, scale, shift, result, watched):
+        tensor, number = (lam, None) if isinstance(lam, Tensor) else (None, lam)
+        ctx.save_for_backward(index, tensor, box, scale)
+        ctx.arguments = number, x.stride(), x.dtype, result, watched
+        return _forward(x, index, lam, box, scale, shift, result, watched)
 
     @staticmethod
     def backward(ctx, grad):
-        args = ctx.saved_tensors, ctx.like.stride(), ctx.like.dtype, ctx.memory_format
-        return apply(_Adjoint, _AdjointWithJvp, grad, *args), *(None,) * 7
+        (index, tensor, box, scale), (number, stride, x_dtype, result, watched) = ctx.saved_tensors, ctx.arguments
+        lam = number if tensor is None else tensor
+        if is_differentiated_again():
+            # Any batch of the shape has the gradient.
+            zeros = grad.new_zeros((), dtype=x_dtype).expand(grad.shape).requires_grad_()
+            shift = None if scale is None else torch.zeros_like(scale)
+            (dx,) = gradients(lambda x: reference(x, index, lam, box, scale, shift, *result), (zeros,), (True,), grad)
+        else:
+            dx = _backward(grad, index, lam, box, scale, stride, x_dtype, watched)
+        return dx, *(None,) * 7
 
 
-class _Adjoint(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, grad, pairing, stride, dtype, memory_format):
-        ctx.pairing, ctx.stride, ctx.dtype, ctx.memory_format, ctx.grad_dtype = pairing, stride, dtype, memory_format, grad.dtype
-        lam, index, box, scale = pairing
-        # The samples that took the same partner side by side, and where each partner's begin.
-        partners, samples = index.sort(stable=True)
-        starts = torch.searchsorted(partners, torch.arange(len(index) + 1, device=index.device))
-        return torch.ops.regfast.mixup_backward(grad, samples, starts, lam, box, scale, stride, dtype)
-
-    @staticmethod
-    def backward(ctx, t):
-        lam, index, box, scale = ctx.pairing
-        args = lam, index, box, scale, None, ctx.grad_dtype, ctx.memory_format
-        return apply(_Mixup, _MixupWithJvp, t, *args), *(None,) * 4
-
-
-class _MixupWithJvp(_Mixup):
-    @staticmethod
-    def jvp(ctx, t, *_others):
-        lam, index, box, scale = ctx.saved_tensors
-        return _MixupWithJvp.apply(t, lam, index, box, scale, None, ctx.dtype, ctx.memory_format)
-
-
-class _AdjointWithJvp(_Adjoint):
-    @staticmethod
-    def jvp(ctx, t, *_others):
-        return _AdjointWithJvp.apply(t, ctx.pairing, ctx.stride, ctx.dtype, ctx.memory_format)
+_apply = unwatched_apply(_Mixup)
 
 
 def mixup(
@@ -176,7 +168,7 @@ def mixup(
         box = _box_of(box, x)
     dtype = result_dtype(x.dtype, dtype, mean, std)
     _check_format(memory_format, x)
-    scale, shift = _affine_of(mean, std, x)
+    scale, shift = (None, None) if mean is None else Affine(mean, std).of(x, dtype)
     if out is not None:
         _check_out(out, x, index, lam, dtype, memory_format)
     return blend(x, index, lam, box, scale, shift, dtype, memory_format, out)
@@ -195,47 +187,49 @@ def blend(
 ) -> Tensor:
     """`mixup` with arguments already checked, and pairings that are trusted: what the modules call."""
     dtype = x.dtype if dtype is None else dtype
-    if is_sharded(x, index, lam):
-        if out is not None:
-            raise ValueError("mixup: out must be None for a DTensor")
-        index, box, scale, shift = (whole(t) for t in (index, box, scale, shift))
-        # Every process wants all samples; and all of a sample, where it has a box or its channels numbers of their own.
-        dims = range(1, x.ndim) if box is None and scale is None else ()
-        weights = [lam] if isinstance(lam, Tensor) else []
-
-        def own(x: Tensor, lam: float | Tensor = lam) -> Tensor:
-            return blend(x, index, lam, box, scale, shift, dtype, memory_format)
-
-        return on_parts(own, x, dims=dims, keeps=x.ndim, partial=weights)
-    index = on_device(index, x.device).long()
+    watched = is_watched(x, index, lam, box) or not is_its_memory(x)
+    if watched and is_sharded(x, index, lam):
+        return _blend_parts(x, index, lam, box, scale, shift, dtype, memory_format, out)
+    index = on_device(index, x.device)
     box = box if box is None else on_device(box, x.device)
     lam = on_device(lam, x.device) if isinstance(lam, Tensor) else lam
-    if scale is not None and shift is not None:
-        wide = accumulator(x.dtype, dtype)
-        scale, shift = (on_device(numbers, x.device).to(wide).expand(x.shape[1]) for numbers in (scale, shift))
     dtypes = (dtype,) if x.dtype == torch.uint8 else (x.dtype, dtype)
-    if not use_triton(x, dtypes=dtypes, elementwise=True, constants={"lam": lam}):
+    if not use_triton(x, *dtypes, elementwise=True, lam=lam):
         y = reference(x, index, lam, box, scale, shift, dtype, memory_format)
         return y if out is None else out.copy_(y)
-    if not isinstance(lam, Tensor):
-        lam = torch.full((), lam, dtype=accumulator(x.dtype, dtype), device=x.device)
+    if watched:
+        lam = as_tensor(lam, accumulator(*dtypes), x.device)
     if out is not None:
+        return _blend_into(out, x, index, lam, box, scale, shift, watched or is_watched(out))
+    result = dtype, memory_format
+    if needs_graph(x):
+        return (_Mixup.apply if watched else _apply)(x, index, lam, box, scale, shift, result, watched)
+    return _forward(x, index, lam, box, scale, shift, result, watched)
+
+
+def _blend_parts(x, index, lam, box, scale, shift, dtype, memory_format, out) -> Tensor:
+    """`blend` of DTensors."""
+    if out is not None:
+        raise ValueError("mixup: out must be None for a DTensor")
+    index, box, scale, shift = (whole(t) for t in (index, box, scale, shift))
+    # Every process needs all samples; and all of a sample, where it has a box or its channels have numbers of their own.
+    dims = range(1, x.ndim) if box is None and scale is None else ()
+
+    def own(x: Tensor, lam: float | Tensor = lam) -> Tensor:
+        return blend(x, index, lam, box, scale, shift, dtype, memory_format)
+
+    return on_parts(own, x, dims=dims, keeps=x.ndim, partial=[lam] if isinstance(lam, Tensor) else [])
+
+
+def _blend_into(out, x, index, lam, box, scale, shift, watched) -> Tensor:
+    if watched or not is_its_memory(out):
         torch.ops.regfast.mixup_out(x, index, lam, box, scale, shift, out)
-        if not torch.compiler.is_compiling() and not out.is_inference():
-            # For autograd: who has saved what was there must not use it.
-            torch.autograd.graph.increment_version(out)
-        return out
-    return apply(_Mixup, _MixupWithJvp, x, lam, index, box, scale, shift, dtype, memory_format)
-
-
-def check_batch(x: Any) -> None:
-    """Refuses what is no batch of numbers."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"mixup: x must be a Tensor, got {type(x).__name__}")
-    if not x.is_floating_point() and x.dtype != torch.uint8:
-        raise TypeError(f"mixup: x must be floating-point or uint8, got {x.dtype}")
-    if x.ndim == 0:
-        raise ValueError("mixup: x must be a batch, (B, ...), got a 0-d tensor")
+    else:
+        kernels_of("mixup").mixup(x, index, lam, box, scale, shift, out.dtype, torch.preserve_format, out)
+    if not torch.compiler.is_compiling() and not out.is_inference():
+        # For autograd: a graph that has saved what was there must not use it.
+        torch.autograd.graph.increment_version(out)
+    return out
 
 
 def check_index(index: Any, x: Tensor) -> None:
@@ -247,27 +241,9 @@ def check_index(index: Any, x: Tensor) -> None:
     if index.shape != x.shape[:1]:
         raise ValueError(f"mixup: index must have shape {tuple(x.shape[:1])}, an entry a sample of x, got {tuple(index.shape)}")
     if may_read(index) and index.numel():
-        low, high = (int(bound) for bound in index.aminmax())
+        low, high = extremes(index)
         if low < 0 or high >= x.shape[0]:
             raise ValueError(f"mixup: index must be in [0, {x.shape[0]}), got {low if low < 0 else high}")
-
-
-def check_lam(lam: Any, x: Tensor) -> None:
-    """Refuses a lam that is no weight, or not one of each sample."""
-    if isinstance(lam, Tensor):
-        if not lam.is_floating_point():
-            raise TypeError(f"lam must be floating-point, got {lam.dtype}")
-        if lam.ndim and lam.shape != x.shape[:1]:
-            raise ValueError(f"lam must be a number, 0-d or of shape {tuple(x.shape[:1])}, got {tuple(lam.shape)}")
-        if not may_read(lam) or not lam.numel():
-            return
-        outside = lam.detach()[~((lam >= 0) & (lam <= 1))]
-        if outside.numel():
-            raise ValueError(f"lam must be in [0, 1], got {outside.flatten()[0].item()}")
-    elif isinstance(lam, bool) or not isinstance(lam, (Real, torch.SymFloat)):
-        raise TypeError(f"lam must be a number or a Tensor, got {type(lam).__name__}")
-    elif not torch.compiler.is_compiling() and not 0 <= float(lam) <= 1:
-        raise ValueError(f"lam must be in [0, 1], got {lam}")
 
 
 def _box_of(box: Any, x: Tensor) -> Tensor:
@@ -292,67 +268,11 @@ def _box_of(box: Any, x: Tensor) -> Tensor:
     return box
 
 
-def result_dtype(x_dtype: torch.dtype, dtype: torch.dtype | None, mean: Any, std: Any) -> torch.dtype:
-    """The dtype of the result."""
-    if (mean is None) != (std is None):
-        raise ValueError(f"mixup: mean and std come together, got mean={mean!r} and std={std!r}")
-    if dtype is None:
-        if x_dtype != torch.uint8:
-            return x_dtype
-        if mean is None:
-            raise ValueError("mixup: x of torch.uint8 needs mean and std, or a floating dtype for x/255")
-        return torch.float32
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise TypeError(f"mixup: dtype must be floating-point, got {dtype!r}")
-    return dtype
-
-
 def _check_format(memory_format: Any, x: Tensor) -> None:
     if memory_format not in _FORMATS:
         raise TypeError(f"mixup: memory_format must be one of {', '.join(map(str, _FORMATS))}, got {memory_format!r}")
     if _FORMATS[memory_format] not in (None, x.ndim):
         raise ValueError(f"mixup: {memory_format} is for {_FORMATS[memory_format]}-d tensors, got shape {tuple(x.shape)}")
-
-
-def affine(mean: Any, std: Any) -> tuple[Tensor, Tensor]:
-    """What a mean and a deviation, numbers or one a channel, make of a value v: scale*v + shift, () or (C,) in float64."""
-    mean, std = (_numbers(name, value) for name, value in (("mean", mean), ("std", std)))
-    # One of them may have been given in numbers.
-    device = std.device if mean.device.type == "cpu" else mean.device
-    mean, std = (on_device(numbers, device) for numbers in (mean, std))
-    if mean.ndim and std.ndim and 1 not in (len(mean), len(std)) and len(mean) != len(std):
-        raise ValueError(f"mixup: mean and std must be of the same channels, got {len(mean)} and {len(std)}")
-    if may_read(std) and not (std > 0).all():
-        raise ValueError(f"mixup: std must be positive, got {std.tolist()}")
-    return 1 / std, -mean / std
-
-
-def _numbers(name: str, value: Any) -> Tensor:
-    """A number or a channel's each, as a constant."""
-    if isinstance(value, (bool, str)) or not isinstance(value, (Real, Sequence, Tensor)):
-        raise TypeError(f"mixup: {name} must be a number, a sequence of numbers or a Tensor, got {value!r}")
-    t = value.detach().double() if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64, device="cpu")
-    if t.ndim > 1 or t.numel() == 0:
-        raise ValueError(f"mixup: {name} must be a number or one a channel, got shape {tuple(t.shape)}")
-    return t
-
-
-def _affine_of(mean: Any, std: Any, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """`affine`, on x's device, for x's channels."""
-    if mean is None:
-        return None, None
-    scale, shift = affine(mean, std)
-    check_channels((scale, shift), x)
-    return scale, shift
-
-
-def check_channels(affine: Iterable[Tensor], x: Tensor) -> None:
-    """Refuses a mean and a deviation of other channels than x's."""
-    if x.ndim < 2:
-        raise ValueError(f"mixup: mean and std belong to channels, dimension 1, got x of shape {tuple(x.shape)}")
-    for numbers in affine:
-        if numbers.ndim and numbers.shape[0] not in (1, x.shape[1]):
-            raise ValueError(f"mixup: mean and std must be numbers or {x.shape[1]}, one a channel of x, got {numbers.shape[0]}")
 
 
 def _check_out(

@@ -10,12 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..dispatch import may_read, on_device, use_triton
-from ..reference.blur_pool import accumulator, is_forward_mode
+from .._core.autograd import gradients, is_differentiated_again, needs_graph, unwatched_apply
+from .._core.dispatch import is_its_memory, is_watched, may_read, on_device, use_triton
+from .._core.layout import as_tensor
+from .._core.precision import accumulator, is_autocast
+from .._core.sharding import is_sharded, on_parts, whole
+from .._core.tensors import check_lam, check_like, extremes
 from ..reference.mixup_cross_entropy import mixup_cross_entropy as reference
-from ..sharding import is_sharded, on_parts, whole
-from .mixup import check_lam
-from .schema import check_like, define
+from .schema import define, kernels_of
 
 __all__ = ["mixup_cross_entropy"]
 
@@ -23,79 +25,87 @@ REDUCTIONS = ("mean", "sum", "none")
 LABELS = (torch.int64, torch.int32, torch.uint8)
 
 
-def _outputs(z: Tensor, reduction: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """The uninitialised loss, statistics (of each row, two) and denominators (of a mean, the two terms')."""
-    rows, wide = z.shape[:1] + z.shape[2:], accumulator(z.dtype)
-    return (
-        z.new_empty(rows if reduction == "none" else (), dtype=dtype),
-        z.new_empty((2, *rows), dtype=wide),
-        z.new_empty((2 if reduction == "mean" else 0,), dtype=wide),
+def _forward_op(z, a, b, lam, weight, ignore_index, reduction, label_smoothing, dtype):
+    _check_op(z, a, b, lam, weight)
+    arguments = ignore_index, reduction, label_smoothing, dtype
+    return kernels_of("mixup_cross_entropy").mixup_cross_entropy(z, a, b, lam, weight, *arguments)
+
+
+def _backward_op(grad, z, a, b, lam, weight, statistics, ignore_index, reduction, label_smoothing):
+    _check_op(z, a, b, lam, weight)
+    rows, wide = tuple(z.shape[:1] + z.shape[2:]), z.new_empty((), dtype=accumulator(z.dtype))
+    if tuple(grad.shape) not in ((), rows) or grad.device != z.device:
+        found = f"{tuple(grad.shape)} on {grad.device}"
+        raise ValueError(f"mixup_cross_entropy_backward: grad must be () or {rows} on {z.device}, got {found}")
+    check_like("mixup_cross_entropy_backward: statistics", statistics, _statistics_shape(a, reduction), wide)
+    return kernels_of("mixup_cross_entropy").mixup_cross_entropy_backward(
+        grad, z, a, b, lam, weight, statistics, ignore_index, reduction, label_smoothing
     )
 
 
-def _forward(z, a, b, lam, weight, ignore_index, reduction, label_smoothing, dtype):
-    from ..kernels import mixup_cross_entropy as kernels
-
-    _check_op(z, a, b, lam, weight)
-    outputs = _outputs(z, reduction, dtype)
-    kernels.mixup_cross_entropy(z, a, b, lam, weight, ignore_index, label_smoothing, *outputs)
-    return outputs
+def _fake_outputs(z, a, b, lam, weight, ignore_index, reduction, label_smoothing, dtype):
+    loss = z.new_empty(a.shape if reduction == "none" else (), dtype=dtype)
+    return loss, z.new_empty(_statistics_shape(a, reduction), dtype=accumulator(z.dtype))
 
 
-def _backward(grad, z, a, b, lam, weight, statistics, denominators, ignore_index, label_smoothing):
-    from ..kernels import mixup_cross_entropy as kernels
-
-    _check_op(z, a, b, lam, weight)
-    rows, dz = tuple(z.shape[:1] + z.shape[2:]), torch.empty_like(z)
-    if tuple(grad.shape) not in ((), rows) or grad.device != z.device:
-        raise ValueError(f"mixup_cross_entropy_backward: grad must be () or {rows} on {z.device}, got {tuple(grad.shape)}")
-    wide = z.new_empty((), dtype=accumulator(z.dtype))
-    check_like("mixup_cross_entropy_backward: statistics", statistics, (2, *rows), wide)
-    check_like("mixup_cross_entropy_backward: denominators", denominators, (2,) if denominators.numel() else (0,), wide)
-    kernels.mixup_cross_entropy_backward(grad, z, a, b, lam, weight, statistics, denominators, ignore_index, label_smoothing, dz)
-    return dz
+def _statistics_shape(a: Tensor, reduction: str) -> tuple[int]:
+    """Two of each row, and the two denominators of a mean."""
+    return (2 * a.numel() + (2 if reduction == "mean" else 0),)
 
 
 TERMS = "Tensor z, Tensor a, Tensor b, Tensor lam, Tensor? weight"
 define(
     f"mixup_cross_entropy({TERMS}, int ignore_index, str reduction, float label_smoothing, ScalarType dtype)"
-    " -> (Tensor loss, Tensor statistics, Tensor denominators)",
-    _forward,
-    lambda z, a, b, lam, weight, ignore_index, reduction, label_smoothing, dtype: _outputs(z, reduction, dtype),
+    " -> (Tensor loss, Tensor statistics)",
+    _forward_op,
+    _fake_outputs,
 )
 define(
-    f"mixup_cross_entropy_backward(Tensor grad, {TERMS}, Tensor statistics, Tensor denominators, int ignore_index,"
+    f"mixup_cross_entropy_backward(Tensor grad, {TERMS}, Tensor statistics, int ignore_index, str reduction,"
     " float label_smoothing) -> Tensor",
-    _backward,
+    _backward_op,
     lambda grad, z, *others: torch.empty_like(z),
 )
 
 
-# The gradient is not linear in z, and there is no kernel of its derivative: who differentiates again, or forwards, does it
-# through the reference. So the Function has no jvp, and forward mode never meets it.
+def _forward(z, a, b, lam, weight, arguments, watched):
+    if watched:
+        return torch.ops.regfast.mixup_cross_entropy(z, a, b, lam, weight, *arguments)
+    return kernels_of("mixup_cross_entropy").mixup_cross_entropy(z, a, b, lam, weight, *arguments)
+
+
+def _backward(grad, z, a, b, lam, weight, statistics, arguments, watched):
+    if watched or is_watched(grad) or not is_its_memory(grad):
+        lam = as_tensor(lam, accumulator(z.dtype), z.device)
+        return torch.ops.regfast.mixup_cross_entropy_backward(grad, z, a, b, lam, weight, statistics, *arguments)
+    kernels = kernels_of("mixup_cross_entropy")
+    return kernels.mixup_cross_entropy_backward(grad, z, a, b, lam, weight, statistics, *arguments)
+
+
 class _MixupCrossEntropy(torch.autograd.Function):
+    """Saves the logits and, for their gradient, each row's two statistics and the denominators of a mean."""
+
     @staticmethod
-    def forward(ctx, z, a, b, lam, weight, ignore_index, reduction, label_smoothing, dtype):
-        arguments = ignore_index, reduction, label_smoothing, dtype
-        loss, statistics, denominators = torch.ops.regfast.mixup_cross_entropy(z, a, b, lam, weight, *arguments)
-        ctx.save_for_backward(z, a, b, lam, weight, statistics, denominators)
-        ctx.arguments = arguments
+    def forward(ctx, z, a, b, lam, weight, arguments, watched):
+        loss, statistics = _forward(z, a, b, lam, weight, arguments, watched)
+        tensor, number = (lam, None) if isinstance(lam, Tensor) else (None, lam)
+        ctx.save_for_backward(z, a, b, tensor, weight, statistics)
+        ctx.number, ctx.arguments, ctx.watched = number, arguments, watched
         return loss
 
     @staticmethod
     def backward(ctx, grad):
-        z, a, b, lam, weight, statistics, denominators = ctx.saved_tensors
-        ignore_index, reduction, label_smoothing, dtype = ctx.arguments
-        again = torch.is_grad_enabled() or is_forward_mode()
-        if again and not torch.compiler.is_compiling():
-            with torch.enable_grad():
-                loss = reference(z, a, b, lam, weight, ignore_index, reduction, label_smoothing, dtype)
-                (dz,) = torch.autograd.grad(loss, z, grad, create_graph=True)
+        z, a, b, tensor, weight, statistics = ctx.saved_tensors
+        lam = ctx.number if tensor is None else tensor
+        if is_differentiated_again():
+            terms = a, b, as_tensor(lam, accumulator(z.dtype), z.device), weight, *ctx.arguments
+            (dz,) = gradients(lambda z: reference(z, *terms), (z,), (True,), grad)
         else:
-            dz = torch.ops.regfast.mixup_cross_entropy_backward(
-                grad, z, a, b, lam, weight, statistics, denominators, ignore_index, label_smoothing
-            )
-        return dz, *(None,) * 8
+            dz = _backward(grad, z, a, b, lam, weight, statistics, ctx.arguments[:-1], ctx.watched)
+        return dz, *(None,) * 6
+
+
+_apply = unwatched_apply(_MixupCrossEntropy)
 
 
 def mixup_cross_entropy(
@@ -150,7 +160,8 @@ def mixup_cross_entropy(
         loss = mixup_cross_entropy(input.unsqueeze(0), lifted, weight, ignore_index, reduction, label_smoothing)
         return loss.squeeze(0) if reduction == "none" else loss
     check_lam(lam, input)
-    if is_sharded(input, a, b, lam):
+    watched = is_watched(input, a, b, lam, weight) or not is_its_memory(input)
+    if watched and is_sharded(input, a, b, lam):
         # A mean is over all rows.
         terms, weight = (whole(a), whole(b), whole(lam)), whole(weight)
         function = partial(
@@ -158,28 +169,32 @@ def mixup_cross_entropy(
             label_smoothing=label_smoothing,
         )  # fmt: skip
         return on_parts(function, input, dims=(), keeps=0)
-    lam = on_device(lam, input.device) if isinstance(lam, Tensor) else _filled(lam, input)
+    if isinstance(lam, Tensor):
+        lam = on_device(lam, input.device)
+    elif not isinstance(lam, (float, torch.SymFloat)):
+        lam = float(lam)
+    fused = not probabilities and use_triton(input, input.dtype, lam=lam, weight=weight)
+    if not fused or watched:
+        lam = as_tensor(lam, accumulator(input.dtype), input.device)
     if probabilities:
         share = lam.view(-1, *(1,) * (input.ndim - 1))
         # The cross entropy is linear in the probabilities.
         blended = (share * a + (1 - share) * b).to(input.dtype)
         return F.cross_entropy(input, blended, weight, None, ignore_index, None, reduction, label_smoothing)
     ignores = _check_range(input, a, b, ignore_index)
-    arguments = reduction, label_smoothing, loss_dtype(input)
-    if is_forward_mode() or not use_triton(input, constants={"lam": lam, "weight": weight}):
-        return reference(input, a, b, lam, weight, ignore_index if ignores else None, *arguments)
-    return _MixupCrossEntropy.apply(input, a, b, lam, weight, ignore_index, *arguments)
+    if not fused:
+        ignore = ignore_index if ignores else None
+        return reference(input, a, b, lam, weight, ignore, reduction, label_smoothing, _loss_dtype(input))
+    arguments = ignore_index, reduction, label_smoothing, _loss_dtype(input)
+    if needs_graph(input):
+        return (_MixupCrossEntropy.apply if watched else _apply)(input, a, b, lam, weight, arguments, watched)
+    return _forward(input, a, b, lam, weight, arguments, watched)[0]
 
 
-def _filled(lam: float, input: Tensor) -> Tensor:
-    return torch.full((), lam, dtype=accumulator(input.dtype), device=input.device)
-
-
-def loss_dtype(input: Tensor) -> torch.dtype:
+def _loss_dtype(input: Tensor) -> torch.dtype:
     """input's dtype, or under autocast float32 in the place of half precision: torch's rule for a cross entropy."""
-    device = input.device.type
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return accumulator(input.dtype) if autocast else input.dtype
+    wide = accumulator(input.dtype)
+    return wide if wide != input.dtype and is_autocast(input) else input.dtype
 
 
 def _check_logits(input: Any) -> None:
@@ -187,15 +202,17 @@ def _check_logits(input: Any) -> None:
         raise TypeError(f"mixup_cross_entropy: input must be a Tensor, got {type(input).__name__}")
     if not input.is_floating_point():
         raise TypeError(f"mixup_cross_entropy: input must be floating-point, got {input.dtype}")
-    if input.ndim == 0:
+    ndim = input.ndim
+    if ndim == 0:
         raise ValueError("mixup_cross_entropy: input must be (C,), (N, C) or (N, C, d1, ...), got a 0-d tensor")
-    if input.shape[min(input.ndim - 1, 1)] == 0:
+    if input.size(1 if ndim > 1 else 0) == 0:
         raise ValueError(f"mixup_cross_entropy: input must have one class at least, got shape {tuple(input.shape)}")
 
 
 def _check_options(input: Tensor, weight: Any, ignore_index: Any, reduction: Any, label_smoothing: Any) -> None:
     _check_weight(input, weight)
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, (int, torch.SymInt)):
+    # (What it usually is, is the quickest to ask for.)
+    if type(ignore_index) is not int and (isinstance(ignore_index, bool) or not isinstance(ignore_index, (int, torch.SymInt))):
         raise TypeError(f"mixup_cross_entropy: ignore_index must be an integer, got {ignore_index!r}")
     check_reduction(reduction)
     check_smoothing(label_smoothing)
@@ -207,7 +224,9 @@ def check_reduction(reduction: Any) -> None:
 
 
 def check_smoothing(label_smoothing: Any) -> None:
-    if isinstance(label_smoothing, bool) or not isinstance(label_smoothing, (Real, torch.SymFloat)):
+    if type(label_smoothing) is not float and (
+        isinstance(label_smoothing, bool) or not isinstance(label_smoothing, (Real, torch.SymFloat))
+    ):
         raise TypeError(f"label_smoothing must be a number, got {label_smoothing!r}")
     if not 0 <= float(label_smoothing) <= 1:
         raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
@@ -234,9 +253,9 @@ def _terms(target: Any) -> tuple[Tensor, Tensor, Any]:
     if len(target) != 3:
         raise ValueError(f"mixup_cross_entropy: target must be a Tensor or a tuple (a, b, lam), got {len(target)} entries")
     a, b, lam = target
-    for name, labels in (("a", a), ("b", b)):
-        if not isinstance(labels, Tensor):
-            raise TypeError(f"mixup_cross_entropy: the labels {name} must be a Tensor, got {type(labels).__name__}")
+    if not isinstance(a, Tensor) or not isinstance(b, Tensor):
+        name, labels = ("b", b) if isinstance(a, Tensor) else ("a", a)
+        raise TypeError(f"mixup_cross_entropy: the labels {name} must be a Tensor, got {type(labels).__name__}")
     return a, b, lam
 
 
@@ -246,18 +265,18 @@ def _check_labels(input: Tensor, a: Tensor, b: Tensor) -> None:
         if labels.dtype not in LABELS:
             allowed = f"{', '.join(map(str, LABELS))}, or both floating-point (probabilities)"
             raise TypeError(f"mixup_cross_entropy: the labels {name} must be {allowed}, got {labels.dtype}")
-    _check_shapes(input, a, b, input.shape[:1] + input.shape[2:] if input.ndim > 1 else torch.Size())
+    shape: tuple[int, ...] = input.shape
+    _check_shapes(input, a, b, shape[:1] if len(shape) == 2 else (shape[:1] + shape[2:])[: len(shape) - 1])
 
 
-def _check_shapes(input: Tensor, a: Tensor, b: Tensor, shape: torch.Size) -> None:
+def _check_shapes(input: Tensor, a: Tensor, b: Tensor, shape: tuple[int, ...]) -> None:
+    device = input.device
     for name, labels in (("a", a), ("b", b)):
         if labels.shape != shape:
             found = f"{tuple(labels.shape)} for input of shape {tuple(input.shape)} {_hint(labels)}"
             raise ValueError(f"mixup_cross_entropy: the labels {name} must have shape {tuple(shape)}, got {found}")
-        if labels.device != input.device:
-            raise ValueError(
-                f"mixup_cross_entropy: the labels {name} must be on {input.device}, as input is, got {labels.device}"
-            )
+        if labels.device != device:
+            raise ValueError(f"mixup_cross_entropy: the labels {name} must be on {device}, as input is, got {labels.device}")
 
 
 def _hint(labels: Tensor) -> str:
@@ -281,7 +300,7 @@ def _check_range(input: Tensor, a: Tensor, b: Tensor, ignore_index: int) -> bool
             return True
         if not labels.numel():
             continue
-        low, high = (int(bound) for bound in labels.aminmax())
+        low, high = extremes(labels)
         if low < 0 or high >= classes:
             wrong = labels[(labels != ignore_index) & ((labels < 0) | (labels >= classes))]
             if wrong.numel():

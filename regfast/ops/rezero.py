@@ -8,43 +8,37 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import handle_torch_function, has_torch_function
+from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from ..dispatch import on_device, use_triton
-from ..reference.blur_pool import accumulator, is_forward_mode
+from .._core.autograd import gradients, is_differentiated_again, needs_graph, unwatched_apply
+from .._core.dispatch import is_its_memory, is_watched, on_device, use_triton
+from .._core.layout import as_tensor
+from .._core.precision import accumulator
+from .._core.sharding import is_sharded, on_parts
+from .._core.tensors import check_like
 from ..reference.rezero import ACTIVATIONS
 from ..reference.rezero import rezero as reference
-from ..sharding import is_sharded, on_parts
-from .schema import check_like, define
+from .schema import define, kernels_of
 
 __all__ = ["ACTIVATIONS", "FORMS", "rezero"]
 
 FORMS = ("gate", "post")
+_NAMES = tuple(ACTIVATIONS)
 
 
-def _forward(x, f, alpha, activation, form, dtype):
-    from ..kernels import rezero as kernels
-
+def _forward_op(x, f, alpha, activation, form):
     _check_op(x, f, alpha)
-    return kernels.rezero(x, f, alpha, activation, form, torch.empty_like(x, dtype=dtype))
+    return kernels_of("rezero").rezero(x, f, alpha, activation, form)
 
 
-def _backward(grad, x, f, alpha, activation, form, wants_x, wants_f, wants_alpha):
-    from ..kernels import rezero as kernels
-
+def _backward_op(grad, x, f, alpha, activation, form, wants_x, wants_f, wants_alpha):
     if x is not None:
         _check_op(x, f, alpha)
     check_like("rezero_backward: grad", grad, f.shape, grad)
-    outputs = _gradients(grad, x, f, alpha, activation, form, wants_x, wants_f, wants_alpha)
-    kernels.rezero_backward(grad, x, f, alpha, activation, form, *outputs)
-    return outputs
-
-
-def _gradients(grad, x, f, alpha, activation, form, wants_x, wants_f, wants_alpha):
-    """The uninitialised gradients of x and f, laid out as f is, and of alpha; empty where nobody wants one."""
-    dx = torch.empty_like(f, dtype=x.dtype) if wants_x and x is not None else f.new_empty(0)
-    df = torch.empty_like(f) if wants_f else f.new_empty(0)
-    return dx, df, f.new_empty(() if wants_alpha else 0, dtype=accumulator(grad.dtype, f.dtype, alpha.dtype))
+    wanted = wants_x and x is not None, wants_f, wants_alpha
+    found = kernels_of("rezero").rezero_backward(grad, x, f, alpha, activation, form, *wanted)
+    # An op returns tensors: what is not wanted is empty.
+    return tuple(f.new_empty(0) if t is None else t for t in found)
 
 
 def _check_op(x: Tensor, f: Tensor, alpha: Tensor) -> None:
@@ -55,47 +49,70 @@ def _check_op(x: Tensor, f: Tensor, alpha: Tensor) -> None:
         raise ValueError(f"rezero: f and alpha, which has one element, must be on {x.device}, got {found}")
 
 
+def _fake_gradients(grad, x, f, alpha, activation, form, wants_x, wants_f, wants_alpha):
+    return (
+        torch.empty_like(f, dtype=x.dtype) if wants_x and x is not None else f.new_empty(0),
+        torch.empty_like(f) if wants_f else f.new_empty(0),
+        torch.empty_like(alpha) if wants_alpha else f.new_empty(0),
+    )
+
+
 define(
-    "rezero(Tensor x, Tensor f, Tensor alpha, str activation, str form, ScalarType dtype) -> Tensor",
-    _forward,
-    lambda x, f, alpha, activation, form, dtype: torch.empty_like(x, dtype=dtype),
+    "rezero(Tensor x, Tensor f, Tensor alpha, str activation, str form) -> Tensor",
+    _forward_op,
+    lambda x, f, *others: torch.empty_like(x, dtype=torch.promote_types(x.dtype, f.dtype)),
 )
 define(
-    "rezero_backward(Tensor grad, Tensor? x, Tensor f, Tensor alpha, str activation, str form, bool wants_x, bool wants_f, "
-    "bool wants_alpha) -> (Tensor dx, Tensor df, Tensor dalpha)",
-    _backward,
-    _gradients,
+    "rezero_backward(Tensor grad, Tensor? x, Tensor f, Tensor alpha, str activation, str form, "
+    "bool wants_x, bool wants_f, bool wants_alpha) -> (Tensor dx, Tensor df, Tensor dalpha)",
+    _backward_op,
+    _fake_gradients,
 )
 
 
-# There is no kernel of the gradient's own derivative: who differentiates again, or forwards, does it through the reference. So
-# the Function has no jvp, and forward mode never meets it. Of the gate's form x is not saved: its gradient *is* the output's.
+def _forward(x, f, alpha, modes, watched):
+    if watched:
+        return torch.ops.regfast.rezero(x, f, alpha, *modes)
+    return kernels_of("rezero").rezero(x, f, alpha, *modes)
+
+
+def _backward(grad, x, f, alpha, modes, wanted, watched):
+    """The gradients of x, unless that is None, of f and of alpha; of what is not wanted, whatever."""
+    if watched or is_watched(grad) or not is_its_memory(grad):
+        alpha = as_tensor(alpha, accumulator(grad.dtype), grad.device)
+        return torch.ops.regfast.rezero_backward(grad, x, f, alpha, *modes, *wanted)
+    return kernels_of("rezero").rezero_backward(grad, x, f, alpha, *modes, *wanted)
+
+
 class _ReZero(torch.autograd.Function):
+    """With the gate's form the gradient of x is that of the output, and x is not saved."""
+
     @staticmethod
-    def forward(ctx, x, f, alpha, activation, form, dtype):
-        ctx.save_for_backward(None if form == "gate" else x, f, alpha)
-        ctx.arguments, ctx.x_dtype = (activation, form, dtype), x.dtype
-        return torch.ops.regfast.rezero(x, f, alpha, activation, form, dtype)
+    def forward(ctx, x, f, alpha, modes, watched):
+        tensor, number = (alpha, None) if isinstance(alpha, Tensor) else (None, alpha)
+        ctx.save_for_backward(None if modes[1] == "gate" else x, f, tensor)
+        ctx.arguments = number, modes, x.dtype, watched
+        return _forward(x, f, alpha, modes, watched)
 
     @staticmethod
     def backward(ctx, grad):
-        x, f, alpha = ctx.saved_tensors
-        activation, form, dtype = ctx.arguments
+        (x, f, tensor), (number, modes, x_dtype, watched) = ctx.saved_tensors, ctx.arguments
+        alpha = number if tensor is None else tensor
         wants_x, wants_f, wants_alpha = ctx.needs_input_grad[:3]
-        dx = grad.to(ctx.x_dtype) if wants_x and form == "gate" else None
-        again = torch.is_grad_enabled() or is_forward_mode()
-        if again and not torch.compiler.is_compiling():
-            with torch.enable_grad():
-                stream = f.new_zeros((), dtype=ctx.x_dtype).expand_as(f) if x is None else x
-                y = reference(stream, f, alpha, activation, form, dtype)
-                wanted = [t for t, wants in zip((x, f, alpha), ctx.needs_input_grad) if wants and t is not None]
-                found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True) if wanted else ())
-            dx = next(found) if wants_x and form == "post" else dx
-            return dx, next(found) if wants_f else None, next(found) if wants_alpha else None, None, None, None
-        given = torch.ops.regfast.rezero_backward(grad, x, f, alpha, activation, form, wants_x, wants_f, wants_alpha)
-        dx = given[0] if wants_x and form == "post" else dx
-        dalpha = given[2].to(alpha.dtype).view(alpha.shape) if wants_alpha else None
-        return dx, given[1] if wants_f else None, dalpha, None, None, None
+        wanted = wants_x and x is not None, wants_f, wants_alpha
+        dx = df = dalpha = None
+        if is_differentiated_again():
+            alpha = as_tensor(alpha, accumulator(grad.dtype), grad.device)
+            stream = grad.new_zeros((), dtype=x_dtype).expand_as(f) if x is None else x
+            dx, df, dalpha = gradients(lambda *inputs: reference(*inputs, *modes), (stream, f, alpha), wanted, grad)
+        elif any(wanted):
+            dx, df, dalpha = _backward(grad, x, f, alpha, modes, wanted, watched)
+        if x is None:
+            dx = grad if grad.dtype == x_dtype else grad.to(x_dtype)
+        return dx if wants_x else None, df if wants_f else None, dalpha if wants_alpha else None, None, None
+
+
+_apply = unwatched_apply(_ReZero)
 
 
 def rezero(x: Tensor, f: Tensor, alpha: float | Tensor, activation: str = "relu", form: str = "gate") -> Tensor:
@@ -125,44 +142,58 @@ def rezero(x: Tensor, f: Tensor, alpha: float | Tensor, activation: str = "relu"
         >>> torch.equal(regfast.functional.rezero(x, f, alpha), x)
         True
     """
-    if has_torch_function((x, f, alpha)):
+    if has_torch_function_variadic(x, f, alpha):
         return handle_torch_function(rezero, (x, f, alpha), x, f, alpha, activation, form)
-    _check(x, f, alpha)
+    dtypes = _check(x, f, alpha)
     check_activation(activation)
     check_form(form)
-    wide, dtype = accumulator(x.dtype, f.dtype), torch.promote_types(x.dtype, f.dtype)
-    alpha = on_device(alpha, x.device) if isinstance(alpha, Tensor) else torch.full((), alpha, dtype=wide, device=x.device)
-    if is_sharded(x, f, alpha):
+    if isinstance(alpha, Tensor):
+        alpha = on_device(alpha, x.device)
+    elif not isinstance(alpha, (float, torch.SymFloat)):
+        alpha = float(alpha)
+    watched = is_watched(x, f, alpha) or not (is_its_memory(x) and is_its_memory(f))
+    if watched and is_sharded(x, f, alpha):
+        alpha = as_tensor(alpha, accumulator(*dtypes), x.device)
         function = partial(rezero, activation=activation, form=form)
         return on_parts(function, x, f, dims=range(x.ndim), keeps=x.ndim, partial=[alpha])
-    dtypes = x.dtype, f.dtype, alpha.dtype
-    if is_forward_mode() or not use_triton(x, dtypes=dtypes, elementwise=True):
-        return reference(x, f, alpha, activation, form, dtype)
-    return _ReZero.apply(x, f, alpha, activation, form, dtype)
+    fused = use_triton(x, *dtypes, elementwise=True)
+    if not fused or watched:
+        alpha = as_tensor(alpha, accumulator(*dtypes), x.device)
+    if not fused:
+        return reference(x, f, alpha, activation, form)  # type: ignore[arg-type]
+    modes = activation, form
+    if needs_graph(f, x, alpha):
+        return (_ReZero.apply if watched else _apply)(x, f, alpha, modes, watched)
+    return _forward(x, f, alpha, modes, watched)
 
 
-def _check(x: Any, f: Any, alpha: Any) -> None:
-    for name, t in (("x", x), ("f", f)):
-        if not isinstance(t, Tensor):
-            raise TypeError(f"rezero: {name} must be a Tensor, got {type(t).__name__}")
-        if not t.is_floating_point():
-            raise TypeError(f"rezero: {name} must be floating-point, got {t.dtype}")
+def _check(x: Any, f: Any, alpha: Any) -> tuple[torch.dtype, ...]:
+    """Refuses what does not go together; the dtypes of what does."""
+    if not isinstance(x, Tensor) or not isinstance(f, Tensor):
+        name, t = ("f", f) if isinstance(x, Tensor) else ("x", x)
+        raise TypeError(f"rezero: {name} must be a Tensor, got {type(t).__name__}")
+    dtypes: tuple[torch.dtype, ...] = x.dtype, f.dtype
+    if not dtypes[0].is_floating_point or not dtypes[1].is_floating_point:
+        name, dtype = ("f", dtypes[1]) if dtypes[0].is_floating_point else ("x", dtypes[0])
+        raise TypeError(f"rezero: {name} must be floating-point, got {dtype}")
     if x.shape != f.shape:
         raise ValueError(f"rezero: x and f must be of one shape, got {tuple(x.shape)} and {tuple(f.shape)}")
     if x.device != f.device:
         raise ValueError(f"rezero: x and f must be on one device, got {x.device} and {f.device}")
     if isinstance(alpha, Tensor):
-        if not alpha.is_floating_point():
-            raise TypeError(f"rezero: alpha must be floating-point, got {alpha.dtype}")
+        dtypes = *dtypes, alpha.dtype
+        if not dtypes[2].is_floating_point:
+            raise TypeError(f"rezero: alpha must be floating-point, got {dtypes[2]}")
         if alpha.numel() != 1:
             raise ValueError(f"rezero: alpha must be a number or a tensor of one element, got shape {tuple(alpha.shape)}")
     elif isinstance(alpha, bool) or not isinstance(alpha, (Real, torch.SymFloat)):
         raise TypeError(f"rezero: alpha must be a number or a tensor of one element, got {type(alpha).__name__}")
+    return dtypes
 
 
 def check_activation(activation: Any) -> None:
     # Not in the dictionary itself, which would have to hash whatever it is.
-    if activation not in tuple(ACTIVATIONS):
+    if activation not in _NAMES:
         raise ValueError(f"activation must be one of {', '.join(map(repr, ACTIVATIONS))}, got {activation!r}")
 
 

@@ -5,7 +5,6 @@ Tensors are batched, (N, C, *spatial), and a `Window` whose kernel is 1 without 
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
 import math
@@ -16,8 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..geometry import Window
-from ..layout import is_channels_last, with_format
+from .._core.autograd import is_compiled, is_differentiated, is_forward_mode, is_transformed
+from .._core.dispatch import is_watched
+from .._core.geometry import Window, output_shape
+from .._core.layout import is_channels_last, with_format
+from .._core.precision import accumulator, outside_autocast
+from .._core.taps import binomial
 
 
 def blur_pool(x: Tensor, window: Window) -> Tensor:
@@ -27,19 +30,17 @@ def blur_pool(x: Tensor, window: Window) -> Tensor:
     Sums are float32 (float64 for float64) and are rounded once. Where the window has an activation, x is activated
     first. Source: Zhang, "Making Convolutional Networks Shift-Invariant Again" (2019).
     """
+    output_shape(window, x.shape)
     if window.rank == 1:
         return blur_pool(x.unsqueeze(2), as_image(window)).squeeze(2)
     if window.activation == "relu":
         x = F.relu(x)
     with outside_autocast(x):
         wide = _extend(x, window).to(accumulator(x.dtype))
+        if is_small(x) and averages(window):
+            return in_format_of(x, average(wide, averages(window)).to(x.dtype))
         blur = _convolve if prefers_convolution(x) else _sum_slices
         return in_format_of(x, blur(wide, window).to(x.dtype))
-
-
-def accumulator(*dtypes: torch.dtype) -> torch.dtype:
-    """The dtype of sums over tensors of these."""
-    return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
 def prefers_convolution(x: Tensor) -> bool:
@@ -54,24 +55,30 @@ def prefers_convolution(x: Tensor) -> bool:
     return x.device.type == "cpu" and not is_forward_mode() and not fused
 
 
-def is_compiled() -> bool:
-    """Whether a compiler will fuse what is traced. An exported graph stays as it is, for any runtime."""
-    return torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+# Elements of an image that is small: what it takes is the calls of operators, and a convolution's is the longest.
+SMALL = 2**14
 
 
-def is_differentiated(x: Tensor) -> bool:
-    """Whether someone may ask for a derivative of what is computed from x, in any mode of differentiation."""
-    return torch.compiler.is_exporting() or is_transformed() or (x.requires_grad and torch.is_grad_enabled())
+def is_small(x: Tensor) -> bool:
+    """Whether x is small, and is computed with as it comes: eagerly on a CPU. A traced graph is not made for one size."""
+    return x.is_cpu and not is_watched(x) and not is_transformed() and x.numel() <= SMALL
 
 
-def is_transformed() -> bool:
-    """Whether torch.func or forward-mode differentiation is under way."""
-    return torch._C._are_functorch_transforms_active() or is_forward_mode()
+# Of each, the kernel and the stride.
+Averages = tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
 
 
-def is_forward_mode() -> bool:
-    """Whether tangents may be carried along."""
-    return torch.autograd.forward_ad._current_level >= 0
+@functools.lru_cache(maxsize=256)
+def averages(window: Window) -> Averages:
+    """The blur of images by binomial taps as averages of two, over and over, which are their factors.
+
+    None at all for other taps, and for more than it pays for.
+    """
+    sizes = [len(taps) for taps in window.taps]
+    if window.rank != 2 or not 1 < max(sizes) <= 5 or any(taps != binomial(len(taps)) for taps in window.taps):
+        return ()
+    kernels = [tuple(2 if step < size else 1 for size in sizes) for step in range(1, max(sizes))]
+    return (*((kernel, (1, 1)) for kernel in kernels[:-1]), (kernels[-1], window.stride))
 
 
 def in_format_of(x: Tensor, y: Tensor) -> Tensor:
@@ -90,14 +97,6 @@ def as_image(window: Window) -> Window:
         lead=(0, *window.lead),
         trail=(0, *window.trail),
     )
-
-
-def outside_autocast(x: Tensor) -> contextlib.AbstractContextManager[object]:
-    """A context in which operations keep the dtypes they are given."""
-    device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        return torch.autocast(device, enabled=False)
-    return contextlib.nullcontext()
 
 
 def _extend(x: Tensor, window: Window) -> Tensor:
@@ -138,6 +137,13 @@ def _reflect(x: Tensor, lead: Sequence[int], trail: Sequence[int]) -> Tensor:
 def pad_amounts(before: Sequence[int], after: Sequence[int]) -> list[int]:
     """F.pad's argument: pairs, the last axis first."""
     return [amount for pair in zip(reversed(before), reversed(after)) for amount in pair]
+
+
+def average(x: Tensor, steps: Averages) -> Tensor:
+    """The blur by its `averages`."""
+    for kernel, stride in steps:
+        x = F.avg_pool2d(x, kernel, stride)
+    return x
 
 
 def _convolve(x: Tensor, window: Window) -> Tensor:

@@ -13,18 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..geometry import Window, map_limits, output_size
-from ..layout import is_channels_last, with_format
-from .blur_pool import (
-    as_image,
-    blur_pool,
-    in_format_of,
-    is_compiled,
-    is_differentiated,
-    is_transformed,
-    outside_autocast,
-    pad_amounts,
-)
+from .._core.autograd import is_compiled, is_differentiated, is_transformed
+from .._core.dispatch import is_watched
+from .._core.geometry import Window, map_limits, output_shape, output_size
+from .._core.layout import is_channels_last, with_format
+from .._core.precision import WIDE, outside_autocast
+from .blur_pool import SMALL, as_image, averages, blur_pool, in_format_of, pad_amounts
+from .small import Small
 
 
 def max_blur_pool(x: Tensor, window: Window) -> Tensor:
@@ -36,10 +31,28 @@ def max_blur_pool(x: Tensor, window: Window) -> Tensor:
     Networks Shift-Invariant Again" (2019), with windows that the image's border cuts, instead of padding, by default.
     """
     if window.rank == 1:
+        output_shape(window, x.shape)
         return max_blur_pool(x.unsqueeze(2), as_image(window)).squeeze(2)
-    if x.ndim == 4 and prefers_max_pool(x) and not is_transformed() and not torch.compiler.is_exporting():
-        return _in_parts(x, window)
-    return _in_its_format(x, window)
+    if x.ndim != 4 or not x.is_cpu or is_watched(x) or is_transformed():
+        output_shape(window, x.shape)
+        return _in_its_format(x, window)
+    prepared = _prepare_small(window, x.shape) if x.numel() <= SMALL and x.dtype in WIDE else None
+    if prepared is not None:
+        with outside_autocast(x):
+            return prepared.pool(x)
+    output_shape(window, x.shape)
+    return _in_parts(x, window)
+
+
+@functools.lru_cache(maxsize=1024)
+def _prepare_small(window: Window, shape: torch.Size) -> Small | None:
+    """How small images of a shape are pooled; None where that takes more than `Small` can."""
+    output_shape(window, shape)
+    before, after, blur = _split(window, shape[2:])
+    undilated = all(d == 1 for d in window.dilation)
+    if window.ceil_mode or not undilated or any(blur.lead) or any(blur.trail) or not averages(blur):
+        return None
+    return Small.of(window, before, after)
 
 
 # Elements of a part: its maxima, their places and their gradients stay in a core's cache, and in memory that is used again.
@@ -47,13 +60,14 @@ _PART = 2**21
 
 
 def _in_parts(x: Tensor, window: Window) -> Tensor:
-    """`_in_its_format` for eager training: some images at a time, their channels innermost where there are a vector of them.
+    """`_in_its_format` for eager calls: some images at a time.
 
-    PyTorch's max pooling is vectorised over innermost channels alone, by far enough to pay for the copies.
+    For PyTorch's max pooling with their channels innermost, if there are a vector of them: it is vectorised over those alone, by
+    far enough to pay for the copies.
     """
-    parts = []
-    for part in x.split(max(_PART // x.shape[1:].numel(), 1)):
-        if x.shape[1] >= 8:
+    parts, innermost = [], x.shape[1] >= 8 and prefers_max_pool(x)
+    for part in x.split(max(_PART // x.shape[1:].numel(), 1)) if x.numel() > _PART else (x,):
+        if innermost:
             part = part.contiguous(memory_format=torch.channels_last)
         parts.append(_in_its_format(part, window))
     return with_format(torch.cat(parts) if len(parts) > 1 else parts[0], is_channels_last(x))
@@ -67,12 +81,14 @@ def _in_its_format(x: Tensor, window: Window) -> Tensor:
         if window.activation == "relu":
             # Nobody else has seen maxima that were taken.
             maxima = F.relu(maxima, inplace=maxima is not x)
-        y = maxima if blur.is_identity else blur_pool(maxima, blur)
+        # The result is a tensor of its own, whatever is done to it later.
+        y = maxima.clone() if maxima is x and blur.is_identity else maxima
+        y = y if blur.is_identity else blur_pool(y, blur)
     if window.ceil_mode:
         for axis, size in enumerate(x.shape[2:]):
             y = y.narrow(axis - window.rank, 0, output_size(window, axis, size))
-        return in_format_of(x, y)
-    return y
+    # Padding and slices lose x's format, on some devices.
+    return in_format_of(x, y)
 
 
 def _split(window: Window, sizes: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...], Window]:
@@ -128,7 +144,7 @@ def prefers_max_pool(x: Tensor) -> bool:
 
     A compiler fuses slices, and without one they win where no arg-max is needed, which max pooling finds in any case.
     """
-    return x.device.type == "cpu" and not is_compiled() and is_differentiated(x)
+    return x.is_cpu and not is_compiled() and is_differentiated(x)
 
 
 def _repeat_ends(x: Tensor, before: tuple[int, ...], after: tuple[int, ...]) -> Tensor:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..layout import as_laid_out, is_channels_last
-from .blur_pool import accumulator, is_differentiated, outside_autocast
+from .._core.autograd import is_differentiated
+from .._core.layout import as_laid_out, is_channels_last
+from .._core.precision import accumulator, outside_autocast
 
 
 def mixup(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .blur_pool import accumulator, outside_autocast
+from .._core.precision import accumulator, outside_autocast
 
 
 def mixup_cross_entropy(

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..layout import as_laid_out
-from .blur_pool import accumulator, outside_autocast
+from .._core.layout import as_laid_out
+from .._core.precision import accumulator, outside_autocast
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda u: u,
@@ -20,12 +20,12 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def rezero(x: Tensor, f: Tensor, alpha: Tensor, activation: str, form: str, dtype: torch.dtype) -> Tensor:
+def rezero(x: Tensor, f: Tensor, alpha: Tensor, activation: str, form: str) -> Tensor:
     """x + alpha*act(f), or with form "post" act(x + alpha*f); in x's memory format.
 
     x and f are of one shape, floating; alpha has one element. Arithmetic is in float32 (float64 where one of them is) and is
-    rounded once, to `dtype`. Source: Bachlechner et al., "ReZero is All You Need" (2020), the second form; the book chapter, the
-    first.
+    rounded once, to the wider of the dtypes of x and f. Source: Bachlechner et al., "ReZero is All You Need" (2020), the second
+    form; the book chapter, the first.
     """
     with outside_autocast(x):
         wide, act = accumulator(x.dtype, f.dtype, alpha.dtype), ACTIVATIONS[activation]
@@ -34,4 +34,4 @@ def rezero(x: Tensor, f: Tensor, alpha: Tensor, activation: str, form: str, dtyp
             y = torch.addcmul(stream, act(branch), gate)
         else:
             y = act(torch.addcmul(stream, branch, gate))
-        return as_laid_out(y.to(dtype), x, torch.preserve_format)
+        return as_laid_out(y.to(torch.promote_types(x.dtype, f.dtype)), x, torch.preserve_format)

@@ -16,7 +16,8 @@ def is_channels_last(x: Tensor) -> bool:
     The rule is the one by which nn.MaxPool2d chooses its output's format: by strides, so that a slice counts as what it was
     cut from, and ambiguous shapes count as contiguous. A 1-d signal is judged as an image of one row.
     """
-    if x.stride(1) == 0:
+    # (What is contiguous is not, and is found the quickest.)
+    if x.is_contiguous() or x.stride(1) == 0:
         return False
     least = 0
     for dim in (1, *range(x.ndim - 1, 1, -1), 0):
@@ -58,3 +59,13 @@ def empty(shape: list[int], like: Tensor, channels_last: bool) -> Tensor:
         return empty([*shape[:2], 1, shape[2]], like, channels_last).squeeze(2)
     memory_format = CHANNELS_LAST[len(shape) - 2] if channels_last else torch.contiguous_format
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=memory_format)
+
+
+def as_tensor(number: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A number as a 0-d tensor on a device; a tensor as it is."""
+    if isinstance(number, Tensor):
+        return number
+    if torch.compiler.is_compiling():
+        # Of a fill the compiler makes a graph for each number.
+        return torch.zeros((), dtype=dtype, device=device) + number
+    return torch.full((), number, dtype=dtype, device=device)

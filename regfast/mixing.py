@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
-from .dispatch import may_read, on_device, outside_graphs
-from .draw import PAIRINGS, Stream, beta, boxes, check_alpha, check_generator, pairing
-from .geometry import check_bool
-from .ops.mixup import affine, blend, check_batch, check_channels, check_lam, result_dtype
-from .reference.blur_pool import accumulator
+from ._core.checks import check_bool
+from ._core.dispatch import may_read, on_device, outside_graphs
+from ._core.draw import PAIRINGS, Stream, beta, boxes, check_alpha, check_generator, pairing
+from ._core.normalise import Affine, result_dtype
+from ._core.tensors import check_batch, check_lam, extremes
+from .ops.mixup import blend
 
 __all__ = ["MixUp", "MixedTarget", "MixupCollator", "mixup_data"]
 
@@ -66,7 +67,7 @@ def _dense(labels: Tensor, num_classes: int) -> Tensor:
             raise ValueError(f"dense labels must have shape (B, ..., {num_classes}), got {tuple(labels.shape)}")
         return labels.float()
     if may_read(labels) and labels.numel():
-        low, high = (int(bound) for bound in labels.aminmax())
+        low, high = extremes(labels)
         if low < 0 or high >= num_classes:
             raise ValueError(f"labels must be in [0, {num_classes}), got {low if low < 0 else high}")
     return (labels.unsqueeze(-1) == torch.arange(num_classes, device=labels.device)).float()
@@ -147,8 +148,7 @@ class MixUp(nn.Module):
         self.mean = mean
         self.std = std
         # No buffers: a model that is cast to half precision must not take them along. On each device they are wanted once.
-        self._affine = None if mean is None else affine(mean, std)
-        self._sent: dict[tuple[torch.device, torch.dtype], tuple[Tensor, ...]] = {}
+        self._affine = None if mean is None else Affine(mean, std)
         self._stream = Stream(generator)
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor | MixedTarget]:
@@ -222,17 +222,7 @@ class MixUp(nn.Module):
     def _constants(self, x: Tensor) -> tuple[torch.dtype, Tensor | None, Tensor | None]:
         """The result's dtype, and what normalises x's channels, where x is."""
         dtype = result_dtype(x.dtype, self.dtype, self.mean, self.std)
-        if self._affine is None:
-            return dtype, None, None
-        check_channels(self._affine, x)
-        wide = accumulator(x.dtype, dtype)
-        key = x.device, wide
-        if key not in self._sent:
-            # Tensors of inference mode could not be used in training.
-            with torch.inference_mode(False):
-                self._sent[key] = tuple(on_device(numbers, x.device).to(wide) for numbers in self._affine)
-        scale, shift = self._sent[key]
-        return dtype, scale, shift
+        return dtype, *((None, None) if self._affine is None else self._affine.of(x, dtype))
 
     def get_extra_state(self) -> Tensor:
         return self._stream.get_state()

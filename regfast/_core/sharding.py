@@ -14,9 +14,12 @@ from torch.nn import Parameter
 
 def is_sharded(*tensors: Any) -> bool:
     """Whether one of them is a DTensor. (That torch.distributed.tensor has not been imported says no.)"""
-    others = [t for t in tensors if isinstance(t, Tensor) and type(t) not in (Tensor, Parameter)]
-    module = sys.modules.get("torch.distributed.tensor") if others else None
-    return module is not None and any(isinstance(t, module.DTensor) for t in others)
+    for t in tensors:
+        if isinstance(t, Tensor) and type(t) not in (Tensor, Parameter):
+            module = sys.modules.get("torch.distributed.tensor")
+            if module is not None and isinstance(t, module.DTensor):
+                return True
+    return False
 
 
 def whole(t: Any) -> Any:

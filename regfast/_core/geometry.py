@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any, Literal, NamedTuple, get_args
 
-from .filters import taps_of
+from .checks import check_bool, per_axis
+from .taps import taps_of
 
 Size = int | Sequence[int]
 MaxPaddingMode = Literal["partial", "replicate", "reflect", "zeros"]
@@ -62,24 +63,6 @@ class Window(NamedTuple):
     def reach(self, axis: int) -> int:
         """How many elements the max window covers from its first to its last, holes of a dilation included."""
         return self.dilation[axis] * (self.kernel_size[axis] - 1) + 1
-
-
-def per_axis(name: str, value: Any, rank: int, minimum: int) -> tuple[int, ...]:
-    """`value` as one integer an axis: an integer stands for all of them, as in torch.nn."""
-    entries = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
-    if len(entries) not in (1, rank):
-        raise ValueError(f"{name} must be one integer or {rank}, got {value!r}")
-    integers = []
-    for entry in entries:
-        try:
-            if isinstance(entry, bool):
-                raise TypeError
-            integers.append(operator.index(entry))
-        except TypeError:
-            raise TypeError(f"{name} must be an integer or a tuple of {rank} of them, got {value!r}") from None
-        if integers[-1] < minimum:
-            raise ValueError(f"{name} must be at least {minimum}, got {value!r}")
-    return tuple(integers) if len(integers) == rank else tuple(integers) * rank
 
 
 def max_blur_window(
@@ -210,12 +193,6 @@ def _check_padding(pad: tuple[int, ...], kernel: tuple[int, ...], padding: Any, 
         raise ValueError(f"padding must be at most half of kernel_size, got padding={padding!r} and kernel_size={kernel_size!r}")
 
 
-def check_bool(name: str, value: Any) -> None:
-    """Refuses what is neither True nor False."""
-    if not isinstance(value, bool):
-        raise TypeError(f"{name} must be True or False, got {value!r}")
-
-
 def _check_padding_mode(padding_mode: Any, allowed: tuple[str, ...]) -> None:
     if padding_mode not in allowed:
         raise ValueError(f"padding_mode must be one of {', '.join(map(repr, allowed))}, got {padding_mode!r}")
@@ -239,8 +216,17 @@ def output_size(window: Window, axis: int, size: int) -> int:
 
 
 def output_shape(window: Window, shape: Sequence[int]) -> list[int]:
-    """The shape of the output for a batched input of `shape`, (N, C, *spatial)."""
-    return [*shape[:2], *(output_size(window, axis, shape[axis + 2]) for axis in range(window.rank))]
+    """The shape of the output for a batched input of `shape`, (N, C, *spatial).
+
+    Raises:
+        ValueError: for an image too small for the window.
+    """
+    sizes = [output_size(window, axis, shape[axis + 2]) for axis in range(window.rank)]
+    if any(size < 1 for size in sizes):
+        operation = f"{'max_' if window.takes_max else ''}blur_pool{window.rank}d"
+        found = f"{tuple(shape)} would be {tuple(sizes)}"
+        raise ValueError(f"{operation}: the output of {found} in space, and must be at least 1")
+    return [*shape[:2], *sizes]
 
 
 def map_limits(window: Window, axis: int, size: int) -> tuple[int, int]:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ._core.checks import check_bool, per_axis
+from ._core.geometry import RATIO, Size, decimating_window
 from .convolution import Conv2dAA, blur_layers, is_hooked
-from .geometry import RATIO, Size, check_bool, decimating_window, per_axis
 from .ops.rezero import check_activation, check_form, rezero
 
 __all__ = ["BottleneckBlock", "ReZero", "ReZeroTransformerEncoderLayer", "ResidualBlock", "ResidualLinear", "parameter_groups"]

@@ -7,20 +7,22 @@ import importlib.util
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import MappingProxyType
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch._C import _are_functorch_transforms_active, _get_tracing_state, _has_storage, _len_torch_dispatch_stack
+from torch.compiler import is_compiling
 from torch.nn import Parameter
+
+from .autograd import is_forward_mode, needs_graph
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-NO_CONSTANTS: Mapping[str, Any] = MappingProxyType({})
 BACKENDS = ("auto", "reference", "triton")
-TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+TRITON_DTYPES = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
 
 # Triton itself reads the variable when a kernel is defined, so it counts from the start of the process or not at all.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -36,13 +38,13 @@ def _find_triton() -> bool:
 HAS_TRITON = _find_triton()
 
 
-def _check_name(name: str) -> str:
+def _check_name(what: str, name: str) -> str:
     if name not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {name!r}")
+        raise ValueError(f"{what} must be one of {', '.join(map(repr, BACKENDS))}, got {name!r}")
     return name
 
 
-_default = _check_name(os.environ.get("REGFAST_BACKEND", "auto"))
+_default = _check_name("REGFAST_BACKEND", os.environ.get("REGFAST_BACKEND", "auto"))
 
 
 class _Chosen(threading.local):
@@ -69,7 +71,7 @@ def backend(name: str) -> Iterator[None]:
     Raises:
         ValueError: for any other name.
     """
-    before, _chosen.backend = _chosen.backend, _check_name(name)
+    before, _chosen.backend = _chosen.backend, _check_name("backend", name)
     try:
         yield
     finally:
@@ -92,20 +94,46 @@ def debug(enabled: bool = True) -> Iterator[None]:
 
 def may_read(t: Tensor) -> bool:
     """Whether the values of t may be looked at: eagerly, and where they lie on the host or debugging is on."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or type(t) not in (Tensor, Parameter):
-        return False
-    return t.device.type == "cpu" or (_chosen.debug and t.device.type != "meta")
+    lies_here = t.is_cpu or (_chosen.debug and not t.is_meta)
+    return lies_here and not is_watched(t) and not _are_functorch_transforms_active()
 
 
-def obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why Triton cannot run on a tensor of this device and dtype, or None where it can."""
+def is_watched(*arguments: Any) -> bool:
+    """Whether an operation must be one that PyTorch can see: for a compiler, an exporter, a tracer, a mode or a subclass.
+
+    Where nothing watches, an operation calls its kernel itself, which spares the host most of a call's time.
+    """
+    # (In this order: a compiler reads no further than the first.)
+    if is_compiling() or _len_torch_dispatch_stack() or _get_tracing_state() is not None:
+        return True
+    for argument in arguments:  # noqa: SIM110 (a generator takes longer than the rest of a call's checks)
+        if type(argument) not in _PLAIN:
+            return True
+    return False
+
+
+_PLAIN = frozenset((Tensor, Parameter, float, int, type(None)))
+
+
+def is_its_memory(t: Tensor) -> bool:
+    """Whether t is what lies in memory of its own.
+
+    Within a vmap, or escaped from a transform of torch.func, a tensor has none; and the imaginary part of a conjugate has
+    the other sign.
+    """
+    return _has_storage(t) and not t.is_neg()
+
+
+def obstacle(device: torch.device, *dtypes: torch.dtype) -> str | None:
+    """Why Triton cannot run on tensors of this device and these dtypes, or None where it can."""
     if device.type != "cuda" and not (INTERPRETED and device.type == "cpu"):
         return f"the device is {device.type}, not cuda"
     if not HAS_TRITON:
         return "triton is not installed"
-    if dtype not in TRITON_DTYPES:
-        return f"the dtype is {dtype}, not one of {', '.join(map(str, TRITON_DTYPES))}"
-    if torch._C._are_functorch_transforms_active():
+    for dtype in dtypes:
+        if dtype not in TRITON_DTYPES:
+            return f"the dtype is {dtype}, not one of {', '.join(sorted(map(str, TRITON_DTYPES)))}"
+    if _are_functorch_transforms_active():
         return "a functorch transform is under way"
     return None
 
@@ -133,34 +161,25 @@ def outside_graphs(reason: str) -> Callable[[F], F]:
 
 def on_device(t: Tensor, device: torch.device) -> Tensor:
     """t on a device, sent without waiting for it to arrive; but the host waits for what it is to read itself."""
-    return t.to(device, non_blocking=device.type != "cpu")
+    return t if t.device == device else t.to(device, non_blocking=device.type != "cpu")
 
 
-def is_variable(t: Tensor) -> bool:
-    """Whether somebody differentiates by t, in either mode."""
-    return (t.requires_grad and torch.is_grad_enabled()) or torch.autograd.forward_ad.unpack_dual(t).tangent is not None
-
-
-def use_triton(
-    x: Tensor,
-    *,
-    dtypes: Sequence[torch.dtype] = (),
-    elementwise: bool = False,
-    constants: Mapping[str, Any] = NO_CONSTANTS,
-) -> bool:
+def use_triton(x: Tensor, *dtypes: torch.dtype, elementwise: bool = False, **constants: Any) -> bool:
     """Whether the operation about to run on x takes Triton's path.
 
-    `dtypes` are the floating ones that it reads and writes, x's own if not said. An elementwise operation is left to the compiler
-    within torch.compile, which fuses the reference into its neighbours. `constants` are the arguments by which the kernels do
-    not differentiate: where somebody does, it is through the reference.
+    `dtypes` are the floating ones that it reads and writes. An elementwise operation is left to the compiler within
+    torch.compile, which fuses the reference into its neighbours. `constants` are the arguments by which the kernels do not
+    differentiate: where they are differentiated, and in forward mode, it is the reference's.
     """
-    choice, fused = _chosen.backend, elementwise and torch.compiler.is_compiling()
-    if choice == "reference" or (choice == "auto" and (x.device.type != "cuda" or fused)):
+    choice = _chosen.backend
+    if choice == "reference" or is_forward_mode():
         return False
-    reason = next(filter(None, (obstacle(x.device, dtype) for dtype in dtypes or (x.dtype,))), None)
-    for name, t in constants.items():
-        if isinstance(t, Tensor) and is_variable(t):
-            reason = f"{name} is differentiated"
+    if choice == "auto" and (not x.is_cuda or (elementwise and is_compiling())):
+        return False
+    able = (x.is_cuda or (INTERPRETED and x.is_cpu)) and HAS_TRITON and not _are_functorch_transforms_active()
+    reason = None if able and TRITON_DTYPES.issuperset(dtypes) else obstacle(x.device, *dtypes)
+    if constants and needs_graph(*constants.values()):
+        reason = f"{next(name for name, t in constants.items() if needs_graph(t))} is differentiated"
     if reason is not None and choice == "triton":
         raise RuntimeError(f"backend 'triton' cannot run: {reason}")
     return reason is None

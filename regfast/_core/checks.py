@@ -1,0 +1,31 @@
+"""Checks of arguments that are no tensors. Each raises an error that names the value and what is allowed."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+
+def per_axis(name: str, value: Any, rank: int, minimum: int) -> tuple[int, ...]:
+    """`value` as one integer per axis: an integer stands for all of them, as in torch.nn."""
+    entries = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
+    if len(entries) not in (1, rank):
+        raise ValueError(f"{name} must be one integer or {rank}, got {value!r}")
+    integers = []
+    for entry in entries:
+        try:
+            if isinstance(entry, bool):
+                raise TypeError
+            integers.append(operator.index(entry))
+        except TypeError:
+            raise TypeError(f"{name} must be an integer or a tuple of {rank} of them, got {value!r}") from None
+        if integers[-1] < minimum:
+            raise ValueError(f"{name} must be at least {minimum}, got {value!r}")
+    return tuple(integers) if len(integers) == rank else tuple(integers) * rank
+
+
+def check_bool(name: str, value: Any) -> None:
+    """Refuses what is neither True nor False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")

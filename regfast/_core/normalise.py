@@ -1,0 +1,78 @@
+"""Normalisation, (v - mean)/std, in the form in which a blend takes it along: scale*v + shift."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .dispatch import is_watched, may_read, on_device
+from .precision import accumulator
+
+
+def result_dtype(x_dtype: torch.dtype, dtype: torch.dtype | None, mean: Any, std: Any) -> torch.dtype:
+    """The dtype of a blend of x: `dtype` where it is said, else that of x, and float32 for bytes that are normalised."""
+    if (mean is None) != (std is None):
+        raise ValueError(f"mixup: mean and std come together, got mean={mean!r} and std={std!r}")
+    if dtype is None:
+        if x_dtype != torch.uint8:
+            return x_dtype
+        if mean is None:
+            raise ValueError("mixup: x of torch.uint8 needs mean and std, or a floating dtype for x/255")
+        return torch.float32
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TypeError(f"mixup: dtype must be floating-point, got {dtype!r}")
+    return dtype
+
+
+class Affine:
+    """A mean and a deviation, numbers or one per channel, as scale and shift: on each device once, as a kernel reads them."""
+
+    def __init__(self, mean: Any, std: Any) -> None:
+        mean, std = (_numbers(name, value) for name, value in (("mean", mean), ("std", std)))
+        # One of them may have been given in numbers.
+        device = std.device if mean.device.type == "cpu" else mean.device
+        mean, std = (on_device(numbers, device) for numbers in (mean, std))
+        if mean.ndim and std.ndim and 1 not in (len(mean), len(std)) and len(mean) != len(std):
+            raise ValueError(f"mixup: mean and std must be of the same channels, got {len(mean)} and {len(std)}")
+        if may_read(std) and not (std > 0).all():
+            raise ValueError(f"mixup: std must be positive, got {std.tolist()}")
+        self.scale, self.shift = 1 / std, -mean / std
+        self._sent: dict[tuple[torch.device, torch.dtype, int], tuple[Tensor, Tensor]] = {}
+
+    def of(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Scale and shift of x's channels, dimension 1, in the dtype in which x is blended to `dtype`: (C,) on x's device."""
+        if x.ndim < 2:
+            raise ValueError(f"mixup: mean and std belong to channels, dimension 1, got x of shape {tuple(x.shape)}")
+        channels, wide = x.shape[1], accumulator(x.dtype, dtype)
+        for numbers in (self.scale, self.shift):
+            if numbers.ndim and numbers.shape[0] not in (1, channels):
+                found = f"one per channel of x, got {numbers.shape[0]}"
+                raise ValueError(f"mixup: mean and std must be numbers or {channels}, {found}")
+        if is_watched(x):
+            # What a tracer makes of a constant must not outlive the trace.
+            return self._send(x.device, wide, channels)
+        key = x.device, wide, channels
+        if key not in self._sent:
+            # Tensors of inference mode could not be used in training.
+            with torch.inference_mode(False):
+                self._sent[key] = self._send(*key)
+        return self._sent[key]
+
+    def _send(self, device: torch.device, dtype: torch.dtype, channels: int) -> tuple[Tensor, Tensor]:
+        # Cast before it is sent: not every device has float64.
+        scale, shift = (numbers.to(dtype).expand(channels).contiguous() for numbers in (self.scale, self.shift))
+        return on_device(scale, device), on_device(shift, device)
+
+
+def _numbers(name: str, value: Any) -> Tensor:
+    """A number, or one per channel, as a constant."""
+    if isinstance(value, (bool, str)) or not isinstance(value, (Real, Sequence, Tensor)):
+        raise TypeError(f"mixup: {name} must be a number, a sequence of numbers or a Tensor, got {value!r}")
+    t = value.detach().double() if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64, device="cpu")
+    if t.ndim > 1 or t.numel() == 0:
+        raise ValueError(f"mixup: {name} must be a number or one per channel, got shape {tuple(t.shape)}")
+    return t

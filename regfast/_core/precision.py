@@ -1,0 +1,27 @@
+"""What arithmetic is in: sums are float32 (float64 for float64), whatever autocast says."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+from torch import Tensor
+
+# What sums are in.
+WIDE = (torch.float32, torch.float64)
+
+
+def accumulator(*dtypes: torch.dtype) -> torch.dtype:
+    """The dtype of sums over tensors of these."""
+    return torch.float64 if torch.float64 in dtypes else torch.float32
+
+
+def is_autocast(x: Tensor) -> bool:
+    """Whether autocast is enabled where x is. (Torch refuses the question for meta tensors.)"""
+    device = "cpu" if x.is_cpu else x.device.type
+    return device != "meta" and torch.is_autocast_enabled(device)
+
+
+def outside_autocast(x: Tensor) -> contextlib.AbstractContextManager[object]:
+    """A context in which operations keep the dtypes they are given."""
+    return torch.autocast(x.device.type, enabled=False) if is_autocast(x) else contextlib.nullcontext()

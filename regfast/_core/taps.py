@@ -1,0 +1,84 @@
+"""The taps of a blur: binomial by default, any window that SciPy knows, or the caller's own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from numbers import Real
+from typing import Any
+
+
+def binomial(size: int) -> tuple[float, ...]:
+    """The row of Pascal's triangle with `size` entries, divided by its sum: C(size-1, j) / 2^(size-1).
+
+    The triangle filter (1, 2, 1)/4 of Zhang, "Making Convolutional Networks Shift-Invariant Again" (2019), is
+    `binomial(3)`. It sums to one exactly, and it is what `scipy.stats.binom.pmf(range(size), size - 1, 0.5)` gives.
+    """
+    if not isinstance(size, int) or isinstance(size, bool):
+        raise TypeError(f"size must be an integer, got {size!r}")
+    if size < 1:
+        raise ValueError(f"size must be at least 1, got {size!r}")
+    # Integer true division rounds once, so large sizes neither overflow nor lose their middle.
+    return tuple(math.comb(size - 1, j) / 2 ** (size - 1) for j in range(size))
+
+
+def named(name: Any, size: int) -> tuple[float, ...]:
+    """Taps of unit sum by name: "binomial", or what `scipy.signal.get_window` takes (a string, or a tuple with parameters)."""
+    if name == "binomial":
+        return binomial(size)
+    from scipy.signal import get_window
+
+    try:
+        window = get_window(name, size + 2, fftbins=False)
+        # A window that is zero at its ends (Hann's, Bartlett's) would waste two taps of every blur.
+        zero_ends = max(abs(window[0]), abs(window[-1])) < 1e-9 * abs(window).max()
+        window = window[1:-1] if zero_ends else get_window(name, size, fftbins=False)
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"filter must be 'binomial', a window that scipy.signal.get_window knows or 1-d taps, got {name!r} ({error})"
+        ) from error
+    total = float(window.sum())
+    if not math.isfinite(total) or abs(total) < 1e-12:
+        raise ValueError(f"filter {name!r} has no sum to divide by at size {size}")
+    return tuple(float(tap) / total for tap in window)
+
+
+def taps_of(filter: Any, sizes: tuple[int, ...], where: list[bool], resize: bool) -> tuple[tuple[float, ...], ...]:
+    """The taps on each axis: `filter` at the sizes asked for.
+
+    `filter` is a name, 1-d taps, or one of either an axis. 1-d taps given for all axes stand on those that
+    `where` marks, and their length is the size of the blur if `resize`, else it must be the size asked for.
+    """
+    rank = len(sizes)
+    filter = filter.tolist() if hasattr(filter, "tolist") else filter
+    if _is_name(filter):
+        return tuple(named(filter, size) for size in sizes)
+    if not isinstance(filter, Sequence) or not filter:
+        raise TypeError(f"filter must be a name or 1-d taps, got {filter!r}")
+    if all(isinstance(tap, Real) for tap in filter):
+        entries = [filter if marked else "binomial" for marked in where]
+    elif len(filter) == rank:
+        entries = [entry.tolist() if hasattr(entry, "tolist") else entry for entry in filter]
+    else:
+        raise ValueError(f"filter must be a name, 1-d taps, or {rank} of either, got {filter!r}")
+    return tuple(_entry_taps(entry, size, resize) for entry, size in zip(entries, sizes))
+
+
+def _is_name(filter: Any) -> bool:
+    """A window's name, or SciPy's tuple of a name and its parameters: ("kaiser", 8.0)."""
+    if isinstance(filter, tuple) and len(filter) > 1 and isinstance(filter[0], str):
+        return all(isinstance(parameter, Real) for parameter in filter[1:])
+    return isinstance(filter, str)
+
+
+def _entry_taps(entry: Any, size: int, resize: bool) -> tuple[float, ...]:
+    """One axis of `taps_of`."""
+    if _is_name(entry):
+        return named(entry, size)
+    if not isinstance(entry, Sequence) or not entry or not all(isinstance(tap, Real) for tap in entry):
+        raise TypeError(f"filter must be a name or 1-d taps, got {entry!r}")
+    if not all(math.isfinite(tap) for tap in entry):
+        raise ValueError(f"taps must be finite, got {entry!r}")
+    if not resize and len(entry) != size:
+        raise ValueError(f"the filter has {len(entry)} taps where a size of {size} is asked for: {entry!r}")
+    return tuple(float(tap) for tap in entry)
