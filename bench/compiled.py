@@ -2,16 +2,16 @@
 
     python bench/compiled.py [--target sm_90 ...] [--only 2d ...] [--write]
 
-Each launch of `LAUNCHES` is recorded from the operation's own launcher, on tensors that nobody reads, so that what is compiled is
-what a GPU would be given: the same blocks, the same specialisation on alignment. Without --write the figures are compared with
-compiled.csv beside this file, and a kernel that spills, has a stack or differs from its row is named and makes the exit status 1;
-with it they become the table. (Not to be run under TRITON_INTERPRET=1, which leaves nothing to compile.)
+Each launch of `ENTRIES` is recorded from the operation's own launcher, on tensors that are never
+read: what is compiled is what a GPU would be given, the same blocks, the same specialisation on
+alignment. Without --write the figures are compared with compiled.csv beside this file, and a kernel
+that spills, has a stack or differs from its row is named and makes the exit status 1; with it they
+become the table. (Not to be run under TRITON_INTERPRET=1, which leaves nothing to compile.)
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import csv
 import itertools
 import re
@@ -29,15 +29,18 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from regfast.geometry import Window, blur_window, max_blur_window
+from regfast._core.geometry import Window, blur_window, max_blur_window
+from regfast._core.layout import CHANNELS_LAST, empty_output
 from regfast.kernels import blur_pool, max_blur_pool, mixup, mixup_cross_entropy, rezero
-from regfast.layout import CHANNELS_LAST, empty_output, is_channels_last
+from regfast.kernels.launch import LAUNCHES, Launch
 
 TABLE = Path(__file__).with_suffix(".csv")
+# Whose figures the table has. Of another Triton's kernels, only spills and stacks are complained of.
+TRITON = "3.7.1"
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 TYPES = {
     torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64", torch.uint8: "u8",
-    torch.int64: "i64",
+    torch.int32: "i32", torch.int64: "i64",
 }  # fmt: skip
 
 
@@ -56,24 +59,20 @@ class Recorded(NamedTuple):
     options: dict[str, Any]
 
 
-class Recorder:
-    """Stands in for a kernel: `recorder[grid](*args, **options)` notes the launch instead of making it."""
-
-    def __init__(self, kernel: Any, launches: list[Recorded]) -> None:
-        self.kernel, self.launches = kernel, launches
-
-    def __getitem__(self, grid):
-        return lambda *args, **options: self.launches.append(Recorded(self.kernel, args, options))
-
-
 def record(call: Callable[[], Any], target: str = "sm_90") -> list[Recorded]:
     """The launches that a call of a launcher would give a GPU of the target."""
     launches: list[Recorded] = []
-    with contextlib.ExitStack() as patches:
-        for module in (max_blur_pool, mixup, mixup_cross_entropy, rezero):
-            kernels = {name: Recorder(kernel, launches) for name, kernel in vars(module).items() if name.endswith("_kernel")}
-            patches.enter_context(patch.multiple(module, **kernels))
-        patches.enter_context(patch.object(max_blur_pool, "warp_size", lambda device: target_of(target).warp_size))
+
+    def note(launch: Launch, *args: Any) -> None:
+        if launch.grid[0] > 0:
+            launches.append(Recorded(launch.kernel, (*args, *launch.numbers), launch.options))
+
+    with (
+        patch.object(Launch, "__call__", note),
+        # A launch that was prepared for another target, or cut otherwise, must not be found.
+        patch.dict(LAUNCHES, clear=True),
+        patch.object(max_blur_pool, "warp_size", lambda device: target_of(target).warp_size),
+    ):
         call()
     return launches
 
@@ -90,6 +89,9 @@ def source_of(launch: Recorded) -> tuple[ASTSource, dict[str, Any]]:
         elif isinstance(value, torch.Tensor):
             signature[param.name] = "*" + TYPES[value.dtype]
             attributes[(param.num,)] = [["tt.divisibility", 16]]
+        elif param.annotation == "fp64":
+            # Of a number that is no integer the type alone counts.
+            signature[param.name] = "fp64"
         elif value == 1 and not param.do_not_specialize:
             signature[param.name], constants[param.name] = "constexpr", value
         else:
@@ -176,7 +178,9 @@ def figures(launch: Recorded, target: str) -> dict[str, int | str]:
 class Problem(NamedTuple):
     """What an operation is compiled for: in which directions, with channels innermost or not, and how its launcher is called.
 
-    `call` takes a direction, a dtype and whether channels are innermost.
+    A direction names a kernel: a forward or a backward may launch a second one, "order" or "finish".
+    `call` takes a direction, a dtype and whether channels are innermost, and calls the launcher that
+    launches that kernel.
     """
 
     directions: tuple[str, ...]
@@ -196,9 +200,8 @@ def blur(rank: int) -> Window:
 POOLINGS: dict[tuple[str, str], Callable[[torch.Tensor, torch.Tensor, Window], torch.Tensor]] = {
     ("max_blur_pool", "forward"): lambda x, g, w: max_blur_pool.max_blur_pool(x, w),
     ("max_blur_pool", "backward"): lambda x, g, w: max_blur_pool.max_blur_pool_backward(g, x, w),
-    ("max_blur_pool", "tangent"): lambda x, g, w: max_blur_pool.max_blur_pool_tangent(x, x, w),
     ("blur_pool", "forward"): lambda x, g, w: blur_pool.blur_pool(x, w),
-    ("blur_pool", "backward"): lambda x, g, w: blur_pool.blur_pool_backward(g, list(x.shape), is_channels_last(x), w),
+    ("blur_pool", "backward"): lambda x, g, w: blur_pool.blur_pool_backward(g, x.shape, x.stride(), w),
 }
 # Of the benchmark's arguments.
 WINDOWS: dict[str, Callable[..., Window]] = {
@@ -218,8 +221,8 @@ def pooling(operation: str, window: Window, shape: tuple[int, ...]) -> Problem:
 
 
 def activated(window: Window) -> Problem:
-    """Images rectified on the way, of which a blur is a pooling too. (Their tangents differ by a selection.)"""
-    return pooling("max_blur_pool", window._replace(activation="relu"), IMAGE)._replace(directions=("forward", "backward"))
+    """Images rectified on the way, of which a blur is a pooling too."""
+    return pooling("max_blur_pool", window._replace(activation="relu"), IMAGE)
 
 
 def batch(shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool = False) -> torch.Tensor:
@@ -227,58 +230,62 @@ def batch(shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool = Fals
     return torch.empty(shape, dtype=dtype, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
-def blend(read: torch.dtype | None = None, from_contiguous: bool = False, boxes: bool = False, in_place: bool = False) -> Problem:
-    """MixUp of images, read in another dtype and then normalised, or in another format; or CutMix, with a lam a sample."""
+def blend(
+    read: torch.dtype | None = None, from_contiguous: bool = False, boxes: bool = False,
+    in_place: bool = False, directions: tuple[str, ...] = ("forward",),
+) -> Problem:  # fmt: skip
+    """MixUp of images, read in another dtype and then normalised, or in another format, or in place
+    and with a lam that is a number; or CutMix, with a lam a sample.
+    """
     n, c, *_ = shape = (8, 3, 224, 224)
-    index, starts = torch.empty(n, dtype=torch.int64), torch.empty(n + 1, dtype=torch.int64)
-    lam, box = (torch.empty(n), torch.empty((n, 4), dtype=torch.int64)) if boxes else (torch.empty(()), None)
+    index = torch.empty(n, dtype=torch.int64)
+    lam = 0.5 if in_place else torch.empty(n if boxes else ())
+    box = torch.empty((n, 4), dtype=torch.int64) if boxes else None
     scale, shift = (None, None) if read is None else torch.empty((2, c))
 
     def call(direction: str, dtype: torch.dtype, channels_last: bool) -> None:
         x = batch(shape, read or dtype, channels_last and not from_contiguous)
-        y = x if in_place else batch(shape, dtype, channels_last)
         if direction == "forward":
-            mixup.mixup(x, index, lam, box, scale, shift, y)
+            memory_format = torch.channels_last if channels_last else torch.contiguous_format
+            mixup.mixup(x, index, lam, box, scale, shift, dtype, memory_format, x if in_place else None)
         else:
-            mixup.mixup_backward(y, index, starts, lam, box, scale, x)
+            mixup.mixup_backward(x, index, lam, box, scale, x.stride(), dtype)
 
-    directions = ("forward", "backward") if read is None and not in_place else ("forward",)
     return Problem(directions, (True,) if from_contiguous else (False, True), call)
 
 
 def loss(shape: tuple[int, ...], smoothed: bool = False, directions: tuple[str, ...] = ("forward", "backward")) -> Problem:
-    """The mean loss of logits; smoothed, and with weights of the classes."""
+    """The mean loss of logits, in float32; smoothed, and with weights of the classes."""
     n, c, *positions = shape
     a = torch.empty((n, *positions), dtype=torch.int64)
     weight, smoothing = (torch.empty(c), 0.1) if smoothed else (None, 0.0)
-    lam, value, statistics, denominators = torch.empty(()), torch.empty(()), torch.empty((2, *a.shape)), torch.empty(2)
+    lam, g, statistics = torch.empty(()), torch.empty(()), torch.empty(2 * a.numel() + 2)
 
     def call(direction: str, dtype: torch.dtype, channels_last: bool) -> None:
         z = batch(shape, dtype, channels_last)
         if direction == "backward":
-            mixup_cross_entropy.mixup_cross_entropy_backward(
-                value, z, a, a, lam, weight, statistics, denominators, -100, smoothing, torch.empty_like(z)
-            )
+            mixup_cross_entropy.mixup_cross_entropy_backward(g, z, a, a, lam, weight, statistics, -100, "mean", smoothing)
         else:
-            mixup_cross_entropy.mixup_cross_entropy(z, a, a, lam, weight, -100, smoothing, value, statistics, denominators)
+            mixup_cross_entropy.mixup_cross_entropy(z, a, a, lam, weight, -100, "mean", smoothing, torch.float32)
 
     return Problem(directions, (False, True) if positions else (False,), call)
 
 
-def residual(activation: str, form: str = "gate", branch: torch.dtype | None = None) -> Problem:
+def residual(
+    activation: str, form: str = "gate", branch: torch.dtype | None = None, directions: tuple[str, ...] = ("forward", "backward")
+) -> Problem:
     """A stream and its branch, which may be of another dtype. They are laid out alike, however that is."""
     shape, alpha = (8, 64, 112, 112), torch.empty(1)
 
     def call(direction: str, dtype: torch.dtype, channels_last: bool) -> None:
         x, f = batch(shape, dtype), batch(shape, branch or dtype)
-        y = torch.empty_like(x, dtype=torch.promote_types(x.dtype, f.dtype))
         if direction == "forward":
-            rezero.rezero(x, f, alpha, activation, form, y)
+            rezero.rezero(x, f, alpha, activation, form)
         else:
-            stream, dx = (x, torch.empty_like(x)) if form == "post" else (None, x.new_empty(0))
-            rezero.rezero_backward(y, stream, f, alpha, activation, form, dx, torch.empty_like(f), torch.empty(()))
+            g, post = batch(shape, torch.promote_types(x.dtype, f.dtype)), form == "post"
+            rezero.rezero_backward(g, x if post else None, f, alpha, activation, form, post, True, True)
 
-    return Problem(("forward", "backward"), (False,), call)
+    return Problem(directions, (False,), call)
 
 
 SIGNAL, IMAGE, VOLUME = (64, 64, 4096), (256, 64, 112, 112), (16, 64, 32, 32, 32)
@@ -293,23 +300,23 @@ PROBLEMS = {
     ("blur_pool", "2d"): pooling("blur_pool", blur(2), IMAGE),
     ("blur_pool", "2d relu"): activated(blur(2)),
     ("blur_pool", "3d"): pooling("blur_pool", blur(3), VOLUME),
-    ("mixup", "images"): blend(),
+    ("mixup", "images"): blend(directions=("forward", "order", "backward")),
     ("mixup", "images in place"): blend(in_place=True),
-    ("mixup", "boxes"): blend(boxes=True),
+    ("mixup", "boxes"): blend(boxes=True, directions=("forward", "backward")),
     ("mixup", "uint8"): blend(torch.uint8),
     ("mixup", "uint8 from contiguous"): blend(torch.uint8, from_contiguous=True),
     ("mixup_cross_entropy", "rows"): loss((1024, 1000), directions=("forward", "finish", "backward")),
     ("mixup_cross_entropy", "rows smoothed"): loss((1024, 1000), smoothed=True),
     ("mixup_cross_entropy", "maps"): loss((8, 21, 256, 256)),
     ("mixup_cross_entropy", "maps smoothed"): loss((8, 21, 256, 256), smoothed=True),
-    ("rezero", "gate relu"): residual("relu"),
+    ("rezero", "gate relu"): residual("relu", directions=("forward", "backward", "finish")),
     ("rezero", "gate gelu"): residual("gelu"),
     ("rezero", "gate relu of bf16"): residual("relu", branch=torch.bfloat16),
     ("rezero", "post relu"): residual("relu", "post"),
 }
 
 
-class Launch(NamedTuple):
+class Entry(NamedTuple):
     """One launch of an operation: which kernel, on what."""
 
     operation: str
@@ -318,14 +325,15 @@ class Launch(NamedTuple):
     channels_last: bool
 
     def record(self, dtype: torch.dtype, target: str) -> Recorded:
-        """What the launcher would give a GPU of the target. The loss's forward is followed by a second launch, its finish."""
+        """What the launcher would give a GPU of the target."""
         call = PROBLEMS[self.operation, self.case].call
         launches = record(lambda: call(self.direction, dtype, self.channels_last), target)
-        return launches[-1 if self.direction == "finish" else 0]
+        (launch,) = [launch for launch in launches if launch.kernel.__name__ == f"_{self.direction}_kernel"]
+        return launch
 
 
-LAUNCHES = [
-    Launch(operation, direction, case, channels_last)
+ENTRIES = [
+    Entry(operation, direction, case, channels_last)
     for (operation, case), problem in PROBLEMS.items()
     for direction in problem.directions
     for channels_last in problem.formats
@@ -333,29 +341,30 @@ LAUNCHES = [
 KEYS = ("operation", "direction", "case", "format", "dtype", "target")
 
 
-def row_of(launch: Launch, dtype: torch.dtype, target: str) -> dict[str, str]:
+def row_of(entry: Entry, dtype: torch.dtype, target: str) -> dict[str, str]:
     """A row of the table: what was compiled, and its figures."""
-    layout = "channels last" if launch.channels_last else "contiguous"
-    key = dict(zip(KEYS, (launch.operation, launch.direction, launch.case, layout, TYPES[dtype], target)))
-    return {name: str(value) for name, value in (key | figures(launch.record(dtype, target), target)).items()}
+    layout = "channels last" if entry.channels_last else "contiguous"
+    key = dict(zip(KEYS, (entry.operation, entry.direction, entry.case, layout, TYPES[dtype], target)))
+    return {name: str(value) for name, value in (key | figures(entry.record(dtype, target), target)).items()}
 
 
 def rows_for(targets: list[str], only: list[str]) -> list[dict[str, str]]:
     """The rows of the targets, of the cases that begin with one of `only`."""
-    chosen = [launch for launch in LAUNCHES if any(launch.case.startswith(case) for case in only)]
+    chosen = [entry for entry in ENTRIES if any(entry.case.startswith(case) for case in only)]
     jobs = itertools.product(chosen, (torch.float16, torch.bfloat16, torch.float32), targets)
     with ProcessPoolExecutor(2) as processes:
         return list(processes.map(row_of, *zip(*jobs)))
 
 
 def complaints(rows: list[dict[str, str]], table: dict[tuple[str, ...], dict[str, str]]) -> list[str]:
-    """What is wrong with the rows, or not as the table has it."""
-    found = []
+    """What is wrong with the rows, or not as the table has it, if that is of this Triton."""
+    found, comparable = [], triton.__version__ == TRITON
     for row in rows:
         key = tuple(row[name] for name in KEYS)
         bad = [f"{name} {row[name]}" for name in ("spills", "stack") if row[name] != "0"]
         known = table.get(key, {})
-        bad += [f"{name} {known.get(name, 'not in the table')} -> {row[name]}" for name in row if row[name] != known.get(name)]
+        changed = [name for name in row if row[name] != known.get(name)] if comparable else []
+        bad += [f"{name} {known.get(name, 'not in the table')} -> {row[name]}" for name in changed]
         if bad:
             found.append(f"{' '.join(key)}: {', '.join(bad)}")
     return found

@@ -19,6 +19,7 @@ import torch
 import triton
 from contest import Case, formats_of, leaves
 from contestants import FUNCTIONS, OPERATIONS
+from interpreter import mended
 from torch import Tensor
 
 import regfast
@@ -89,7 +90,7 @@ def main() -> None:
     _, seconds, _ = clock.time(lambda: _nothing[(1,)](x))
     rows = [{"cost": "first launch of all, of an empty kernel", "case": "", "value": seconds, "unit": "seconds"}]
     shape = operation.shapes["cuda" if options.device == "cuda" else "toy"][0]
-    with regfast.backend("triton"):
+    with mended(), regfast.backend("triton"):
         # One is enough for the interpreter, which compiles nothing.
         for format in formats_of(shape)[0 if options.device == "cuda" else -1 :]:
             case = Case(options.operation, operation.arguments[0], shape, format, "float32", "")

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+from interpreter import mended
 from samples import OPERATIONS, Operation, Sample
 from test_contract import derivatives
 from torch import Tensor
@@ -44,7 +45,7 @@ def other_blends(device: str) -> int:
 def main() -> None:
     torch.manual_seed(0)
     device, count = "cuda" if torch.cuda.is_available() else "cpu", 0
-    with regfast.backend("triton"):
+    with mended(), regfast.backend("triton"):
         for operation, sample, x in inputs(device):
             y = operation(x, sample)
             derivatives(operation, sample, x, x, y)

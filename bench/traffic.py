@@ -35,8 +35,6 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 import argparse
 import contextlib
-import importlib
-import pkgutil
 import sys
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -49,11 +47,14 @@ import report
 import torch
 from contest import DTYPES, FORMATS, Case, formats_of, leaves
 from contestants import FUNCTIONS, OPERATIONS
+from interpreter import mended
 from triton.runtime.errors import InterpreterError
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle
 
 import regfast
-import regfast.kernels
+from regfast.kernels.launch import LAUNCHES
+from regfast.ops import OPERATIONS as KERNELS
+from regfast.ops.schema import kernels_of
 
 LINE = 128
 KINDS = ("loads", "stores")
@@ -159,6 +160,7 @@ def recording() -> Iterator[list[Launch]]:
 
     # Every load and store, masked or not, by pointers or by a descriptor, ends in these two.
     with (
+        mended(),
         patch.object(GridExecutor, "_init_args_hst", begin),
         patch.object(InterpreterBuilder, "create_masked_load", noted_load),
         patch.object(InterpreterBuilder, "create_masked_store", noted_store),
@@ -182,8 +184,9 @@ def cut_by(candidate: dict[str, int]) -> Iterator[list[Any]]:
         return answer
 
     with contextlib.ExitStack() as patches:
-        for found in pkgutil.iter_modules(regfast.kernels.__path__, "regfast.kernels."):
-            module = importlib.import_module(found.name)
+        # A launch that has been prepared asks for no cut.
+        patches.enter_context(patch.dict(LAUNCHES, clear=True))
+        for module in map(kernels_of, KERNELS):
             if hasattr(module, "cut_for"):
                 patches.enter_context(patch.object(module, "cut_for", changed(module.cut_for)))
         yield answers

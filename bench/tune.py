@@ -21,10 +21,11 @@ if __name__ == "__main__" and not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 import argparse
+import contextlib
 import itertools
 import statistics
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
@@ -39,12 +40,13 @@ import report
 from conftest import some_of
 from contest import DTYPES, FORMATS, Case
 from contestants import OPERATIONS
-from measure import COPY, copy_tensors, interleave, stopwatch_of
+from interpreter import mended
+from measure import COPY, Call, copy_tensors, interleave, stopwatch_of
 
-from regfast.geometry import Window
-from regfast.kernels import max_blur_pool
+from regfast._core.geometry import Window
+from regfast._core.layout import empty_output
+from regfast.kernels import launch, max_blur_pool
 from regfast.kernels.max_blur_pool import Cut
-from regfast.layout import empty_output
 
 SPACE = {"own": (1, 2, 4), "vector": (2, 4, 8), "rows": (8, 16, 32, 64), "num_warps": (2, 4, 8)}
 TOY = {"own": (1, 2), "vector": (1, 2), "rows": (2, 4), "num_warps": (1,)}
@@ -66,17 +68,17 @@ class Candidate(NamedTuple):
 def figures(case: Case, cut: Cut, target: str) -> tuple[str, dict[str, int | str]]:
     """The launch that a cut comes to, which cuts beyond a tensor's alignment share, and the compiler's figures for it."""
     with patch.object(max_blur_pool, "cut_for", lambda *_: cut):
-        launch = record(case, target)
-    given = [arg for arg in launch.args if not isinstance(arg, torch.Tensor)]
-    return repr((given, launch.options)), compiled.figures(launch, target)
+        recorded = record(case, target)
+    given = [arg for arg in recorded.args if not isinstance(arg, torch.Tensor)]
+    return repr((given, recorded.options)), compiled.figures(recorded, target)
 
 
 def record(case: Case, target: str = "sm_90") -> compiled.Recorded:
     """The launch that a GPU of the target would be given."""
     x, window = meta(case), window_of(case)
     call = compiled.POOLINGS[case.operation, case.direction]
-    (launch,) = compiled.record(lambda: call(x, empty_output(x, window), window), target)
-    return launch
+    (recorded,) = compiled.record(lambda: call(x, empty_output(x, window), window), target)
+    return recorded
 
 
 def window_of(case: Case) -> Window:
@@ -103,6 +105,21 @@ def compile_all(case: Case, space: dict[str, tuple[int, ...]], target: str, proc
     return [Candidate(cut._replace(rows=count), figures) for cut, figures in launches.values() for count in rows]
 
 
+@contextlib.contextmanager
+def cut_by(cut: Cut | None, launches: dict[Hashable, Any]) -> Iterator[None]:
+    """Within the block launches are cut so, None being as pinned.
+
+    `launches` has those that are prepared, all by this cut.
+    """
+    with contextlib.ExitStack() as patches:
+        # The launcher looks them up in one module, and keeps them in the other.
+        for module in (launch, max_blur_pool):
+            patches.enter_context(patch.object(module, "LAUNCHES", launches))
+        if cut is not None:
+            patches.enter_context(patch.object(max_blur_pool, "cut_for", lambda *_: cut))
+        yield
+
+
 def time_all(case: Case, cuts: dict[str, Cut | None], device: torch.device, turns: int) -> dict[str, float]:
     """Median seconds of each cut, None being the pinned one, and of a device copy; one that fails has none."""
     window = window_of(case)
@@ -111,13 +128,16 @@ def time_all(case: Case, cuts: dict[str, Cut | None], device: torch.device, turn
     call = compiled.POOLINGS[case.operation, case.direction]
     source, target = copy_tensors(device)
 
-    def launch(cut: Cut | None) -> Any:
-        if cut is None:
-            return call(x, g, window)
-        with patch.object(max_blur_pool, "cut_for", lambda *_: cut):
-            return call(x, g, window)
+    def preparation(cut: Cut | None) -> Callable[[int], Call]:
+        launches: dict[Hashable, Any] = {}
 
-    prepare = {name: (lambda _turn, cut=cut: partial(launch, cut)) for name, cut in cuts.items()}
+        def run() -> Any:
+            with cut_by(cut, launches):
+                return call(x, g, window)
+
+        return lambda _turn: run
+
+    prepare = {name: preparation(cut) for name, cut in cuts.items()}
     prepare[COPY] = lambda _turn: lambda: target.copy_(source)
     watch, errors = stopwatch_of(device.type), {}
     # The first turn compiles.
@@ -230,7 +250,7 @@ def main(argv: list[str]) -> int:
     space = (SPACE if cuda else TOY) | dict(options.fields)
     target = architecture() if cuda else "sm_90"
     results = options.out / f"tune-{options.operation}.json"
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as processes:
+    with mended(), ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as processes:
         for case in cases(options):
             try:
                 rows.append(tune(case, compile_all(case, space, target, processes), device))
