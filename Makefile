@@ -8,7 +8,12 @@ PIP := $(PYTHON) -m pip --disable-pip-version-check install --quiet --constraint
 # One thread a worker: two workers with all cores each would fight over them.
 PYTEST := OMP_NUM_THREADS=1 $(PYTHON) -m pytest --numprocesses 2
 
-.PHONY: demo chapter test test-slow bench lint clean help
+# The oldest and the newest torch that are supported, each with the Triton that its CUDA build pins.
+# (Triton 3.6's interpreter turns arrays of one element into numbers, which NumPy 2.4 refuses.)
+OLDEST := torch==2.11.0 triton==3.6.0 numpy==2.3.5
+NEWEST := torch==2.15.0 triton==3.9.0
+
+.PHONY: demo chapter test test-slow test-oldest test-newest bench lint clean help
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
@@ -25,6 +30,12 @@ test: $(READY) ## the core tests
 test-slow: $(READY) ## the other tests that a CPU can run
 	$(PYTEST) -m slow $(ARGS)
 
+test-oldest: .venv-oldest/.ready ## the core tests with torch 2.11 and triton 3.6 (makes .venv-oldest, 5 GB)
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest --numprocesses 2 -m "not slow" $(ARGS)
+
+test-newest: .venv-newest/.ready ## the core tests with torch 2.15 and triton 3.9 (makes .venv-newest, 5 GB)
+	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest --numprocesses 2 -m "not slow" $(ARGS)
+
 bench: $(READY) ## time regfast against its peers
 	$(PYTHON) bench/run.py $(ARGS)
 
@@ -33,7 +44,7 @@ lint: $(READY) ## ruff and mypy
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
 
-clean: ## remove what was built and measured; .venv stays
+clean: ## remove what was built and measured; the environments stay
 	rm -rf build dist out *.egg-info .benchmarks .hypothesis .pytest_cache .mypy_cache .ruff_cache
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
@@ -43,4 +54,16 @@ $(READY): pyproject.toml constraints.txt bench/peers.txt
 	$(PIP) setuptools
 	$(PIP) --no-build-isolation --editable '.[demo,test,bench]'
 	$(PIP) --no-deps --requirement bench/peers.txt
+	@touch $@
+
+.venv-oldest/.ready: RELEASES := $(OLDEST)
+.venv-newest/.ready: RELEASES := $(NEWEST)
+.venv-oldest/.ready .venv-newest/.ready: pyproject.toml constraints.txt bench/peers.txt
+	@echo "Installing $(RELEASES) into $(@D), once"
+	python3 -m venv $(@D)
+	grep -vE '^(torch|torchvision|triton|numpy|setuptools)==' constraints.txt > $(@D)/constraints.txt
+	$(@D)/bin/python -m pip --disable-pip-version-check install --quiet -c $(@D)/constraints.txt $(RELEASES) 'setuptools>=77'
+	$(@D)/bin/python -m pip --disable-pip-version-check install --quiet -c $(@D)/constraints.txt $(RELEASES) \
+		--no-build-isolation --editable '.[demo,test,bench]'
+	$(@D)/bin/python -m pip --disable-pip-version-check install --quiet -c constraints.txt --no-deps -r bench/peers.txt
 	@touch $@
