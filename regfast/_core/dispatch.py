@@ -66,7 +66,8 @@ def backend(name: str) -> Iterator[None]:
     "auto" takes Triton for CUDA tensors of float16, bfloat16, float32 and float64 where Triton is installed and no functorch
     transform is under way, and the reference otherwise. "triton" raises a RuntimeError that names the reason where a kernel
     cannot run; in a process started with TRITON_INTERPRET=1 it runs the kernels on CPU tensors. The environment's
-    REGFAST_BACKEND sets the choice outside any block. A backward takes the path of its forward.
+    REGFAST_BACKEND sets the choice outside any block. A backward takes the path of its forward; forward mode, and a backward
+    that is differentiated itself, are the reference's whatever is named.
 
     Raises:
         ValueError: for any other name.
