@@ -281,6 +281,23 @@ def test_a_partner_that_does_not_exist_makes_a_sample_nan_and_no_other(box, devi
     assert dx.isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+def test_counting_sorts_as_torch_does(dtype, device, kernels, monkeypatch):
+    """By several programs, with partners that are taken often, and some that do not exist; large batches are torch's to sort."""
+    from regfast.kernels import mixup as module
+
+    index = torch.randint(-3, 45, (41,), device=device).to(dtype)
+    order = torch.full((2 * 41 + 1,), -7, dtype=torch.int32, device=device)
+    module._order_kernel[(-(-42 // module.ORDER_ROWS),)](index, order, 41, ROWS=module.ORDER_ROWS, BLOCK=16)
+    assert torch.equal(order, module._sorted(index))
+    x, index = torch.randn(41, 3, device=device, requires_grad=True), index.clamp(0, 40)
+    gradients = []
+    for most in (module.ORDER_BATCH, 40):
+        monkeypatch.setattr(module, "ORDER_BATCH", most)
+        gradients += torch.autograd.grad(mixup(x, index, 0.3).square().sum(), x)
+    assert torch.equal(*gradients)
+
+
 X, U8 = torch.randn(4, 3, 6, 5), torch.zeros(4, 3, 6, 5, dtype=torch.uint8)
 ARGUMENTS = [
     (lambda: mixup([1.0], PERMUTATION, 0.5), TypeError, ["x", "list", "Tensor"]),
