@@ -1,15 +1,15 @@
 """MixUp in one pass: a sample and its partner are read, blended (or one pasted into the other), normalised and written.
 
-A sample is `numel` elements, taken in the order in which the output lies in memory; a program has one block of one sample. The
-batch is the fastest axis of the grid, so that a sample's block and its partner's are wanted at about the same time, by whatever
-permutation, and device memory is asked for each once; the second time an L2 answers.
+A sample is `numel` elements, taken in the order in which the output lies in memory; a program has one block of a few samples, and
+works out once where it lies and what its channels' numbers are. The batch is the fastest axis of the grid, so that a sample's
+block and its partner's are wanted at about the same time, by whatever permutation, and device memory is asked for each once; the
+second time an L2 answers. Planes whose channels become innermost are read as they lie, and exchanged in shared memory.
 
 The backward of an index map is its transpose: the gradient of sample j gathers from every sample that took j for its partner.
 They stand side by side in a stable sort of the index; so nothing need be known about the index, and there are no atomics.
 
 Two numbers, per element of e bytes in and f bytes out:
-    forward    e + f bytes of device memory (2 e through the L2); 2 loads, 2 multiply-adds, and to normalise one more, with 2
-               loads of a channel's numbers, which the elements of a run share where channels are not innermost
+    forward    e + f bytes of device memory (2 e through the L2); 2 loads, 2 multiply-adds, and to normalise one more
     backward   f + e bytes; for a permutation 2 loads and 2 multiply-adds
 """
 
@@ -22,36 +22,33 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import (
-    LAUNCHES,
-    Launch,
-    Layout,
-    contiguous,
-    keep,
-    kinds_of,
-    scalar,
-    strides_of,
-    wide_of,
-)
+from .launch import LAUNCHES, Launch, Layout, contiguous, keep, kinds_of, scalar, strides_of, wide_of
 
 # A weight: a number, or a tensor, 0-d or one number per sample.
 Weight = float | torch.Tensor
 
 # Elements a program, and its warps: 16 elements a thread, which is one 128-bit load of bytes and two of half precision.
 BLOCK, WARPS = 2048, 4
+# Samples a program, by the bytes of an element: what all programs under way read must stay in an L2. (Half as many where there
+# are no places to work out, as more are under way.) And the programs at least, enough to fill a large device.
+SAMPLES, PROGRAMS = 8, 2048
+# The most channels, a power of two, that are exchanged in shared memory.
+PLANES = 16
 
 
 class Order(NamedTuple):
     """In which order a launch takes a sample's elements, known at compile time.
 
     Channels innermost or outermost; `run` elements at a time, a power of two. `wraps`: on how many axes a run may pass the end,
-    the innermost first; and, if `small`, that one several times, being shorter than a run.
+    the innermost first; and, if `small`, that one several times, being shorter than a run. `planes`: into how many planes a block
+    is cut that is read with channels outermost and written with channels innermost; else 0.
     """
 
     channels_last: bool
     run: int
     wraps: int
     small: bool
+    planes: int = 0
 
 
 @triton.jit
@@ -86,26 +83,39 @@ def _elements(start, sizes, ORDER: tl.constexpr, BLOCK: tl.constexpr):
     RUN: tl.constexpr = ORDER.run
     k, within = tl.arange(0, BLOCK // RUN)[:, None] * RUN, tl.arange(0, RUN)[None, :]
     # The axes in the order in which they lie, the innermost first.
-    if ORDER.channels_last:
-        sizes = (sizes[0], sizes[3], sizes[2], sizes[1])
-    else:
-        sizes = (sizes[3], sizes[2], sizes[1], sizes[0])
-    p0, rest, more = _divide(start, k, sizes[0])
-    p1, rest, more = _divide(rest, more, sizes[1])
-    p2, rest, more = _divide(rest, more, sizes[2])
+    s0, s1, s2 = (sizes[0], sizes[3], sizes[2]) if ORDER.channels_last else (sizes[3], sizes[2], sizes[1])
+    p0, rest, more = _divide(start, k, s0)
+    p1, rest, more = _divide(rest, more, s1)
+    p2, rest, more = _divide(rest, more, s2)
     p3 = rest + more
     p0 += within
     if ORDER.wraps > 0:
-        p0, times = _carry(p0, sizes[0], ORDER.small)
+        p0, times = _carry(p0, s0, ORDER.small)
         p1 += times
     if ORDER.wraps > 1:
-        p1, times = _carry(p1, sizes[1], False)
-        p2, times = _carry(p2 + times, sizes[2], False)
+        p1, times = _carry(p1, s1, False)
+        p2, times = _carry(p2 + times, s2, False)
         p3 += times
-    if ORDER.channels_last:
-        return k + within, (p0, p3, p2, p1)
-    else:
-        return k + within, (p3, p2, p1, p0)
+    return k + within, (p0, p3, p2, p1) if ORDER.channels_last else (p3, p2, p1, p0)
+
+
+@triton.jit
+def _planes(start, sizes, ORDER: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr):
+    """BLOCK elements of all channels, from the pixel `start` on, planes outermost: their offsets, places, and which exist.
+
+    Then, channels innermost: which of these each element is, its offset, and whether it exists.
+    """
+    PIXELS: tl.constexpr = BLOCK // ORDER.planes
+    channels, size = sizes[0], sizes[1] * sizes[2] * sizes[3] // ALIGN * ALIGN
+    k, place = _elements(start, sizes, ORDER, PIXELS)
+    c, k = tl.arange(0, ORDER.planes)[:, None, None], k[None]
+    place = (c, place[1][None], place[2][None], place[3][None])
+    o = tl.arange(0, BLOCK)
+    # A division by a small number, exact for a small one.
+    pixel = (o * (65536 // channels + 1)) >> 16
+    source, exists = (o - pixel * channels) * PIXELS + pixel, (c < channels) & (k < size - start)
+    written = o < channels * tl.minimum(size - start, PIXELS)
+    return c.to(tl.int64) * size + start + k, place, exists, source, start.to(tl.int64) * channels + o, written
 
 
 @triton.jit
@@ -143,22 +153,22 @@ def _region(box_ptr, i, box_stride, place):
 
 
 @triton.jit
-def _mix(own, partner, lam, region, unit):
-    """lam*own + (1 - lam)*partner; where a sample is not blended the partner within the box and itself around it. By `unit`."""
+def _mix(own, partner, lam, region, scale, shift):
+    """lam*own + (1 - lam)*partner; where a sample is not blended the partner within the box and itself around it. Normalised.
+
+    Bytes are no numbers to convert, of which a GPU converts few a clock: they are the last bits of 2**23 and more.
+    """
     blended, within = region
-    mixed = (lam * unit) * own + ((1.0 - lam) * unit) * partner
-    return tl.where(blended, mixed, tl.where(within, partner, own) * unit)
-
-
-@triton.jit
-def _scale(value, scale_ptr, shift_ptr, c, channels):
-    """scale*value + shift, by the channels c, which beyond the sample may be none."""
-    c = tl.minimum(c, channels - 1)
-    if scale_ptr is not None:
-        value *= tl.load(scale_ptr + c)
-    if shift_ptr is not None:
-        value += tl.load(shift_ptr + c)
-    return value
+    if own.dtype == tl.uint8 and lam.dtype == tl.float32:
+        own = (own.to(tl.int32) | 0x4B000000).to(tl.float32, bitcast=True)
+        partner = (partner.to(tl.int32) | 0x4B000000).to(tl.float32, bitcast=True)
+        # Both differences are exact.
+        mixed = lam * (own - partner) + (partner - 8388608.0)
+        mixed = tl.where(blended, mixed, tl.where(within, partner, own) - 8388608.0)
+    else:
+        own, partner = own.to(lam.dtype), partner.to(lam.dtype)
+        mixed = tl.where(blended, lam * own + (1.0 - lam) * partner, tl.where(within, partner, own))
+    return mixed * scale if shift is None else mixed * scale + shift
 
 
 @triton.jit
@@ -170,13 +180,13 @@ def _lam(ptr, lam, i, stride, ACC: tl.constexpr):
 
 
 # None of a kernel's numbers is specialised on.
-NUMBERS = ["batch", "numel", "size_c", "size_a", "size_h", "size_w", "lam_stride", "box_stride"]
+NUMBERS = ["batch", "step", "numel", "size_c", "size_a", "size_h", "size_w", "lam_stride", "box_stride"]
 
 
 @triton.jit(do_not_specialize=[*NUMBERS, *strides_of("x", "y", axes="ncahw")])
 def _forward_kernel(
     x_ptr, index_ptr, lam_ptr, box_ptr, scale_ptr, shift_ptr, y_ptr, lam: tl.float64,
-    batch, numel, size_c, size_a, size_h, size_w, lam_stride, box_stride,
+    batch, step, numel, size_c, size_a, size_h, size_w, lam_stride, box_stride,
     x_stride_n, x_stride_c, x_stride_a, x_stride_h, x_stride_w,
     y_stride_n, y_stride_c, y_stride_a, y_stride_h, y_stride_w,
     READ_FLAT: tl.constexpr, WRITE_FLAT: tl.constexpr, ALIGN: tl.constexpr, ORDER: tl.constexpr, IN_PLACE: tl.constexpr,
@@ -185,39 +195,59 @@ def _forward_kernel(
     """Shapes: x and y (batch, size_c, size_a, size_h, size_w); index (batch,); lam_ptr () or (batch,), or None where lam is a
     number; box (4,) or (batch, 4) or None; scale and shift (size_c,) or None.
 
-    This program processes BLOCK elements of one sample, and IN_PLACE, where y is x and the index an involution, those of its
-    partner too: of a pair, the first does it. A sample whose partner does not exist is filled with NaN.
+    This program processes BLOCK elements of every step-th sample, and IN_PLACE, where y is x and the index an involution, those
+    of their partners too: of a pair, the first does it. A sample whose partner does not exist is filled with NaN.
     """
-    i = tl.program_id(0) % batch
-    block = tl.program_id(0) // batch
-    j = tl.load(index_ptr + i)
-    known = (j >= 0) & (j < batch)
-    if IN_PLACE and (known & (j < i)):
-        return
-    start = block.to(numel.dtype) * BLOCK
-    k, place = _elements(start, (size_c, size_a, size_h, size_w), ORDER, BLOCK)
-    exists = k < numel // ALIGN * ALIGN - start
-    x_offsets = _offsets(start, k, place, (x_stride_c, x_stride_a, x_stride_h, x_stride_w), READ_FLAT, ORDER)
-    y_offsets = _offsets(start, k, place, (y_stride_c, y_stride_a, y_stride_h, y_stride_w), WRITE_FLAT, ORDER)
-    own = tl.load(_sample(x_ptr, i, x_stride_n, READ_FLAT, ALIGN) + x_offsets, mask=exists).to(ACC)
-    partner = tl.load(_sample(x_ptr, j, x_stride_n, READ_FLAT, ALIGN) + x_offsets, mask=exists & known).to(ACC)
-
+    block, sizes = (tl.program_id(0) // step).to(numel.dtype), (size_c, size_a, size_h, size_w)
+    if ORDER.planes:
+        start = block * (BLOCK // ORDER.planes)
+        x_offsets, place, exists, source, y_offsets, written = _planes(start, sizes, ORDER, ALIGN, BLOCK)
+    else:
+        start = block * BLOCK
+        k, place = _elements(start, sizes, ORDER, BLOCK)
+        exists = k < numel // ALIGN * ALIGN - start
+        source, written = None, exists
+        x_offsets = _offsets(start, k, place, (x_stride_c, x_stride_a, x_stride_h, x_stride_w), READ_FLAT, ORDER)
+        y_offsets = _offsets(start, k, place, (y_stride_c, y_stride_a, y_stride_h, y_stride_w), WRITE_FLAT, ORDER)
     UNIT: tl.constexpr = 1.0 / 255.0 if x_ptr.dtype.element_ty == tl.uint8 else 1.0
-    unit = tl.where(known, tl.full((), UNIT, ACC), float("nan"))
-    to = y_ptr.dtype.element_ty
-    value = _mix(own, partner, _lam(lam_ptr, lam, i, lam_stride, ACC), _region(box_ptr, i, box_stride, place), unit)
-    value = _scale(value, scale_ptr, shift_ptr, place[0], size_c)
-    tl.store(_sample(y_ptr, i, y_stride_n, WRITE_FLAT, ALIGN) + y_offsets, value.to(to), mask=exists)
-    if IN_PLACE and known:
-        value = _mix(partner, own, _lam(lam_ptr, lam, j, lam_stride, ACC), _region(box_ptr, j, box_stride, place), unit)
-        value = _scale(value, scale_ptr, shift_ptr, place[0], size_c)
-        tl.store(_sample(y_ptr, j, y_stride_n, WRITE_FLAT, ALIGN) + y_offsets, value.to(to), mask=exists)
+    if scale_ptr is not None:
+        # (Beyond a sample there may be no channel.)
+        c = tl.minimum(place[0], size_c - 1)
+        scale, shift = tl.load(scale_ptr + c) * UNIT, tl.load(shift_ptr + c)
+    else:
+        scale, shift = tl.full((), UNIT, ACC), None
+
+    i = tl.program_id(0) % step
+    while i < batch:
+        j = tl.load(index_ptr + i)
+        known = (j >= 0) & (j < batch)
+        if not (IN_PLACE and (known & (j < i))):
+            own = tl.load(_sample(x_ptr, i, x_stride_n, READ_FLAT, ALIGN) + x_offsets, mask=exists)
+            partner = tl.load(_sample(x_ptr, j, x_stride_n, READ_FLAT, ALIGN) + x_offsets, mask=exists & known)
+            lam_i = tl.where(known, _lam(lam_ptr, lam, i, lam_stride, ACC), float("nan"))
+            blended, within = _region(box_ptr, i, box_stride, place)
+            value = _mix(own, partner, lam_i, (blended | (known == 0), within), scale, shift)
+            _write(_sample(y_ptr, i, y_stride_n, WRITE_FLAT, ALIGN) + y_offsets, value, source, written)
+            if IN_PLACE and known:
+                lam_j = _lam(lam_ptr, lam, j, lam_stride, ACC)
+                value = _mix(partner, own, lam_j, _region(box_ptr, j, box_stride, place), scale, shift)
+                _write(_sample(y_ptr, j, y_stride_n, WRITE_FLAT, ALIGN) + y_offsets, value, source, written)
+        i += step
+
+
+@triton.jit
+def _write(ptr, value, source, mask):
+    """Writes a block, or if `source` says where from, its elements in another order."""
+    value = value.to(ptr.dtype.element_ty)
+    if source is not None:
+        value = tl.gather(tl.reshape(value, source.shape), source, 0)
+    tl.store(ptr, value, mask=mask)
 
 
 @triton.jit(do_not_specialize=[*NUMBERS, *strides_of("g", "dx", axes="ncahw")])
 def _backward_kernel(
     g_ptr, order_ptr, lam_ptr, box_ptr, scale_ptr, dx_ptr, lam: tl.float64,
-    batch, numel, size_c, size_a, size_h, size_w, lam_stride, box_stride,
+    batch, step, numel, size_c, size_a, size_h, size_w, lam_stride, box_stride,
     g_stride_n, g_stride_c, g_stride_a, g_stride_h, g_stride_w,
     dx_stride_n, dx_stride_c, dx_stride_a, dx_stride_h, dx_stride_w,
     READ_FLAT: tl.constexpr, WRITE_FLAT: tl.constexpr, ALIGN: tl.constexpr, ORDER: tl.constexpr, ACC: tl.constexpr,
@@ -228,9 +258,8 @@ def _backward_kernel(
 
     This program processes BLOCK elements of one sample's gradient.
     """
-    j = tl.program_id(0) % batch
-    block = tl.program_id(0) // batch
-    start = block.to(numel.dtype) * BLOCK
+    j = tl.program_id(0) % step
+    start = (tl.program_id(0) // step).to(numel.dtype) * BLOCK
     k, place = _elements(start, (size_c, size_a, size_h, size_w), ORDER, BLOCK)
     exists = k < numel // ALIGN * ALIGN - start
     g_offsets = _offsets(start, k, place, (g_stride_c, g_stride_a, g_stride_h, g_stride_w), READ_FLAT, ORDER)
@@ -241,9 +270,11 @@ def _backward_kernel(
     starts_ptr = order_ptr + batch
     for s in range(tl.load(starts_ptr + j), tl.load(starts_ptr + j + 1)):
         i = tl.load(order_ptr + s)
+        lam_i, region = _lam(lam_ptr, lam, i, lam_stride, ACC), _region(box_ptr, i, box_stride, place)
         gradient = tl.load(_sample(g_ptr, i, g_stride_n, READ_FLAT, ALIGN) + g_offsets, mask=exists).to(ACC)
-        total += _share(gradient, _lam(lam_ptr, lam, i, lam_stride, ACC), _region(box_ptr, i, box_stride, place), False)
-    total = _scale(total, scale_ptr, None, place[0], size_c)
+        total += _share(gradient, lam_i, region, False)
+    if scale_ptr is not None:
+        total *= tl.load(scale_ptr + tl.minimum(place[0], size_c - 1))
     tl.store(_sample(dx_ptr, j, dx_stride_n, WRITE_FLAT, ALIGN) + dx_offsets, total.to(dx_ptr.dtype.element_ty), mask=exists)
 
 
@@ -281,15 +312,12 @@ def _order_kernel(index_ptr, order_ptr, batch, ROWS: tl.constexpr, BLOCK: tl.con
 ORDER_ROWS, ORDER_BLOCK, ORDER_BATCH = 16, 256, 8192
 
 
-def order_of(shape: tuple[int, ...], channels_last: bool, flat: bool) -> Order:
-    """The order of a format, with runs as long as they may be: as many elements as wrap no further than the next row.
-
-    At most 16 of them; 8 where they are not `flat`, as the addresses of longer ones would be more than there are registers for.
-    """
+def order_of(shape: tuple[int, ...], channels_last: bool, longest: int) -> Order:
+    """The order of a format, with runs as long as they may be: at most `longest`, that wrap no further than the next row."""
     _, size_c, _, size_h, size_w = shape
     # (A sample without elements has rows of none.)
     inner, outer = (max(size_c, 1), size_w) if channels_last else (max(size_w, 1), size_h)
-    run, small = 16 if flat else 8, inner < 16
+    run, small = longest, inner < 16
     while run > 1 and small and (inner + run - 2) // inner > outer:
         run //= 2
     wraps = 0 if inner % run == 0 else 1 if inner * outer % run == 0 else 2
@@ -314,37 +342,45 @@ def layout_of(t: torch.Tensor) -> Layout | None:
     return Layout((n, channels, middle, *sizes[-2:]), (stride_n, stride_c, stride, *strides[-2:]))
 
 
-def _constants(read: Layout, written: Layout, positions: bool, dtypes: tuple[torch.dtype, ...]) -> dict[str, Any]:
-    """What is compiled for, of a layout that is read and one that is written, in the order of the latter.
-
-    `positions`: whether an element's channel, row or column is asked for.
-    """
-    channels_last = written.strides[1] < written.strides[4]
+def _launch(
+    kernel: Any, x: torch.Tensor, y: torch.Tensor, lam: Weight, box: torch.Tensor | None, scale: torch.Tensor | None,
+    misaligned: int, **constants: Any,
+) -> Launch | None:  # fmt: skip
+    """The launch of a kernel that fills y from x, in y's order; None where the axes of one have to be copied into others."""
+    read, written = layout_of(x), layout_of(y)
+    if read is None or written is None:
+        return None
+    n, channels, *sizes = written.shape
+    numel = channels * math.prod(sizes)
+    forward, channels_last = kernel is _forward_kernel, written.strides[1] < written.strides[4]
     flat = [layout.is_flat(channels_last) for layout in (read, written)]
-    if not positions and read.strides == written.strides and written.is_dense():
+    placed = box is not None or scale is not None
+    if not placed and read.strides == written.strides and written.is_dense():
         # In whatever order.
         flat = [True, True]
-    needed = positions or not all(flat)
-    numel = math.prod(written.shape[1:])
-    aligned = [numel, *(layout.strides[0] for layout, is_flat in zip((read, written), flat) if is_flat)]
-    return dict(
-        READ_FLAT=flat[0],
-        WRITE_FLAT=flat[1],
-        ALIGN=next(align for align in (16, 4, 1) if all(number % align == 0 for number in aligned)),
-        ORDER=order_of(written.shape, channels_last, all(flat)) if needed else Order(False, 16, 0, False),
-        ACC=wide_of(*dtypes),
-        BLOCK=BLOCK,
-        num_warps=WARPS,
-    )
-
-
-def _numbers(read: Layout, written: Layout, lam: Weight, box: torch.Tensor | None) -> tuple[int, tuple[int, ...]]:
-    """A launch's programs, and a kernel's numbers in their order."""
-    n, *sizes = written.shape
-    numel = math.prod(sizes)
+    # Blocks begin at multiples of some elements, or of fewer pixels of all planes.
+    planes, unit, block = 0, numel, BLOCK
+    if forward and channels_last and 0 < channels <= PLANES and read.is_flat(False) and flat == [False, True]:
+        planes, flat = 1 << (channels - 1).bit_length(), [True, True]
+        unit, block = numel // channels, BLOCK // planes
+    blocks = -(-unit // block)
+    aligned = [unit, *(layout.strides[0] for layout, is_flat in zip((read, written), flat) if is_flat)]
+    # As many bytes are read at once as are written; and addresses kept as there are registers for.
+    run = min(16 if all(flat) else 8, 16 // y.element_size() if x.dtype == torch.uint8 and not planes else 16)
+    order = Order(False, run, 0, False)
+    if box is not None or (scale is not None and not planes) or not all(flat):
+        order = order_of(written.shape, channels_last and not planes, run)
+    samples = SAMPLES // x.element_size() // (1 if placed or planes or not all(flat) else 2) if forward else 1
+    step = -(-n // max(min(samples, n * blocks // PROGRAMS), 1))
     lam_stride = lam.stride(0) if isinstance(lam, torch.Tensor) and lam.ndim else 0
     box_stride = 4 if box is not None and box.ndim > 1 else 0
-    return n * -(-numel // BLOCK), (n, numel, *sizes, lam_stride, box_stride, *read.strides, *written.strides)
+    numbers = (n, step, numel, channels, *sizes, lam_stride, box_stride, *read.strides, *written.strides)
+    return Launch(
+        kernel, step * blocks, numbers, x.device, not misaligned,
+        READ_FLAT=flat[0], WRITE_FLAT=flat[1], ORDER=order._replace(planes=planes), ACC=wide_of(x.dtype, y.dtype),
+        ALIGN=next(align for align in (16, 4, 1) if all(number % align == 0 for number in aligned)),
+        BLOCK=BLOCK, num_warps=WARPS, **constants,
+    )  # fmt: skip
 
 
 def mixup(
@@ -361,24 +397,11 @@ def mixup(
     in_place = out is not None and out.data_ptr() == x.data_ptr()
     key = ("mixup", dtype, memory_format, in_place, x.shape, x.device, kinds)
     y = torch.empty_like(x, dtype=dtype, memory_format=memory_format) if out is None else out
-    launch = LAUNCHES.get(key) or keep(key, _prepare_forward(x, y, lam, box, scale, in_place, kinds[-1]))
+    launch = LAUNCHES.get(key) or keep(key, _launch(_forward_kernel, x, y, lam, box, scale, kinds[-1], IN_PLACE=in_place))
     if launch is None:
         return y.copy_(mixup(x.contiguous(), index, lam, box, scale, shift, dtype, torch.contiguous_format))
     launch(x, index, pointer, box, scale, shift, y, number)
     return y
-
-
-def _prepare_forward(
-    x: torch.Tensor, y: torch.Tensor, lam: Weight, box: torch.Tensor | None, scale: torch.Tensor | None, in_place: bool,
-    misaligned: int,
-) -> Launch | None:  # fmt: skip
-    """The launch that fills y, or None where the axes of one of them have to be copied into others."""
-    read, written = layout_of(x), layout_of(y)
-    if read is None or written is None:
-        return None
-    constants = _constants(read, written, box is not None or scale is not None, (x.dtype, y.dtype))
-    grid, numbers = _numbers(read, written, lam, box)
-    return Launch(_forward_kernel, grid, numbers, x.device, not misaligned, **constants, IN_PLACE=in_place)
 
 
 def mixup_backward(
@@ -413,17 +436,11 @@ def _prepare_backward(
     misaligned: int,
 ) -> tuple[Launch, Launch | None]:  # fmt: skip
     """The launches that order the samples by their partner and that fill dx; no second where axes have to be copied."""
-    batch = len(index)
     sort = Launch(
-        _order_kernel, -(-(batch + 1) // ORDER_ROWS), (batch,), g.device, not misaligned,
+        _order_kernel, -(-(len(index) + 1) // ORDER_ROWS), (len(index),), g.device, not misaligned,
         ROWS=ORDER_ROWS, BLOCK=ORDER_BLOCK, num_warps=WARPS,
     )  # fmt: skip
-    read, written = layout_of(g), layout_of(dx)
-    if read is None or written is None:
-        return sort, None
-    constants = _constants(read, written, box is not None or scale is not None, (g.dtype, dx.dtype))
-    grid, numbers = _numbers(read, written, lam, box)
-    return sort, Launch(_backward_kernel, grid, numbers, g.device, not misaligned, **constants)
+    return sort, _launch(_backward_kernel, g, dx, lam, box, scale, misaligned)
 
 
 def _sorted(index: torch.Tensor) -> torch.Tensor:

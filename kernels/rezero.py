@@ -25,6 +25,27 @@ PROGRAMS = 2048
 
 
 @triton.jit
+def _normal(u):
+    """The normal distribution: its function at u, and exp(-u*u/2), which is its density but for a factor.
+
+    In float32 the tail beyond |u| is made of the second (Abramowitz and Stegun, 7.1.26). The formula
+    is right to 7.5e-8 and float32 makes 4e-7 of it; a tail keeps less, for its power does.
+    """
+    bell = tl.exp2(-0.7213475204444817 * u * u)
+    if u.dtype == tl.float64:
+        return 0.5 * (1.0 + tl.erf(0.7071067811865476 * u)), bell
+    else:
+        # One instruction and a product, where a division takes five instructions.
+        root = tl.rsqrt(1.0 + 0.2316418882 * tl.abs(u))
+        t = root * root
+        tail = 0.5307027145 * t - 0.7265760135
+        tail = tail * t + 0.7107068705
+        tail = tail * t - 0.142248368
+        tail = (tail * t + 0.127414796) * t * bell
+        return tl.where(u < 0, tail, 1.0 - tail), bell
+
+
+@triton.jit
 def _activate(u, ACTIVATION: tl.constexpr):
     """act(u)."""
     if ACTIVATION == "relu":
@@ -32,7 +53,7 @@ def _activate(u, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "leaky_relu":
         return tl.where(u > 0, u, 0.01 * u)
     elif ACTIVATION == "gelu":
-        return 0.5 * u * (1.0 + tl.erf(0.7071067811865476 * u))
+        return u * _normal(u)[0]
     elif ACTIVATION == "silu":
         return u / (1.0 + tl.exp(-u))
     else:
@@ -47,8 +68,8 @@ def _pull(u, g, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "leaky_relu":
         return tl.where(u > 0, g, 0.01 * g)
     elif ACTIVATION == "gelu":
-        cdf = 0.5 * (1.0 + tl.erf(0.7071067811865476 * u))
-        return g * (cdf + u * 0.3989422804014327 * tl.exp(-0.5 * u * u))
+        cdf, bell = _normal(u)
+        return g * (cdf + 0.3989422804014327 * u * bell)
     elif ACTIVATION == "silu":
         s = 1.0 / (1.0 + tl.exp(-u))
         return g * (s * (1.0 + u * (1.0 - s)))

@@ -79,6 +79,75 @@ def test_uint8_images_come_out_in_half_precision(dtype, path, on_path, device):
     torch.testing.assert_close(plain.cpu().float(), torch.from_numpy(expected).float(), **HALF[dtype])
 
 
+# Bytes are blended in float32, in another order than the oracle's: some roundings of values below 4.
+BYTES = dict(rtol=2.0**-21, atol=2.0**-21)
+
+
+@paths
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 5, 16, 64])
+@pytest.mark.parametrize("memory_format", FORMATS[1:], ids=str)
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+def test_bytes_of_any_number_of_channels(channels, channels_last, memory_format, path, on_path, device, poisoned):
+    """Each channel's numbers are its own, within a format and across; sizes that fill no block."""
+    shape = (3, channels, 23, 31) if channels < 16 else (3, channels, 7, 24)
+    x = torch.randint(256, shape, dtype=torch.uint8, device=device)
+    x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
+    mean, std = [0.1 + 0.01 * c for c in range(channels)], [0.5 + 0.01 * c for c in range(channels)]
+    index, lam = tensors(device, [2, 0, 1], [0.0, 0.3, 1.0])
+    y = mixup(x, index, lam, mean=mean, std=std, memory_format=memory_format)
+    expected = oracle.mixup(x.cpu().numpy() / 255.0, [2, 0, 1], [0.0, 0.3, 1.0], [None] * 3, mean, std)
+    assert y.is_contiguous(memory_format=memory_format)
+    torch.testing.assert_close(y.cpu(), torch.from_numpy(expected).float(), **BYTES)
+
+
+@paths
+def test_every_pair_of_bytes(path, on_path, device):
+    """Alone, where lam is 0 or 1, and blended; each to the last bits of float32."""
+    byte = torch.arange(256, dtype=torch.uint8, device=device)
+    x = torch.stack((byte.repeat(256), byte.repeat_interleave(256)))
+    for lam in (0.0, 0.3, 1.0):
+        y = mixup(x, torch.tensor([1, 0], device=device), lam, dtype=torch.float32)
+        wide = x.double() / 255
+        torch.testing.assert_close(y.double(), lam * wide + (1 - lam) * wide.flip(0), rtol=3e-7, atol=0)
+
+
+@pytest.mark.parametrize("box", [False, True], ids=["blended", "boxes"])
+@pytest.mark.parametrize("memory_format", FORMATS[1:], ids=str)
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float16, torch.float32], ids=str)
+def test_a_program_has_several_samples(dtype, memory_format, box, device, kernels, monkeypatch, poisoned):
+    """As of a large batch: the last program has fewer. Each sample has its own partner, lam and box, or none that exists."""
+    from regfast.kernels import mixup as module
+
+    monkeypatch.setattr(module, "PROGRAMS", 1)
+    shape = (11, 3, 19, 37)
+    x = (torch.randint(256, shape) if dtype == torch.uint8 else torch.randn(shape)).to(device, dtype)
+    index = torch.randperm(11, device=device)
+    lam, boxes = torch.rand(11, device=device), torch.tensor([2, 9, 3, 30], device=device).repeat(11, 1)
+    boxes[::3] = -1
+    arguments = dict(mean=MEAN, std=STD, box=boxes if box else None, dtype=torch.float32, memory_format=memory_format)
+    y = mixup(x, index, lam, **arguments)
+    with regfast.backend("reference"):
+        expected = mixup(x, index, lam, **arguments)
+    assert y.stride() == expected.stride()
+    torch.testing.assert_close(y, expected, **FLOAT32)
+    scale, shift = tensors(device, MEAN, STD)
+    index[4] = 11
+    y = module.mixup(x, index, lam, arguments["box"], scale, shift, torch.float32, memory_format)
+    assert [row.isnan().all().item() for row in y] == [i == 4 for i in range(11)]
+    assert not y[:4].isnan().any() and not y[5:].isnan().any()
+
+
+def test_pairs_in_place_where_a_program_has_several_samples(device, kernels, monkeypatch):
+    from regfast.kernels import mixup as module
+
+    monkeypatch.setattr(module, "PROGRAMS", 1)
+    x, index = torch.randn(11, 3, 700, device=device).half(), torch.tensor([3, 1, 10, 0, 7, 9, 8, 4, 6, 5, 2], device=device)
+    lam = torch.rand(11, device=device)
+    expected = mixup(x, index, lam)
+    mixup(x, index, lam, out=x)
+    assert torch.equal(x, expected)
+
+
 @paths
 @pytest.mark.parametrize(
     "given,wanted", [(torch.float16, torch.float32), (torch.float32, torch.float64), (torch.float64, torch.float32)]
