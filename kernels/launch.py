@@ -168,7 +168,17 @@ def wide_of(*dtypes: torch.dtype) -> tl.dtype:
     return tl.float64 if torch.float64 in dtypes else tl.float32
 
 
+class Target(NamedTuple):
+    """What kernels are cut and written for: the threads of a warp, and whether 16-bit numbers are taken two an instruction."""
+
+    warp_size: int
+    packs: bool
+
+
 @functools.cache
-def warp_size(device: torch.device) -> int:
-    """The threads of a warp: a device's own, and NVIDIA's where no device runs the kernel."""
-    return torch.cuda.get_device_properties(device).warp_size if device.type == "cuda" else 32
+def target_of(device: torch.device) -> Target:
+    """What a device is; a plain GPU where none runs the kernels."""
+    if device.type != "cuda" or knobs.runtime.interpret:
+        return Target(32, False)
+    found = torch.cuda.get_device_properties(device)
+    return Target(found.warp_size, torch.version.hip is None and (found.major, found.minor) >= (9, 0))

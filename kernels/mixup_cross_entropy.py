@@ -1,9 +1,7 @@
 """The cross entropy of blended labels in one pass over the logits, and its gradient in another.
 
-Logits are (N, C, A, B), with a row of C classes at each of the positions (N, A, B); rows are numbered in that order. A program
-has tiles of ROWS rows by BLOCK_C classes, and goes along the classes with the maximum and the sum of exponentials so far. Which
-of the two lie side by side in memory is compiled for, and with it the order of a tile's axes, so that a warp's reads are runs.
-Axes of the rows that are one run for every tensor are one, so that a row's place takes a division only where it must.
+Logits are (N, C, A, B), rows of C classes (see rows.py). A program has tiles of ROWS rows by BLOCK_C classes, and where a row has
+more it goes along them with the maximum and the sum of exponentials so far.
 
 Two numbers a row are kept for the backward: the maximum, and the logarithm of the sum of exponentials of differences from it. In
 float32 their sum, the log-sum-exp, would lose of the small number what the large one leaves no digits for: with logits of 1e4
@@ -15,8 +13,8 @@ nobody waits for the device.
 
 Two numbers, per logit of e bytes, and a row's 24 bytes of labels and statistics apart:
     forward    e bytes; a maximum, a subtraction, an exponential and a sum; with label smoothing a multiply-add and another sum
-    backward   2 e bytes; a subtraction, a multiply-add, an exponential, a product, and for each label a comparison, a selection
-               and a subtraction
+    backward   2 e bytes; a subtraction, a multiply-add, an exponential and another multiply-add, and for each label a comparison
+               and a selection
 """
 
 from __future__ import annotations
@@ -28,113 +26,66 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import (
-    LAUNCHES,
-    Launch,
-    alignment_of,
-    contiguous,
-    keep,
-    kinds_of,
-    scalar,
-    strides_of,
-    wide_of,
-)
+from .launch import LAUNCHES, Launch, alignment_of, contiguous, keep, kinds_of, scalar, strides_of, target_of, wide_of
+from .rows import Tile, along_rows, classes_at, of_rows, read, rows_at, rows_of, vector_of, write
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 
 
-class Tile(NamedTuple):
-    """How a launch reads and writes, known at compile time.
-
-    `axes` of the rows are left when those that are one run are one. A warp goes along the rows where `by_rows`, and else along
-    the classes, in vectors of `align`, of which every size, stride and address is a multiple.
-    """
-
-    axes: int
-    by_rows: bool
-    align: int
-
-
 @triton.jit
-def _rows(tile, rows, sizes, ROWS: tl.constexpr, TILE: tl.constexpr):
-    """The rows of a tile: their numbers, which exist, and their places along N, A and B; a column, or a line where by_rows."""
-    r = tl.cast(tile, rows.dtype) * ROWS + tl.arange(0, ROWS)
-    ALIGN: tl.constexpr = TILE.align if TILE.by_rows else 1
-    # The launcher has checked the alignment. Rounding to it changes nothing, and lets the compiler see it.
-    size_a, size_b, rows = sizes[0], sizes[1] // ALIGN * ALIGN, rows // ALIGN * ALIGN
-    r = r[None, :] if TILE.by_rows else r[:, None]
-    if TILE.axes == 1:
-        place = (0, 0, r)
-    elif TILE.axes == 2:
-        place = (0, r // size_b, r % size_b)
-    else:
-        place = (r // size_b // size_a, r // size_b % size_a, r % size_b)
-    return r, r < rows, place
-
-
-@triton.jit
-def _of_rows(ptr, place, strides, ALIGN: tl.constexpr, TILE: tl.constexpr):
-    """Pointers to one number a row, or to its first class; strides that `align` divides are rounded to ALIGN."""
-    stride_b = strides[2] // ALIGN * ALIGN
-    if TILE.by_rows and ALIGN > 1:
-        stride_b = 1
-    offset = place[2].to(tl.int64) * stride_b
-    if TILE.axes > 1:
-        offset += place[1].to(tl.int64) * (strides[1] // ALIGN * ALIGN)
-    if TILE.axes > 2:
-        offset += place[0].to(tl.int64) * (strides[0] // ALIGN * ALIGN)
-    return ptr + offset
-
-
-@triton.jit
-def _class_stride(stride, TILE: tl.constexpr):
-    if TILE.align == 1:
-        return stride
-    elif TILE.by_rows:
-        return stride // TILE.align * TILE.align
-    else:
-        return 1
-
-
-@triton.jit
-def _classes(start, classes, BLOCK_C: tl.constexpr, TILE: tl.constexpr):
-    """The classes of a block, and which exist: a line, or a column where by_rows."""
-    c = start + tl.arange(0, BLOCK_C)
-    c = c[:, None] if TILE.by_rows else c[None, :]
-    if not TILE.by_rows:
-        classes = classes // TILE.align * TILE.align
-    return c, c < classes
+def _block(
+    z_ptr, strides, first, start, shape, weight_ptr, highest, SMOOTHED: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
+    TILE: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Of a block of the classes of a tile's rows: the maximum with that of the classes before, the sum of exponentials below it
+    and, if SMOOTHED, the weighted sum of the distances from it, and the sum of the weights."""
+    AXIS: tl.constexpr = None if ROWS == 1 and TILE.most else 1 if TILE.along == "classes" else 0
+    _, exists, place = rows_at(first, shape, ROWS, 1, TILE)
+    c, known = classes_at(start, shape[1], BLOCK_C, TILE)
+    value = read(z_ptr, strides, first, place, c, known & exists, shape, ROWS, BLOCK_C, TILE, ACC)
+    if TILE.along == "run":
+        value = tl.where(known, value, float("-inf"))
+    highest = tl.maximum(highest, tl.max(value, AXIS, keep_dims=True))
+    base = _base(highest)
+    below = _exp(value - base)
+    if TILE.along == "run":
+        # (-0.0 is what the compiler leaves out of a sum.)
+        below = tl.where(c < TILE.most, below, -0.0)
+    total = tl.sum(below, AXIS, keep_dims=True)
+    spread, of_all = tl.zeros_like(total), tl.cast(0.0, ACC)
+    if SMOOTHED:
+        weight = _weights(weight_ptr, c, known, ACC)
+        spread = tl.sum(tl.where(known, weight * (base - value), 0.0), AXIS, keep_dims=True)
+        of_all = tl.sum(weight) if weight_ptr is not None else tl.minimum(shape[1] - start, BLOCK_C).to(ACC)
+    return highest, total, spread, of_all
 
 
 @triton.jit
 def _statistics(
-    z, exists, classes, stride_c, weight_ptr, SMOOTHED: tl.constexpr, BLOCK_C: tl.constexpr, TILE: tl.constexpr,
-    ACC: tl.constexpr,
+    z_ptr, strides, first, shape, weight_ptr, SMOOTHED: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
+    TILE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Of rows that begin at z: the maximum, the log of the sum of exponentials below it and, if SMOOTHED, the weighted sum of
-    every class's loss."""
-    AXIS: tl.constexpr = 0 if TILE.by_rows else 1
-    highest = tl.full(exists.shape, float("-inf"), ACC)
-    base, total, spread = tl.zeros_like(highest), tl.zeros_like(highest), tl.zeros_like(highest)
-    before = tl.cast(0.0, ACC)
-    for start in range(0, classes, BLOCK_C):
-        c, known = _classes(start, classes, BLOCK_C, TILE)
-        value = tl.load(z + c.to(tl.int64) * stride_c, mask=known & exists, other=float("-inf")).to(ACC)
-        new = tl.maximum(highest, tl.max(value, AXIS, keep_dims=True))
-        # A difference of two infinities is NaN: as long as all are -inf, they are counted from 0.
-        new_base = tl.where(new == float("-inf"), 0.0, new)
-        total = total * _exp(highest - new_base) + tl.sum(_exp(value - new_base), AXIS, keep_dims=True)
-        if SMOOTHED:
-            weight = _weights(weight_ptr, c, known, ACC)
-            below = tl.where(known, weight * (new_base - value), 0.0)
-            spread += before * (new_base - base) + tl.sum(below, AXIS, keep_dims=True)
-            if weight_ptr is None:
-                before = tl.minimum(start + BLOCK_C, classes).to(ACC)
-            else:
-                before += tl.sum(weight)
-        highest, base = new, new_base
-    log_sum = tl.log(total)
-    return highest, log_sum, spread + before * log_sum
+    """The same of all classes."""
+    highest = tl.full((ROWS, 1) if TILE.along == "classes" else (1, ROWS), float("-inf"), ACC)
+    if TILE.most:
+        return _block(z_ptr, strides, first, 0, shape, weight_ptr, highest, SMOOTHED, ROWS, BLOCK_C, TILE, ACC)
+    else:
+        total, spread, of_all = tl.zeros_like(highest), tl.zeros_like(highest), tl.cast(0.0, ACC)
+        for start in range(0, shape[1], BLOCK_C):
+            block = _block(z_ptr, strides, first, start, shape, weight_ptr, highest, SMOOTHED, ROWS, BLOCK_C, TILE, ACC)
+            base, before = _base(block[0]), _base(highest)
+            total = total * _exp(highest - base) + block[1]
+            if SMOOTHED:
+                spread += of_all * (base - before) + block[2]
+                of_all += block[3]
+            highest = block[0]
+        return highest, total, spread, of_all
+
+
+@triton.jit
+def _base(highest):
+    # A difference of two infinities is NaN: where all are -inf, they are counted from 0.
+    return tl.where(highest == float("-inf"), 0.0, highest)
 
 
 @triton.jit
@@ -157,7 +108,7 @@ def _labels(ptr, r, exists, classes, ignore_index, weight_ptr, ACC: tl.constexpr
     """The rows' labels, which are classes, which of them count, and their weights. One that is no class weighs NaN."""
     label = tl.load(ptr + r, mask=exists, other=0).to(tl.int64)
     counts = exists & (label != ignore_index)
-    known = counts & (label >= 0) & (label < classes)
+    known = counts & (label.to(tl.uint64) < classes.to(tl.uint64))
     if weight_ptr is None:
         weight = tl.where(known, 1.0, float("nan")).to(ACC)
     else:
@@ -183,43 +134,62 @@ def _per_row(ptr, number, place, strides, exists, TILE: tl.constexpr, ACC: tl.co
     if ptr is None:
         return scalar(None, number, ACC)
     else:
-        return tl.load(_of_rows(ptr, place, strides, 1, TILE), mask=exists, other=0.0).to(ACC)
+        return tl.load(of_rows(ptr, place, strides, 1, TILE), mask=exists, other=0.0).to(ACC)
 
 
 # None of a kernel's numbers is specialised on.
 NUMBERS = ["rows", "classes", "size_a", "size_b", "ignore_index", "z_stride_c", "dz_stride_c"]
 
 
-@triton.jit(do_not_specialize=[*NUMBERS, *strides_of("z", "lam", axes="nab")])
+@triton.jit(do_not_specialize=[*NUMBERS, "turns", *strides_of("z", "lam", axes="nab")])
 def _forward_kernel(
     z_ptr, a_ptr, b_ptr, lam_ptr, weight_ptr, statistics_ptr, loss_ptr, sums_ptr, lam: tl.float64,
     rows, classes, size_a, size_b, ignore_index,
-    z_stride_n, z_stride_a, z_stride_b, z_stride_c, lam_stride_n, lam_stride_a, lam_stride_b,
+    z_stride_n, z_stride_a, z_stride_b, z_stride_c, lam_stride_n, lam_stride_a, lam_stride_b, turns,
     SMOOTHING: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr, TILE: tl.constexpr,
+    TURNS: tl.constexpr,
 ):  # fmt: skip
     """Shapes: z (N, classes, size_a, size_b); a, b and lam_ptr (N, size_a, size_b), a and b contiguous, lam_ptr None where lam
     is a number; weight (classes,) or None; statistics (2*rows + 2,), or (2*rows,) unless there is a mean; loss (rows,), or None
     where sums, (programs, 4), are asked for.
 
-    This program processes tiles of ROWS rows, as many programs apart as there are. Its four sums are of the losses of a and of b,
-    weighted by lam and 1 - lam, and of the weights of a and of b.
+    This program processes `turns` tiles of ROWS rows, at most TURNS, one after the other, and then what there is once a row for
+    all of them side by side; and again, as many programs further. Its four sums are of the losses of a and of b, weighted by lam
+    and 1 - lam, and of the weights of a and of b.
     """
     program, programs = tl.program_id(0), tl.num_programs(0)
-    stride_c = _class_stride(z_stride_c, TILE)
-    sum_a = tl.zeros((1, ROWS) if TILE.by_rows else (ROWS, 1), ACC)
+    shape, strides = (rows, classes, size_a, size_b), (z_stride_n, z_stride_a, z_stride_b, z_stride_c)
+    sum_a = tl.zeros((ROWS, TURNS) if TILE.along == "classes" else (1, ROWS), ACC)
     sum_b, weight_a, weight_b = tl.zeros_like(sum_a), tl.zeros_like(sum_a), tl.zeros_like(sum_a)
-    for tile in range(program, tl.cdiv(rows, ROWS).to(tl.int32), programs):
-        r, exists, place = _rows(tile, rows, (size_a, size_b), ROWS, TILE)
-        z = _of_rows(z_ptr, place, (z_stride_n, z_stride_a, z_stride_b), TILE.align, TILE)
-        statistics = _statistics(z, exists, classes, stride_c, weight_ptr, SMOOTHING > 0, BLOCK_C, TILE, ACC)
-        tl.store(statistics_ptr + r, statistics[0], mask=exists)
-        tl.store(statistics_ptr + rows + r, statistics[1], mask=exists)
+    for group in range(program, tl.cdiv(rows, ROWS * turns).to(tl.int32), programs):
+        first = tl.cast(group, rows.dtype) * (ROWS * turns)
+        last = tl.minimum(rows, first + ROWS * turns)
+        if TURNS == 1:
+            highest, total, spread, of_all = _statistics(
+                z_ptr, strides, first, shape, weight_ptr, SMOOTHING > 0, ROWS, BLOCK_C, TILE, ACC
+            )
+        else:
+            highest, total, spread = tl.zeros_like(sum_a), tl.zeros_like(sum_a), tl.zeros_like(sum_a)
+            of_all = tl.cast(0.0, ACC)
+            for turn in range(tl.cdiv(last - first, ROWS).to(tl.int32)):
+                tile = _statistics(
+                    z_ptr, strides, first + turn * ROWS, shape, weight_ptr, SMOOTHING > 0, ROWS, BLOCK_C, TILE, ACC
+                )
+                now = tl.arange(0, TURNS)[None, :] == turn
+                highest, total = tl.where(now, tile[0], highest), tl.where(now, tile[1], total)
+                spread, of_all = tl.where(now, tile[2], spread), tile[3]
+        log_sum = tl.log(total)
+        r, exists, place = rows_at(first, (last, classes, size_a, size_b), ROWS, TURNS, TILE)
+        tl.store(statistics_ptr + r, highest, mask=exists)
+        tl.store(statistics_ptr + rows + r, log_sum, mask=exists)
 
+        z = of_rows(z_ptr, place, strides, 1, TILE)
         share = _per_row(lam_ptr, lam, place, (lam_stride_n, lam_stride_a, lam_stride_b), exists, TILE, ACC)
+        statistics = highest, log_sum, spread + of_all * log_sum
         a = _labels(a_ptr, r, exists, classes, ignore_index, weight_ptr, ACC)
+        loss_a = share * _losses(z, a, z_stride_c, statistics, classes, SMOOTHING, ACC)
         b = _labels(b_ptr, r, exists, classes, ignore_index, weight_ptr, ACC)
-        loss_a = share * _losses(z, a, stride_c, statistics, classes, SMOOTHING, ACC)
-        loss_b = (1.0 - share) * _losses(z, b, stride_c, statistics, classes, SMOOTHING, ACC)
+        loss_b = (1.0 - share) * _losses(z, b, z_stride_c, statistics, classes, SMOOTHING, ACC)
         if sums_ptr is None:
             tl.store(loss_ptr + r, (loss_a + loss_b).to(loss_ptr.dtype.element_ty), mask=exists)
         else:
@@ -260,19 +230,22 @@ def _backward_kernel(
     rows, classes, size_a, size_b, ignore_index,
     z_stride_n, z_stride_a, z_stride_b, z_stride_c, lam_stride_n, lam_stride_a, lam_stride_b,
     dz_stride_n, dz_stride_a, dz_stride_b, dz_stride_c, g_stride_n, g_stride_a, g_stride_b,
-    MEAN: tl.constexpr, SMOOTHING: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr, TILE: tl.constexpr,
+    MEAN: tl.constexpr, SMOOTHING: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
+    TILE: tl.constexpr,
 ):  # fmt: skip
     """Shapes: z and dz (N, classes, size_a, size_b); g, a, b and lam_ptr (N, size_a, size_b), a and b contiguous, lam_ptr None
     where lam is a number; weight (classes,) or None; statistics (2*rows + 2,), whose last two are the denominators of a mean.
 
     This program processes one tile of ROWS rows, a block of BLOCK_C classes after the other.
     """
-    r, exists, place = _rows(tl.program_id(0), rows, (size_a, size_b), ROWS, TILE)
-    z = _of_rows(z_ptr, place, (z_stride_n, z_stride_a, z_stride_b), TILE.align, TILE)
-    dz = _of_rows(dz_ptr, place, (dz_stride_n, dz_stride_a, dz_stride_b), TILE.align, TILE)
-    stride_c, dz_stride_c = _class_stride(z_stride_c, TILE), _class_stride(dz_stride_c, TILE)
+    shape, first = (rows, classes, size_a, size_b), tl.cast(tl.program_id(0), rows.dtype) * ROWS
+    strides = (z_stride_n, z_stride_a, z_stride_b, z_stride_c)
+    dz_strides = (dz_stride_n, dz_stride_a, dz_stride_b, dz_stride_c)
+    r, exists, place = rows_at(first, shape, ROWS, 1, TILE)
+    # The classes that a thread has one after the other.
+    SPAN: tl.constexpr = TILE.align if TILE.along == "classes" else BLOCK_C
     highest = tl.load(statistics_ptr + r, mask=exists, other=0.0)
-    log_sum = tl.load(statistics_ptr + rows + r, mask=exists, other=0.0)
+    log_sum = tl.load(statistics_ptr + rows + r, mask=exists, other=0.0) * LOG2_E
 
     g = _per_row(g_ptr, None, place, (g_stride_n, g_stride_a, g_stride_b), exists, TILE, ACC)
     share = _per_row(lam_ptr, lam, place, (lam_stride_n, lam_stride_a, lam_stride_b), exists, TILE, ACC)
@@ -287,15 +260,18 @@ def _backward_kernel(
         every = (g_a + g_b) * (SMOOTHING / classes.to(ACC))
         total += every * _weight_sum(weight_ptr, classes, BLOCK_C, TILE, ACC)
 
-    for start in range(0, classes, BLOCK_C):
-        c, known = _classes(start, classes, BLOCK_C, TILE)
-        value = tl.load(z + c.to(tl.int64) * stride_c, mask=known & exists, other=float("-inf")).to(ACC)
-        gradient = total * _exp((value - highest) - log_sum)
-        gradient -= tl.where(c == label_a, share_a, 0.0)
-        gradient -= tl.where(c == label_b, share_b, 0.0)
+    # Where both labels are one class, the second takes what both do.
+    share_b += tl.where(label_a == label_b, share_a, 0.0)
+    for start in range(0, 1 if TILE.most else classes, BLOCK_C):
+        c, known = classes_at(start, classes, BLOCK_C, TILE)
+        value = read(z_ptr, strides, first, place, c, known & exists, shape, ROWS, BLOCK_C, TILE, ACC)
+        # c == label, for which the compiler so needs neither an addition a class nor a register.
+        i = (c - start) % SPAN
+        taken = tl.where(i == label_b - (c - i), share_b, tl.where(i == label_a - (c - i), share_a, 0.0))
+        gradient = total * tl.exp2((value - highest) * LOG2_E - log_sum) - taken
         if SMOOTHING > 0:
             gradient -= every * _weights(weight_ptr, c, known, ACC)
-        tl.store(dz + c.to(tl.int64) * dz_stride_c, gradient.to(dz_ptr.dtype.element_ty), mask=known & exists)
+        write(dz_ptr, dz_strides, first, place, c, known & exists, shape, gradient, ROWS, BLOCK_C, TILE)
 
 
 @triton.jit
@@ -306,7 +282,7 @@ def _weight_sum(weight_ptr, classes, BLOCK_C: tl.constexpr, TILE: tl.constexpr, 
     else:
         total = tl.cast(0.0, ACC)
         for start in range(0, classes, BLOCK_C):
-            c, known = _classes(start, classes, BLOCK_C, TILE)
+            c, known = classes_at(start, classes, BLOCK_C, TILE)
             total += tl.sum(_weights(weight_ptr, c, known, ACC))
         return total
 
@@ -321,110 +297,80 @@ def _gradients(labels, g, SMOOTHING: tl.constexpr):
 
 
 class Cut(NamedTuple):
-    """How a launch is cut: rows and classes a tile, and a program's warps."""
+    """How a launch is cut: rows and classes a tile, tiles at most whose rows are side by side in the end, a program's warps."""
 
     rows: int
     block: int
+    turns: int
     num_warps: int
 
 
-# The programs of a reduced loss at most, whose sums one program adds.
+# A forward's programs at most, whose sums one program adds.
 PROGRAMS = 4096
 
 
-def cut_for(classes: int, by_rows: bool) -> Cut:
+def cut_for(classes: int, along: str, align: int, warp_size: int) -> Cut:
     """The pinned cut for as many classes: by their power of two alone, so that no size compiles anew."""
     width = 1 << (classes - 1).bit_length()
-    if not by_rows:
+    if along == "classes":
+        # One row a warp, or some. What there is once a row would be done by all the threads that share it: a row each in the end.
         block = min(width, 4096)
-        # One row a warp: what is done once a row is done by all the threads that share it.
-        return Cut(max(1024 // block, 1), block, max(block // 1024, 1))
+        return Cut(max(1024 // block, 1), block, 32 if 1024 <= width <= 4096 else 1, max(block // 1024, 1))
+    if along == "run":
+        # A thread a row.
+        return Cut(128, width, 1, 128 // warp_size)
+    # A thread has the rows of a vector; of classes so few that registers remain, in every Triton, and warps hide each other.
     if width <= 64:
-        # A thread has all of a row's classes.
-        return Cut(256, min(width, 8), 2)
-    return Cut(128, 32, 4) if width <= 256 else Cut(32, 64, 8)
-
-
-class Rows(NamedTuple):
-    """The rows of a launch's tensors without their data: sizes of N, A and B, and each tensor's strides along them.
-
-    Axes that are one run for every tensor are one, the last; those before it have size 1.
-    """
-
-    sizes: tuple[int, ...]
-    strides: tuple[tuple[int, ...], ...]
-
-    @property
-    def axes(self) -> int:
-        return max((3 - axis for axis, size in enumerate(self.sizes) if size > 1), default=1)
-
-
-def rows_of(sizes: tuple[int, ...], strides: tuple[tuple[int, ...], ...]) -> Rows | None:
-    """Joins the axes of the rows as far as all the tensors' strides allow; None where more than three are left."""
-    joined: list[list[int]] = []
-    for axis, size in enumerate(sizes):
-        if size == 1:
-            continue
-        along = [stride[axis] for stride in strides]
-        if joined and all(outer == size * inner for outer, inner in zip(joined[-1][1:], along)):
-            joined[-1] = [joined[-1][0] * size, *along]
-        else:
-            joined.append([size, *along])
-    if len(joined) > 3:
-        return None
-    joined = [[1, *(0 for _ in strides)]] * (3 - len(joined)) + joined
-    return Rows(tuple(axis[0] for axis in joined), tuple(zip(*(axis[1:] for axis in joined))))
-
-
-def _along(t: Any, z: torch.Tensor) -> tuple[int, ...]:
-    """The strides along the rows of z, (N, C, ...), of what has one number in all, a sample or a row."""
-    given = t.stride() if isinstance(t, torch.Tensor) else ()
-    return (*given, *(0,) * (z.ndim - 1 - len(given)))
+        return Cut(64 * align, min(width, 4), 1, 2)
+    return Cut(32 * align, 32, 1, 4) if width <= 256 else Cut(32, 64, 1, 8)
 
 
 def _prepare(
-    kernel: Any, logits: tuple[torch.Tensor, ...], others: tuple[Any, ...], ignore_index: int, smoothing: float, most: int,
-    aligned: bool, **constants: Any,
+    kernel: Any, logits: tuple[torch.Tensor, ...], others: tuple[Any, ...], ignore_index: int, smoothing: float, aligned: bool,
+    **constants: Any,
 ) -> Launch | None:  # fmt: skip
-    """The launch, of `most` programs at most, on logits (N, C, ...), z the first, and what there is of each row.
+    """The launch on logits (N, C, ...), z the first, and what there is of each row.
 
     None where the axes of the rows are too many.
     """
     z = logits[0]
     (n, classes, *positions), itemsize = z.shape, z.element_size()
-    pairs = zip(((t.stride(0), *t.stride()[2:]) for t in logits), (_along(t, z) for t in others))
+    pairs = zip(((t.stride(0), *t.stride()[2:]) for t in logits), (along_rows(t, z) for t in others))
     rows = rows_of((n, *positions), tuple(stride for pair in pairs for stride in pair))
     if rows is None:
         return None
     strides_c = [t.stride(1) for t in logits]
     inner = rows.strides[0][2]
-    by_rows = strides_c[0] != 1 and (inner == 1 or 0 < inner < strides_c[0])
+    along = "rows" if strides_c[0] != 1 and (inner == 1 or 0 < inner < strides_c[0]) else "classes"
     # By the logits' addresses alone: it is they that are read in vectors.
-    widest = min(alignment_of(kinds_of(*logits)[-1]) // itemsize, 4 if by_rows else 16 // itemsize)
-    align = _align(rows, strides_c, classes, by_rows, max(widest, 1))
-    if not by_rows and align < 4 and classes <= 64:
+    widest = max(min(alignment_of(kinds_of(*logits)[-1]) // itemsize, 4 if along == "rows" else 16 // itemsize), 1)
+    align = vector_of(rows, strides_c, classes, along, widest)
+    if along == "classes" and align < 4 and classes <= 64:
         # A thread would have one or two elements of a row, and as much to do for it as one that has them all.
-        by_rows, align = True, 1
-    cut = cut_for(classes, by_rows)
+        runs = all(rows.is_run(2 * i, classes) and stride == 1 for i, stride in enumerate(strides_c))
+        # (64 numbers of 64 bits would be all the registers of a thread.)
+        if runs and classes * itemsize <= 256:
+            along, align = "run", math.gcd(widest, math.prod(rows.sizes) * classes)
+        else:
+            along, align = "rows", 1
+    cut = cut_for(classes, along, align, target_of(z.device).warp_size)
+    tiles = -(-math.prod(rows.sizes) // cut.rows)
     numbers = [math.prod(rows.sizes), classes, *rows.sizes[1:], ignore_index]
     for i, stride in enumerate(rows.strides):
         numbers += stride if i % 2 else (*stride, strides_c[i // 2])
+    # A whole block's classes are compiled for by half a power of two.
+    three = cut.block // 4 * 3
+    bounds = (0, 0) if classes > cut.block else (cut.block // 2, three) if classes <= three else (three, cut.block)
+    tile = Tile(rows.axes, along, align, *bounds)
+    if kernel is _forward_kernel:
+        turns = max(min(-(-tiles // PROGRAMS), cut.turns), 1)
+        tiles, constants = min(-(-tiles // turns), PROGRAMS), dict(constants, TURNS=cut.turns)
+        numbers.append(turns)
     return Launch(
-        kernel, min(-(-numbers[0] // cut.rows), most), tuple(numbers), z.device, aligned,
-        SMOOTHING=smoothing, ACC=wide_of(z.dtype), ROWS=cut.rows, BLOCK_C=cut.block, TILE=Tile(rows.axes, by_rows, align),
-        num_warps=cut.num_warps, **constants,
+        kernel, tiles, tuple(numbers), z.device, aligned,
+        SMOOTHING=smoothing, ACC=wide_of(z.dtype), ROWS=cut.rows, BLOCK_C=cut.block, TILE=tile, num_warps=cut.num_warps,
+        **constants,
     )  # fmt: skip
-
-
-def _align(rows: Rows, strides_c: list[int], classes: int, by_rows: bool, most: int) -> int:
-    """The width of the vectors that sizes and strides of the logits allow, up to `most`: none may reach beyond its run."""
-    along_n, along_a, along_b = zip(*rows.strides[::2])
-    run, inner, outer = (rows.sizes[2], along_b, strides_c) if by_rows else (classes, strides_c, along_b)
-    dense, divided = all(stride == 1 for stride in inner), (run, *outer, *along_n, *along_a)
-    align = most
-    while align > 1 and not (dense and all(number % align == 0 for number in divided)):
-        align //= 2
-    return align
 
 
 def mixup_cross_entropy(
@@ -462,8 +408,7 @@ def _prepare_forward(
 ) -> tuple[torch.dtype, Launch | None, Launch | None]:  # fmt: skip
     """What sums are in, and the launches that fill statistics and that finish a reduced loss."""
     wide, rows = torch.float64 if z.dtype == torch.float64 else torch.float32, z.numel() // z.shape[1]
-    most = max(rows, 1) if reduction == "none" else PROGRAMS
-    launch = _prepare(_forward_kernel, (z,), (lam,), ignore_index, smoothing, most, aligned)
+    launch = _prepare(_forward_kernel, (z,), (lam,), ignore_index, smoothing, aligned)
     if launch is None:
         return wide, None, None
     mean = reduction == "mean"
@@ -484,7 +429,7 @@ def mixup_cross_entropy_backward(
     dz = torch.empty_like(z)
     launch = LAUNCHES.get(key)
     if launch is None:
-        arguments = (z, dz), (lam, g), ignore_index, smoothing, max(a.numel(), 1), not kinds[-1]
+        arguments = (z, dz), (lam, g), ignore_index, smoothing, not kinds[-1]
         launch = keep(key, _prepare(_backward_kernel, *arguments, MEAN=reduction == "mean"))
     if launch is None:
         terms = a, b, lam, weight, statistics, ignore_index, reduction, smoothing

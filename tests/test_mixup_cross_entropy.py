@@ -178,6 +178,7 @@ def strided(z: Tensor) -> dict[str, Tensor]:
         "classes sliced": z.repeat_interleave(2, 1)[:, ::2],
         "batch expanded": z[:1].expand_as(z),
         "classes expanded": z[:, :1].expand_as(z),
+        "channels last, cropped": as_format(F.pad(z, (1, 1, 1, 1)), True)[..., 1:-1, 1:-1],
         "misaligned": torch.cat([z.new_zeros(1), z.flatten()])[1:].view_as(z),
         "batch innermost": z.movedim(0, -1).contiguous().movedim(-1, 0),
     }
@@ -196,6 +197,39 @@ def test_a_run_that_ends_within_a_vector(shape, device, kernels, poisoned):
     c = case(shape, "none", device=device)
     storage = torch.full((*shape[:-1], 72 if len(shape) == 2 else 8), math.nan, device=device)
     check(c._replace(z=storage[..., : shape[-1]].copy_(c.z)), **FLOAT32)
+
+
+@pytest.mark.parametrize("classes", [1, 2, 3, 5, 21, 24, 33, 63])
+def test_rows_that_align_no_vector(classes, device, kernels, poisoned):
+    """Classes innermost, fewer than a vector and more, of an odd number: less than a tile of rows, some tiles, and some more.
+
+    All are read as runs, in vectors of any width that divides their length.
+    """
+    for positions in ((1, 3), (2, 64), (11, 13)):
+        c = case((2, classes, *positions), "none", device=device)
+        z = c.z.movedim(1, -1).contiguous().movedim(-1, 1)
+        assert check(c._replace(z=z), **FLOAT32).stride() == z.stride()
+    if classes > 1 and classes % 4:
+        assert {launch.options["TILE"].along for launch in prepared()} == {"run"}
+
+
+def prepared():
+    """The launches of a test, but for those that only add up."""
+    from regfast.kernels.launch import LAUNCHES, Launch
+
+    found = (launch for kept in LAUNCHES.values() for launch in (kept if isinstance(kept, tuple) else (kept,)))
+    return [launch for launch in found if isinstance(launch, Launch) and "TILE" in launch.options]
+
+
+@pytest.mark.parametrize("dtype", UNIT, ids=str)
+@pytest.mark.parametrize("offset", [1, 2, 4])
+def test_runs_at_any_address(dtype, offset, device, kernels, poisoned):
+    c = case((2, 21, 4, 8), "none", device=device, dtype=dtype)
+    storage = torch.zeros(c.z.numel() + offset, dtype=dtype, device=device)
+    z = storage[offset:].view(2, 4, 8, 21).movedim(-1, 1).copy_(c.z)
+    grad = torch.randn(c.a.shape, device=device).to(dtype).double()
+    check(c._replace(z=z), rtol=UNIT[dtype], atol=1e-6, grad=grad)
+    assert {launch.options["TILE"].align for launch in prepared()} >= {offset}
 
 
 def test_a_cropped_volume_and_labels_of_any_strides(device, kernels, poisoned):
@@ -250,14 +284,16 @@ def special_rows() -> Tensor:
 
 @pytest.mark.parametrize("ignored", [False, True], ids=["counted", "ignored"])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-@pytest.mark.parametrize("rows_inner", [False, True], ids=["classes inner", "rows inner"])
-def test_infinities_and_nan_are_pytorchs(ignored, smoothing, rows_inner, path, device):
+@pytest.mark.parametrize("layout", ["classes inner", "rows inner", "a run"])
+def test_infinities_and_nan_are_pytorchs(ignored, smoothing, layout, path, device):
     where = device if path == "kernels" else "cpu"
     z = special_rows().to(where)
     label = -100 if ignored else 2
     a, b = torch.full((10,), label, device=where), torch.full((10,), 6, device=where)
-    if rows_inner:
+    if layout == "rows inner":
         z, a, b = z.t()[None], a[None], b[None]
+    elif layout == "a run":
+        z = torch.cat([z[0, :1], z.flatten()])[1:].view_as(z)
     c = Case(z, a, b, torch.tensor(0.25, device=where), dict(reduction="none", label_smoothing=smoothing))
     check(c, **FLOAT32)
     check(c._replace(b=a), **FLOAT32)
@@ -320,6 +356,8 @@ def test_more_tiles_than_programs(device, kernels, monkeypatch):
     monkeypatch.setattr(module, "PROGRAMS", 2)
     check(case((5, 1100), device=device), **FLOAT32)
     check(case((600, 3), device=device), **FLOAT32)
+    # More rows than a program takes side by side.
+    check(case((70, 600), device=device), **FLOAT32)
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
