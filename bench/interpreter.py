@@ -19,6 +19,11 @@ def _minimum(builder: Any, a: TensorHandle, b: TensorHandle) -> TensorHandle:
     return builder.binary_op(a, b, np.fmin)
 
 
+def _maximum(builder: Any, a: TensorHandle, b: TensorHandle) -> TensorHandle:
+    """The maximum likewise, but where NaN is to be propagated, which is another function."""
+    return builder.binary_op(a, b, np.fmax)
+
+
 _splat = InterpreterBuilder.create_splat
 
 
@@ -36,10 +41,14 @@ def mended() -> Iterator[None]:
     A launch puts the interpreter's functions into Triton's modules, and so does each call of one jit function by another within
     it, which takes most of a launch's time. Once for each module is enough, until the launch takes them out again.
     """
-    put_in, done = interpreter._patch_lang, set()
+    put_in, done, modules_of = interpreter._patch_lang, set(), {}
 
     def once(function):
-        modules = frozenset(id(value) for value in function.__globals__.values() if inspect.ismodule(value))
+        names = function.__globals__
+        if id(names) not in modules_of:
+            # With the names, so that no others are ever found under their id.
+            modules_of[id(names)] = frozenset(id(value) for value in names.values() if inspect.ismodule(value)), names
+        modules, _ = modules_of[id(names)]
         if modules in done:
             return None
         done.add(modules)
@@ -50,6 +59,7 @@ def mended() -> Iterator[None]:
 
     with (
         patch.object(InterpreterBuilder, "create_minnumf", _minimum),
+        patch.object(InterpreterBuilder, "create_maxnumf", _maximum),
         patch.object(InterpreterBuilder, "create_splat", _splatted),
         patch.object(interpreter, "_patch_lang", once),
     ):

@@ -1,14 +1,120 @@
 """A strided depthwise blur in one pass: the kernels of max-blur pooling with a window of one element.
 
-With kernel_size 1 the maximum, its state and the second read of x are compiled away, and what is left is the blur: the
-forward reads x once and writes y once, the backward reads grad_y once and writes grad_x once. (Of what is activated, the blur
-is a pooling with windows of one element, whose backward reads x too: 2.25 e bytes.)
+With a kernel of 1 the maximum, its state and the second read of x are compiled away, and what is left is the blur: the forward
+reads x once and writes y once, the backward reads the output's gradient once and writes the input's once. A volume is
+blurred as images, twice: its slices, and then down these, each a row. Between the two are float32 numbers, rounded once.
 
-Two numbers, 2-d, b=3, s=2, G columns a lane, per input element of e bytes: 1.25 e bytes each way; forward 1 + 1/G loads and 2.25
-multiply-adds, backward 0.25 + 1.5/G loads (the border's among them) and 2.25 + 2/G multiply-adds.
+Two numbers, 2-d, 3 taps, stride 2, G columns a lane, per input element of e bytes: 1.25 e bytes each way; forward 1 + 1/G loads
+and 2.25 multiply-adds, backward 0.25 + 1.5/G loads and 2.25 + 2/G multiply-adds.
 """
 
-from .max_blur_pool import blur_pool_backward
-from .max_blur_pool import max_blur_pool as blur_pool
+from __future__ import annotations
 
-__all__ = ["blur_pool", "blur_pool_backward"]
+import math
+from typing import Any
+
+import torch
+
+from regfast._core.geometry import Window, as_image, output_shape
+from regfast._core.layout import empty, is_channels_last, with_format
+
+from .cuts import prepare
+from .launch import LAUNCHES, Launch, Layout, keep, kinds_of, on_meta
+from .max_blur_pool import _forward_kernel, max_blur_pool
+from .max_blur_pool_backward import _backward_kernel, prepare_backward
+
+
+def blur_pool(x: torch.Tensor, window: Window) -> torch.Tensor:
+    """The blur of x, (N, C, *spatial), in x's dtype and memory format."""
+    if window.rank < 3:
+        return max_blur_pool(x, window)
+    x = with_format(x, is_channels_last(x))
+    kinds = kinds_of(x)
+    key = ("blur_pool", window, x.shape, x.device, kinds)
+    shapes, of_slices, down_slices = LAUNCHES.get(key) or keep(key, _prepare_volumes(x, window, kinds[-1]))
+    between, y = _empty_volumes(x, *shapes)
+    of_slices(x, between)
+    down_slices(between, y)
+    return y
+
+
+def blur_pool_backward(g: torch.Tensor, shape: torch.Size, stride: tuple[int, ...], window: Window) -> torch.Tensor:
+    """The gradient of an input of a blur, of such a shape and strides, in its memory format, from that of the output."""
+    if window.rank == 3:
+        g = with_format(g, is_channels_last(torch.empty_strided(shape, stride, device="meta")))
+    kinds = kinds_of(g)
+    key = ("blur_pool_backward", window, shape, stride, g.device, kinds)
+    prepared = LAUNCHES.get(key) or keep(key, _prepare_backward(g, shape, stride, window, kinds[-1]))
+    if window.rank < 3:
+        strides, launch = prepared
+        dx = g.new_empty_strided(shape, strides)
+        launch(g, dx, dx)
+        return dx
+    shapes, down_slices, of_slices = prepared
+    between, dx = _empty_volumes(g, *shapes)
+    down_slices(g, between, between)
+    of_slices(between, dx, dx)
+    return dx
+
+
+def _prepare_backward(
+    g: torch.Tensor, shape: torch.Size, stride: tuple[int, ...], window: Window, misaligned: int
+) -> tuple[Any, ...]:
+    """The strides of the input's gradient and the launch that fills it; of volumes, shapes and two launches."""
+    channels_last = is_channels_last(torch.empty_strided(shape, stride, device="meta"))
+    like = empty(list(shape), on_meta(g), channels_last)
+    if window.rank < 3:
+        return like.stride(), prepare_backward(g, like, like, window, misaligned)
+    planes, slices = _passes(window)
+    between = (*shape[:3], *g.shape[3:])
+    layouts = (_slices(between, channels_last),) * 2, _slices(g.shape, channels_last)
+    down_slices = prepare(_backward_kernel, "blur backward", slices, *layouts, _wide(g), misaligned)
+    layouts = (_planes(shape, channels_last),) * 2, _planes(between, channels_last)
+    of_slices = prepare(_backward_kernel, "blur backward", planes, *layouts, _wide(g), 0)
+    return (torch.Size(between), shape), down_slices, of_slices
+
+
+def _prepare_volumes(x: torch.Tensor, window: Window, misaligned: int) -> tuple[tuple[Any, ...], Launch, Launch]:
+    """The shapes of what is between two passes and of the output, and the launches that fill them."""
+    channels_last, shape = is_channels_last(x), torch.Size(output_shape(window, x.shape))
+    planes, slices = _passes(window)
+    between = torch.Size((*x.shape[:3], *shape[3:]))
+    layouts = (_planes(x.shape, channels_last),), _planes(between, channels_last)
+    of_slices = prepare(_forward_kernel, "blur", planes, *layouts, _wide(x), misaligned)
+    layouts = (_slices(between, channels_last),), _slices(shape, channels_last)
+    down_slices = prepare(_forward_kernel, "blur", slices, *layouts, _wide(x), 0)
+    return (between, shape), of_slices, down_slices
+
+
+def _passes(window: Window) -> tuple[Window, Window]:
+    """The windows of a volume's slices, activated, and of what is down them."""
+    return as_image(window, 1, 2), as_image(window, 0, None)._replace(activation=None)
+
+
+def _wide(t: torch.Tensor) -> torch.Tensor:
+    """What the numbers between two passes are as, without data."""
+    return on_meta(t).to(torch.promote_types(t.dtype, torch.float32))
+
+
+def _empty_volumes(t: torch.Tensor, between: torch.Size, last: torch.Size) -> tuple[torch.Tensor, torch.Tensor]:
+    """What two passes from t fill, in its memory format."""
+    channels_last = is_channels_last(t)
+    wide = t.new_empty(0, dtype=torch.promote_types(t.dtype, torch.float32))
+    return empty(list(between), wide, channels_last), empty(list(last), t, channels_last)
+
+
+def _planes(shape: tuple[int, ...], channels_last: bool) -> Layout:
+    """Dense volumes as images: their slices."""
+    n, c, d, h, w = shape
+    if channels_last:
+        return Layout((n * d, c, 1, h, w), (h * w * c, 1, 0, w * c, c))
+    return Layout((n, c * d, 1, h, w), (c * d * h * w, h * w, 0, w, 1))
+
+
+def _slices(shape: tuple[int, ...], channels_last: bool) -> Layout:
+    """Dense volumes as images: a slice is a row."""
+    n, c, d, *plane = shape
+    columns = math.prod(plane)
+    if channels_last:
+        return Layout((n, c, 1, d, columns), (d * columns * c, 1, 0, columns * c, c))
+    return Layout((n, c, 1, d, columns), (c * d * columns, d * columns, 0, columns, 1))

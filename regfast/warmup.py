@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -14,8 +15,10 @@ from .ops.max_blur_pool import max_blur_pool
 
 __all__ = ["warm_up"]
 
-# What the kernels read and write at once, at most: so many outputs' columns, or so many channels.
-OUTPUTS, CHANNELS = 4, 4
+# What the kernels read and write at once, at most: so many columns, or so many channels.
+COLUMNS, CHANNELS = 8, 4
+# Images of up to this width are cut to fit it.
+NARROW = 64
 
 
 def warm_up(
@@ -25,26 +28,29 @@ def warm_up(
     dtypes: Iterable[torch.dtype] = (torch.float32,),
     memory_formats: Iterable[torch.memory_format] = (torch.contiguous_format, torch.channels_last),
     backward: bool = True,
+    widths: Iterable[int] = (56, 28, 14),
 ) -> None:
-    """Compiles every kernel that the model's pooling layers and blurs will want, for images of whatever size.
+    """Compiles every kernel that the model's pooling layers and blurs will want, for images wider than 64, and of `widths`.
 
-    A kernel is compiled for a window, a dtype, a memory format and an alignment, and never for a size. The alignments are, of
-    contiguous images, whether the width is a multiple of 4, 2 or 1 times the stride, and the output's width of 4, 2 or 1; of
-    channels-last ones, whether the channels are a multiple of 4, 2 or 1. This runs each layer on small images of all of
-    them. What it leaves out compiles when it is met: tensors that begin at an address which is no multiple of 16 bytes, whose
-    strides are 2^31 elements or more, or that are sliced or expanded along the innermost axis. On a CPU nothing is compiled.
+    A kernel is compiled for a window, a dtype, a memory format, an alignment and the borders that outputs read beyond, and not
+    for a size; but images of up to 64 columns are cut to fit their width, of which there are a few ways. The alignments are, of
+    contiguous images, whether the width is a multiple of 8, 4, 2 or 1, and the output's of half as many; of channels-last ones,
+    whether the channels are a multiple of 4, 2 or 1. This runs each layer on small images of all of them. What it leaves
+    out compiles when it is met: other narrow images; tensors that begin at an address which is no multiple of 16 bytes, that span
+    2^31 elements or more, or that are sliced or expanded along the innermost axis. On a CPU nothing is compiled.
 
     Args:
         model: the layers are found among its modules; nothing in it changes.
         device, dtypes, memory_formats: of the images to come. `torch.channels_last` stands for volumes' format too.
         backward: compile the backward too.
+        widths: of narrow images to come, for instance of a network's later stages.
     """
     held = (getattr(layer, "_window", None) for layer in model.modules())
     windows = {window for window in held if isinstance(window, Window)}
     wanted = {memory_format != torch.contiguous_format for memory_format in memory_formats}
     for window in windows:
         pool = max_blur_pool if window.takes_max else blur_pool
-        for channels_last, shape in _shapes(window):
+        for channels_last, shape in _shapes(window, tuple(widths)):
             for dtype in dtypes if channels_last in wanted else ():
                 x = with_format(torch.zeros(shape, device=device, dtype=dtype), channels_last)
                 with torch.set_grad_enabled(backward):
@@ -53,13 +59,17 @@ def warm_up(
                     torch.autograd.grad(y, x, torch.zeros_like(y))
 
 
-def _shapes(window: Window) -> Iterator[tuple[bool, tuple[int, ...]]]:
-    """Small images of every alignment, and whether they are channels-last."""
-    sizes = [window.reach(axis) + len(window.taps[axis]) + 4 * window.stride[axis] for axis in range(window.rank)]
-    period = OUTPUTS * window.stride[-1]
-    for width in range(sizes[-1], sizes[-1] + period):
-        yield False, (2, 3, *sizes[:-1], width)
+def _shapes(window: Window, narrow: tuple[int, ...]) -> Iterator[tuple[bool, tuple[int, ...]]]:
+    """Small images of every alignment and every border, and whether they are channels-last."""
+    least = [window.reach(axis) + len(window.taps[axis]) + 4 * window.stride[axis] for axis in range(window.rank)]
+    wide = range(max(least[-1], NARROW) + 1, max(least[-1], NARROW) + 1 + COLUMNS * window.stride[-1])
+    widths = (*(width for width in narrow if width >= least[-1]), *wide)
+    # Other axes than the innermost differ in what lies beyond their ends, which the remainder by the stride tells.
+    ends = [range(size, size + stride) for size, stride in zip(least[:-1], window.stride[:-1])]
+    for sizes in itertools.product(*ends, widths):
+        yield False, (2, 3, *sizes)
     channels = CHANNELS
     while channels:
-        yield True, (2, 3 * channels, *sizes)
+        for sizes in itertools.product(*ends, widths):
+            yield True, (2, 3 * channels, *sizes)
         channels //= 2

@@ -11,7 +11,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import oracle
@@ -20,8 +20,9 @@ from torch import Tensor
 
 from regfast import functional
 from regfast._core import geometry
-from regfast._core.geometry import Window
+from regfast._core.geometry import Window, as_image
 from regfast.ops.schema import flatten
+from regfast.reference.max_blur_pool import all_maxima, max_blur_pool, split
 
 
 @dataclass(frozen=True)
@@ -132,6 +133,27 @@ def blur_window(sample: Sample) -> Window:
     return geometry.blur_window(sample.rank, **{**defaults, **sample.arguments})
 
 
+def check_gradient_of_nan(x: Tensor, found: Tensor, expected: Tensor, window: Window, *, rtol: float, atol: float) -> None:
+    """The gradient of a pooling's images that hold NaN, against one that PyTorch's rule routes.
+
+    A window that holds a NaN may give its gradient to any of its elements. All others do as they always do; and of each image
+    all of the gradient arrives, unless some of it is given to an element that is rectified.
+    """
+    shares = x.isnan()
+    for axis, (k, d) in enumerate(zip(window.kernel_size, window.dilation)):
+        dim, reach, alone = axis - window.rank, d * (k - 1), shares
+        wide = torch.nn.functional.pad(alone, (0, 0) * (-dim - 1) + (reach, reach))
+        for m in range(2 * k - 1):
+            shares = shares | wide.narrow(dim, m * d, x.shape[dim])
+    assert found.isfinite().all()
+    torch.testing.assert_close(found.masked_fill(shares, 0), expected.masked_fill(shares, 0), rtol=rtol, atol=atol)
+    if window.activation is None:
+        dims = tuple(range(-window.rank, 0))
+        error = (found.sum(dims) - expected.sum(dims)).abs()
+        # A sum has the errors of all its terms.
+        assert (error <= rtol * (found.abs() + expected.abs()).sum(dims) + atol * x[0, 0].numel()).all()
+
+
 def pool_oracle(x: Any, sample: Sample) -> Any:
     w = pool_window(sample)
     rectified = w.activation == "relu"
@@ -145,7 +167,19 @@ def blur_oracle(x: Any, sample: Sample) -> Any:
 
 
 def pool_op_calls(x: Tensor, y: Tensor, sample: Sample) -> list[tuple[Any, tuple]]:
-    return window_op_calls(x, y, pool_window(sample))
+    window = pool_window(sample)
+    if window.is_of_images:
+        return window_op_calls(x, y, window)
+    before, after, blur = split(window, x.shape[2:])
+    maxima = all_maxima(x, window, before, after, by_library=False)
+    calls = plain_blur_op_calls(maxima, y, blur)
+    if window.rank == 3 and all(d == 1 for d in window.dilation):
+        # The maxima of each slice, as images, of which no window reaches beyond the border.
+        slices = window._replace(stride=(1,) * 3, taps=((1.0,),) * 3, lead=(0,) * 3, trail=(0,) * 3, ceil_mode=False)
+        images = x.transpose(1, 2).flatten(0, 1)
+        slices = as_image(slices, 1, 2)
+        calls += window_op_calls(images, max_blur_pool(images, slices), slices)
+    return calls
 
 
 def window_op_calls(x: Tensor, y: Tensor, window: Window) -> list[tuple[Any, tuple]]:
@@ -160,7 +194,11 @@ def blur_op_calls(x: Tensor, y: Tensor, sample: Sample) -> list[tuple[Any, tuple
     if "activation" in sample.arguments:
         # An activated blur is a pooling, of windows of one element.
         return window_op_calls(x, y, blur_window(sample))
-    ops, window = torch.ops.regfast, flatten(blur_window(sample))
+    return plain_blur_op_calls(x, y, blur_window(sample))
+
+
+def plain_blur_op_calls(x: Tensor, y: Tensor, window: Window) -> list[tuple[Any, tuple]]:
+    ops, window = torch.ops.regfast, flatten(window)
     return [
         (ops.blur_pool.default, (x, *window)),
         (ops.blur_pool_backward.default, (y, list(x.shape), list(x.stride()), *window)),
@@ -280,9 +318,12 @@ POOL = [
     Sample((1, 2, 7, 6), {"kernel_size": 3, "stride": 3, "padding": 1, "padding_mode": "replicate"}, "core special"),
     Sample((1, 2, 7, 6), {"kernel_size": 3, "stride": 2, "padding": 1, "padding_mode": "zeros", "filter": "hamming"}, "core"),
     Sample((2, 2, 11), {"kernel_size": 3, "stride": 2}, "core formats main"),
+    Sample((1, 2, 13), {"stride": 3, "dilation": 2}, "core"),
     Sample((1, 2, 5, 4, 6), {"kernel_size": 2}, "core formats main"),
     Sample((1, 1, 1, 1), {"kernel_size": 2, "padding": 1, "dilation": 2}, "core"),
     Sample((1, 2, 6, 6), {"kernel_size": 3, "stride": 1, "padding": 1}, "core"),
+    # Of whose elements a lane has the last alone, and reads no output for it: there is none beside it.
+    Sample((1, 2, 9, 9), {"kernel_size": 5, "stride": 1}, "core"),
     Sample((1, 2, 3, 2), {"padding": 1, "dilation": 3, "ceil_mode": True, "blur_size": 7, "padding_mode": "reflect"}, "core"),
     Sample((1, 2, 3, 2), {"padding": 1, "dilation": 3, "ceil_mode": True, "blur_size": 7}),
     Sample((1, 2, 3, 3), {"blur_size": 9, "padding_mode": "replicate"}),
@@ -315,6 +356,7 @@ BLUR = [
     Sample((1, 1, 40, 6), {"kernel_size": 5}, "core"),
     Sample((1, 2, 2, 3), {"kernel_size": 5, "padding": 7}),
     Sample((1, 2, 3, 8), {"kernel_size": 3, "padding": 2}, "core"),
+    Sample((1, 2, 9, 9), {"kernel_size": 7, "padding": 0}, "core"),
     Sample((1, 2, 8, 7), {"kernel_size": 1, "stride": 2}),
     Sample((1, 2, 8, 7), {"kernel_size": (3, 2), "stride": (1, 4), "filter": ((1.0, 0.0, -1.0), "boxcar")}),
     Sample((1, 1, 5, 4, 6), {"kernel_size": 4, "stride": (2, 1, 3), "padding_mode": "replicate"}),
@@ -369,4 +411,72 @@ OPERATIONS = [
     Operation("mixup", functional.mixup, mixup_oracle, mixup_op_calls, MIXUP, mixup_arguments),
     Operation("mixup_cross_entropy", loss, loss_oracle, loss_op_calls, LOSS, loss_arguments),
     Operation("rezero", residual, residual_oracle, residual_op_calls, REZERO),
+]
+
+
+class NetworkWindow(NamedTuple):
+    # Of an example.
+    name: str
+    operation: str
+    sample: Sample
+    models: int
+
+
+_SAME = {"kernel_size": 3, "stride": 2, "padding": 1}
+_VALID = {"kernel_size": 3, "stride": 2}
+_REFLECT = {"padding_mode": "reflect"}
+_ZEROS = {"padding_mode": "zeros"}
+# The windows that networks have, once each. `models` counts those of torchvision 0.28 (89) and timm 1.0.31 (1371) in which
+# `antialias` puts it, with blur="before" where the name says so; it is 0 where the window is a peer's, by its class or weights.
+# The blur of 3 taps at stride 2 is that of a convolution, of a 1x1 one before it, of an activation other than ReLU, and of
+# nn.AvgPool2d(1, 2).
+NETWORK_WINDOWS = [
+    # Of `antialias`: maxima. Sizes are nearly always even for (3, 2, 1) and (2, 2, 0), odd for (3, 2, 0).
+    NetworkWindow("resnet50", "max_blur_pool", Sample((1, 2, 8, 12), _SAME), 183),
+    NetworkWindow("vgg16", "max_blur_pool", Sample((1, 2, 8, 12), {"kernel_size": 2}), 33),
+    NetworkWindow("inception_v4", "max_blur_pool", Sample((1, 2, 9, 11), _VALID), 11),
+    NetworkWindow("squeezenet1_1", "max_blur_pool", Sample((1, 2, 8, 11), _VALID | {"ceil_mode": True}), 22),
+    NetworkWindow("googlenet", "max_blur_pool", Sample((1, 2, 8, 7), {"kernel_size": 2, "ceil_mode": True}), 1),
+    # Of `antialias`: blurs.
+    NetworkWindow("resnet50 convolution", "blur_pool", Sample((1, 2, 8, 9), {}), 857),
+    NetworkWindow("regnet_y_400mf", "blur_pool", Sample((1, 2, 8, 8), {"activation": "relu"}), 68),
+    NetworkWindow("resnet50d average", "blur_pool", Sample((1, 2, 8, 8), {"stride": 1}), 160),
+    NetworkWindow("densenet121 average", "blur_pool", Sample((1, 2, 8, 10), {"kernel_size": 4, "padding": 1}), 80),
+    NetworkWindow("mvitv2_tiny", "blur_pool", Sample((1, 2, 12, 13), {"kernel_size": 6, "stride": 4}), 33),
+    NetworkWindow("pvt_v2_b0", "blur_pool", Sample((1, 1, 17, 9), {"kernel_size": 13, "stride": 8}), 14),
+    NetworkWindow(
+        "crossvit_9_dagger_240", "blur_pool", Sample((1, 2, 7, 10), {"kernel_size": 5, "stride": 3, "activation": "relu"}), 5
+    ),
+    NetworkWindow("mvitv2_tiny before", "blur_pool", Sample((1, 2, 7, 8), {"kernel_size": 6, "stride": 1}), 33),
+    NetworkWindow("pvt_v2_b0 before", "blur_pool", Sample((1, 1, 9, 7), {"kernel_size": 13, "stride": 1}), 14),
+    NetworkWindow("crossvit_9_dagger_240 before", "blur_pool", Sample((1, 2, 7, 8), {"kernel_size": 5, "stride": 1}), 5),
+    # Of `antialias`: signals and volumes.
+    NetworkWindow("nextvit_small by 4", "blur_pool", Sample((1, 2, 20), {"kernel_size": 6, "stride": 1}), 3),
+    NetworkWindow("nextvit_small by 16", "blur_pool", Sample((1, 2, 32), {"kernel_size": 27, "stride": 1}), 3),
+    NetworkWindow(
+        "mvit_v1_b",
+        "max_blur_pool",
+        Sample((1, 1, 3, 6, 8), {"kernel_size": (1, 3, 3), "stride": (1, 2, 2), "padding": (0, 1, 1)}),
+        3,
+    ),
+    NetworkWindow("s3d 3", "max_blur_pool", Sample((1, 1, 4, 6, 5), _SAME), 1),
+    NetworkWindow("s3d 2", "max_blur_pool", Sample((1, 1, 4, 4, 6), {"kernel_size": 2}), 1),
+    # Peers' layers, by the weights that there are for them. antialiased-cnns: 4 taps, and 2, 3 and 5.
+    NetworkWindow("antialiased_cnns.resnet50", "max_blur_pool", Sample((1, 2, 8, 12), {"blur_size": 4} | _REFLECT), 0),
+    NetworkWindow("antialiased_cnns.alexnet", "max_blur_pool", Sample((1, 2, 9, 11), _VALID | {"blur_size": 4} | _REFLECT), 0),
+    NetworkWindow("antialiased_cnns.densenet121", "max_blur_pool", Sample((1, 2, 8, 12), _SAME | {"blur_size": 4} | _REFLECT), 0),
+    NetworkWindow("antialiased_cnns.vgg16 lpf3", "max_blur_pool", Sample((1, 2, 8, 12), _REFLECT), 0),
+    NetworkWindow("antialiased_cnns.vgg16 lpf5", "max_blur_pool", Sample((1, 2, 8, 12), {"blur_size": 5} | _REFLECT), 0),
+    NetworkWindow("antialiased_cnns.vgg16 lpf2", "max_blur_pool", Sample((1, 2, 8, 12), {"blur_size": 2} | _REFLECT), 0),
+    NetworkWindow("antialiased_cnns.mobilenet_v2", "blur_pool", Sample((1, 2, 8, 9), {"kernel_size": 4}), 0),
+    NetworkWindow("antialiased_cnns.mobilenet_v2 lpf5", "blur_pool", Sample((1, 2, 8, 9), {"kernel_size": 5}), 0),
+    NetworkWindow("antialiased_cnns.mobilenet_v2 lpf2", "blur_pool", Sample((1, 2, 8, 9), {"kernel_size": 2}), 0),
+    # timm: its maximum at stride 1 and its blur after it, as one; and its `aa_layer="blurpc"`.
+    NetworkWindow("resnetblur50", "max_blur_pool", Sample((1, 2, 8, 12), _SAME | _REFLECT), 0),
+    NetworkWindow("efficientnet_blur_b0", "blur_pool", Sample((1, 2, 8, 9), _ZEROS), 0),
+    # kornia (the first) and Composer (all): three taps, and zeros beyond the border.
+    NetworkWindow("kornia.MaxBlurPool2D", "max_blur_pool", Sample((1, 2, 8, 12), _ZEROS), 0),
+    NetworkWindow("composer resnet50", "max_blur_pool", Sample((1, 2, 8, 12), _SAME | _ZEROS), 0),
+    NetworkWindow("composer inception_v4", "max_blur_pool", Sample((1, 2, 9, 11), _VALID | _ZEROS), 0),
+    NetworkWindow("composer convolution", "blur_pool", Sample((1, 2, 8, 8), {"stride": 1} | _ZEROS), 0),
 ]

@@ -109,6 +109,22 @@ def test_ops_refuse_a_gradient_of_another_image(wrong, device):
 
 
 @pytest.mark.parametrize(
+    "shape,window",
+    [((1, 2, 4, 4, 4), regfast.MaxPool3dAA(2)._window), ((1, 2, 8, 8), POOL(2, dilation=2)._window)],
+    ids=["volumes", "dilation"],
+)
+def test_the_pooling_s_ops_refuse_windows_that_no_one_kernel_computes(shape, window, device):
+    """Where autograd and compilers meet such a window, it is a composition of windows that one does."""
+    x = torch.randn(shape, device=device)
+    with regfast.backend("reference"):
+        y = regfast.ops.max_blur_pool.max_blur_pool(x, window)
+    with pytest.raises(ValueError, match="signals and images without dilation, got Window"):
+        torch.ops.regfast.max_blur_pool(x, *flatten(window))
+    with pytest.raises(ValueError, match="signals and images without dilation, got Window"):
+        torch.ops.regfast.max_blur_pool_backward(torch.ones_like(y), x, *flatten(window))
+
+
+@pytest.mark.parametrize(
     "changes,words",
     [
         (dict(index=torch.zeros(2, dtype=torch.int64)), ["index", "(4,)", "(2,)"]),

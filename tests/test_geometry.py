@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 import oracle
 import pytest
 from samples import max_window as window
@@ -13,7 +14,7 @@ from scipy.stats import binom
 
 from regfast._core.geometry import blur_window, map_limits, output_size
 from regfast.filters import binomial
-from regfast.kernels.max_blur_pool import axis_of
+from regfast.kernels.windows import axis_of, place_within
 
 
 @pytest.mark.parametrize("rank", [1, 2, 3])
@@ -57,30 +58,66 @@ def test_limits(mode, size, changes, limits):
     assert map_limits(window(1, padding_mode=mode, **changes), 0, size) == limits
 
 
-def test_the_kernels_bound_what_is_read_beyond_the_border():
-    """Of no size do more outputs read beyond a limit than the kernels, compiled for all sizes, look for; of some do as many."""
+def extended(window, size):
+    """The positions of the max map that outputs read, by NumPy's padding of the positions: None for a zero."""
+    low, high = map_limits(window, 0, size)
+    s, taps, lead = window.stride[0], window.taps[0], window.lead[0]
+    mode = {"partial": "edge", "replicate": "edge", "reflect": "reflect", "zeros": "constant"}[window.padding_mode]
+    before = lead + max(-low, 0)
+    outputs = max(output_size(window, 0, size), 0)
+    after = max(outputs * s + len(taps) - high, 0)
+    # One more than the position, so that zeros of the padding are none.
+    line = np.pad(np.arange(low - low + 1, high - low + 2), (before, after), mode)
+    found = []
+    for o in range(outputs):
+        places = [line[o * s - lead + j - low + before] for j in range(len(taps))]
+        found.append([int(place) - 1 + low if place else None for place in places])
+    return found
+
+
+def draw_window(draw):
+    k, s = draw.randint(1, 5), draw.randint(1, 4)
+    mode = draw.choice(["partial", "replicate", "reflect", "zeros"])
+    if k == 1 and mode != "partial":
+        return blur_window(1, draw.randint(1, 7), s, draw.choice(["same", 0, 1, 3]), "binomial", mode)
+    return window(
+        1, kernel_size=k, stride=s, padding=draw.randint(0, k // 2), ceil_mode=draw.random() < 0.5,
+        blur_size=(draw.randint(1, 7),), padding_mode=mode,
+    )  # fmt: skip
+
+
+def test_the_kernels_know_which_outputs_read_a_window():
+    """Every output that reads a window of a lane's group, in images of every size, is among those that `axis_of` names."""
     draw = random.Random(0)
-    bounds = {"none": 0, "some": 0, "tight": 0}
-    for _ in range(300):
-        k, s, d = (draw.randint(1, most) for most in (5, 4, 3))
-        mode = draw.choice(["partial", "replicate", "reflect"])
-        drawn = window(
-            1, kernel_size=k, stride=s, padding=draw.randint(0, k // 2), dilation=d, ceil_mode=draw.random() < 0.5,
-            blur_size=(draw.randint(1, 7),), padding_mode=mode,
-        )  # fmt: skip
-        axis, most = axis_of(drawn, 0, own=1), 0
-        for size in range(1, 60):
+    edges = {"none": 0, "low": 0, "high": 0}
+    for _ in range(120):
+        drawn, outputs = draw_window(draw), draw.randint(1, 4)
+        k, s, p = drawn.kernel_size[0], drawn.stride[0], drawn.padding[0]
+        for size in range(1, 30):
             low, high = map_limits(drawn, 0, size)
-            outputs = max(output_size(drawn, 0, size), 0)
-            reads = [(o * s - drawn.lead[0], o * s - drawn.lead[0] + axis.b - 1) for o in range(outputs)]
-            beyond = [first < low or last > high for first, last in reads]
-            assert sum(beyond) <= axis.n_edge, (drawn, size)
-            assert not any(beyond[axis.n_low : max(outputs - (axis.n_edge - axis.n_low), 0)]), (drawn, size)
-            most = max(most, sum(beyond))
-        assert axis.edge != "none" or most == 0
-        bounds["none" if axis.edge == "none" else "some"] += 1
-        bounds["tight"] += most == axis.n_edge
-    assert bounds["none"] > 20 and bounds["some"] > 100 and bounds["tight"] > 200, bounds
+            axis = axis_of(drawn, 0, size, outputs)
+            reads = extended(drawn, size)
+            if not reads:
+                continue
+            # What is beyond the limits, on either side.
+            first, last = -drawn.lead[0], (len(reads) - 1) * s - drawn.lead[0] + len(drawn.taps[0]) - 1
+            assert axis.edge == ("high" if last > high else "low" if first < low else "none"), (drawn, size)
+            edges[axis.edge] += 1
+            for o, places in enumerate(reads):
+                for j, q in enumerate(places):
+                    place = o * s - drawn.lead[0] + j
+                    assert place_within(place, low, high, drawn.padding_mode) == q, (drawn, size, place)
+                    if q is None:
+                        continue
+                    # The groups that hold an element of the window, each with this output among its readers.
+                    for group in range(max((q - p) // axis.group, 0), (min(q - p + k, size) - 1) // axis.group + 1):
+                        e, reader = q - p + k - 1 - group * axis.group, o - group * outputs - axis.first
+                        assert 0 <= reader < axis.readers, (drawn, size, q, o)
+                        taps = dict(axis.reads[e])
+                        assert reader in taps, (drawn, size, q, o)
+                        if q == place:
+                            assert taps[reader] == drawn.taps[0][j], (drawn, size, q, o)
+    assert min(edges.values()) > 100, edges
 
 
 @pytest.mark.parametrize("size", [*range(1, 40), 1030])

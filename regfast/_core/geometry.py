@@ -60,6 +60,11 @@ class Window(NamedTuple):
         plain = not self.takes_max and self.activation is None
         return plain and all(s == 1 and taps == (1.0,) for s, taps in zip(self.stride, self.taps))
 
+    @property
+    def is_of_images(self) -> bool:
+        """Whether one kernel computes it: of images, or of signals, which are images of one row; without dilation."""
+        return self.rank < 3 and all(d == 1 for d in self.dilation)
+
     def reach(self, axis: int) -> int:
         """How many elements the max window covers from its first to its last, holes of a dilation included."""
         return self.dilation[axis] * (self.kernel_size[axis] - 1) + 1
@@ -201,6 +206,26 @@ def _check_padding_mode(padding_mode: Any, allowed: tuple[str, ...]) -> None:
 def _check_activation(activation: Any) -> None:
     if activation is not None and activation not in get_args(Activation):
         raise ValueError(f"activation must be None or one of {', '.join(map(repr, get_args(Activation)))}, got {activation!r}")
+
+
+def as_image(window: Window, rows: int | None, columns: int | None) -> Window:
+    """The window of images whose rows and columns are these of `window`'s axes; None is an axis that passes as it is.
+
+    `as_image(window, None, 0)` is a signal's, as that of an image of one row: how PyTorch sees one whose channels are innermost.
+    """
+
+    def pick(values: tuple[Any, ...], passing: Any) -> tuple[Any, ...]:
+        return tuple(passing if axis is None else values[axis] for axis in (rows, columns))
+
+    return window._replace(
+        kernel_size=pick(window.kernel_size, 1),
+        stride=pick(window.stride, 1),
+        padding=pick(window.padding, 0),
+        dilation=pick(window.dilation, 1),
+        taps=pick(window.taps, (1.0,)),
+        lead=pick(window.lead, 0),
+        trail=pick(window.trail, 0),
+    )
 
 
 def output_size(window: Window, axis: int, size: int) -> int:

@@ -83,8 +83,10 @@ class _BlurPool(torch.autograd.Function):
 _apply = unwatched_apply(_BlurPool)
 
 
-def _fused(x: Tensor, window: Window) -> Tensor:
+def fused(x: Tensor, window: Window) -> Tensor:
     """The kernels' blur of x, (N, C, *spatial), differentiable."""
+    if window.activation is not None and window.rank == 3:
+        return fused(torch.relu(x), window._replace(activation=None))
     if window.activation is not None:
         # Activated, the blur is not linear: it is the pooling of windows of one element, whose backward reads x.
         return max_blur_pool.fused(x, window)
@@ -103,7 +105,7 @@ def blur_pool(x: Tensor, window: Window) -> Tensor:
     if type(x) is not Tensor and is_sharded(x):
         return on_parts(lambda x: blur_pool(x, window), x, dims=(0, 1), keeps=2)
     if use_triton(x, x.dtype):
-        return _fused(x, window)
+        return fused(x, window)
     return reference(x, window)
 
 

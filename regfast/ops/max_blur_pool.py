@@ -9,7 +9,13 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
-from .._core.autograd import gradients, is_differentiated_again, needs_graph, unwatched_apply
+from .._core.autograd import (
+    gradients,
+    is_compiled,
+    is_differentiated_again,
+    needs_graph,
+    unwatched_apply,
+)
 from .._core.dispatch import is_its_memory, is_watched, use_triton
 from .._core.geometry import (
     RATIO,
@@ -17,13 +23,17 @@ from .._core.geometry import (
     MaxPaddingMode,
     Size,
     Window,
+    as_image,
     max_blur_window,
     output_shape,
+    output_size,
 )
-from .._core.layout import empty_output
+from .._core.layout import empty_output, is_channels_last, with_format
 from .._core.sharding import is_sharded, on_parts
 from .._core.tensors import check_image, check_like
+from ..reference.max_blur_pool import all_maxima, split
 from ..reference.max_blur_pool import max_blur_pool as reference
+from . import blur_pool
 from .schema import WINDOW, define, flatten, kernels_of, unflatten
 
 __all__ = ["fused", "max_blur_pool", "max_blur_pool1d", "max_blur_pool2d", "max_blur_pool3d"]
@@ -85,10 +95,55 @@ _apply = unwatched_apply(_MaxBlurPool)
 
 def fused(x: Tensor, window: Window) -> Tensor:
     """The kernels' pooling of x, (N, C, *spatial), differentiable."""
+    if not window.is_of_images:
+        return _by_maxima(x, window)
     watched = is_watched(x) or not is_its_memory(x)
     if needs_graph(x):
         return (_MaxBlurPool.apply if watched else _apply)(x, window, watched)
     return _forward(x, window, watched)
+
+
+def _by_maxima(x: Tensor, window: Window) -> Tensor:
+    """The pooling of volumes, or with a dilation: all maxima, then their blur by its kernel.
+
+    A volume's maxima are those down its slices of those of each slice, as images; of windows with a dilation they are PyTorch's.
+    """
+    output_shape(window, x.shape)
+    before, after, blur = split(window, x.shape[2:])
+    if all(d == 1 for d in window.dilation):
+        maxima = _volume_maxima(x, window, before, after)
+    else:
+        maxima = all_maxima(x, window, before, after, by_library=not is_compiled())
+    if window.activation == "relu":
+        maxima = torch.relu(maxima)
+    y = blur_pool.fused(maxima, blur)
+    if window.ceil_mode:
+        for axis, size in enumerate(x.shape[2:]):
+            y = y.narrow(axis - window.rank, 0, output_size(window, axis, size))
+    return with_format(y, is_channels_last(x))
+
+
+def _volume_maxima(x: Tensor, window: Window, before: tuple[int, ...], after: tuple[int, ...]) -> Tensor:
+    """The maximum of every window that fits in volumes extended by `before` and `after` positions."""
+    lead, trail = (tuple(n - p for n, p in zip(ends, window.padding)) for ends in (before, after))
+    ones = (1,) * window.rank
+    every = window._replace(
+        stride=ones,
+        taps=((1.0,),) * window.rank,
+        lead=lead,
+        trail=trail,
+        ceil_mode=False,
+        padding_mode="partial",
+        activation=None,
+    )
+    slices, down = as_image(every, 1, 2), as_image(every, 0, None)
+    if slices.takes_max:
+        if is_channels_last(x):
+            images = fused(x.transpose(1, 2).flatten(0, 1), slices)
+            x = images.unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2)
+        else:
+            x = fused(x.flatten(1, 2), slices).unflatten(1, x.shape[1:3])
+    return fused(x.flatten(3), down).unflatten(3, x.shape[3:]) if down.takes_max else x
 
 
 def max_blur_pool(x: Tensor, window: Window) -> Tensor:

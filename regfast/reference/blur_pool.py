@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .._core.autograd import is_compiled, is_differentiated, is_forward_mode, is_transformed
 from .._core.dispatch import is_watched
-from .._core.geometry import Window, output_shape
+from .._core.geometry import Window, as_image, output_shape
 from .._core.layout import is_channels_last, with_format
 from .._core.precision import accumulator, outside_autocast
 from .._core.taps import binomial
@@ -32,7 +32,7 @@ def blur_pool(x: Tensor, window: Window) -> Tensor:
     """
     output_shape(window, x.shape)
     if window.rank == 1:
-        return blur_pool(x.unsqueeze(2), as_image(window)).squeeze(2)
+        return blur_pool(x.unsqueeze(2), as_image(window, None, 0)).squeeze(2)
     if window.activation == "relu":
         x = F.relu(x)
     with outside_autocast(x):
@@ -84,19 +84,6 @@ def averages(window: Window) -> Averages:
 def in_format_of(x: Tensor, y: Tensor) -> Tensor:
     """y in x's memory format, which a few operations lose. Transforms of torch.func know no formats."""
     return y if torch._C._are_functorch_transforms_active() else with_format(y, is_channels_last(x))
-
-
-def as_image(window: Window) -> Window:
-    """A 1-d window as that of an image of one row, which is how PyTorch sees a signal whose channels are innermost."""
-    return window._replace(
-        kernel_size=(1, *window.kernel_size),
-        stride=(1, *window.stride),
-        padding=(0, *window.padding),
-        dilation=(1, *window.dilation),
-        taps=((1.0,), *window.taps),
-        lead=(0, *window.lead),
-        trail=(0, *window.trail),
-    )
 
 
 def _extend(x: Tensor, window: Window) -> Tensor:

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from .._core.autograd import is_compiled, is_differentiated, is_transformed
 from .._core.dispatch import is_watched
-from .._core.geometry import Window, map_limits, output_shape, output_size
+from .._core.geometry import Window, as_image, map_limits, output_shape, output_size
 from .._core.layout import is_channels_last, with_format
 from .._core.precision import WIDE, outside_autocast
-from .blur_pool import SMALL, as_image, averages, blur_pool, in_format_of, pad_amounts
+from .blur_pool import SMALL, averages, blur_pool, in_format_of, pad_amounts
 from .small import Small
 
 
@@ -32,7 +32,7 @@ def max_blur_pool(x: Tensor, window: Window) -> Tensor:
     """
     if window.rank == 1:
         output_shape(window, x.shape)
-        return max_blur_pool(x.unsqueeze(2), as_image(window)).squeeze(2)
+        return max_blur_pool(x.unsqueeze(2), as_image(window, None, 0)).squeeze(2)
     if x.ndim != 4 or not x.is_cpu or is_watched(x) or is_transformed():
         output_shape(window, x.shape)
         return _in_its_format(x, window)
@@ -48,7 +48,7 @@ def max_blur_pool(x: Tensor, window: Window) -> Tensor:
 def _prepare_small(window: Window, shape: torch.Size) -> Small | None:
     """How small images of a shape are pooled; None where that takes more than `Small` can."""
     output_shape(window, shape)
-    before, after, blur = _split(window, shape[2:])
+    before, after, blur = split(window, shape[2:])
     undilated = all(d == 1 for d in window.dilation)
     if window.ceil_mode or not undilated or any(blur.lead) or any(blur.trail) or not averages(blur):
         return None
@@ -75,9 +75,9 @@ def _in_parts(x: Tensor, window: Window) -> Tensor:
 
 def _in_its_format(x: Tensor, window: Window) -> Tensor:
     """`max_blur_pool` of images and volumes, in the format that they come in."""
-    before, after, blur = _split(window, x.shape[2:])
+    before, after, blur = split(window, x.shape[2:])
     with outside_autocast(x):
-        maxima = _maxima(x, window, before, after)
+        maxima = all_maxima(x, window, before, after, prefers_max_pool(x))
         if window.activation == "relu":
             # Nobody else has seen maxima that were taken.
             maxima = F.relu(maxima, inplace=maxima is not x)
@@ -91,7 +91,7 @@ def _in_its_format(x: Tensor, window: Window) -> Tensor:
     return in_format_of(x, y)
 
 
-def _split(window: Window, sizes: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...], Window]:
+def split(window: Window, sizes: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...], Window]:
     """How far beyond each end of x the maxima reach, and the blur of these maxima.
 
     What the blur reads depends on `size % stride`. Here it may read up to `stride - 1` positions more than it needs, so that
@@ -117,13 +117,16 @@ def _split(window: Window, sizes: tuple[int, ...]) -> tuple[tuple[int, ...], tup
     return tuple(before), tuple(after), blur
 
 
-def _maxima(x: Tensor, window: Window, before: tuple[int, ...], after: tuple[int, ...]) -> Tensor:
-    """The maximum of every window that fits in x extended by `before` and `after` positions that never win."""
+def all_maxima(x: Tensor, window: Window, before: tuple[int, ...], after: tuple[int, ...], by_library: bool) -> Tensor:
+    """The maximum of every window that fits in x extended by `before` and `after` positions that never win.
+
+    `by_library`, of PyTorch's max pooling where that has such windows.
+    """
     if not window.takes_max:
         return x
     undilated = all(d == 1 for d in window.dilation)
-    if prefers_max_pool(x):
-        max_pool = F.max_pool2d if window.rank == 2 else F.max_pool3d
+    if by_library:
+        max_pool = (F.max_pool1d, F.max_pool2d, F.max_pool3d)[window.rank - 1]
         # A window with holes may hold padding alone, and PyTorch's max pooling then points outside the image.
         holds_something = undilated or not any(before)
         if holds_something and before == after and all(2 * p <= k for p, k in zip(before, window.kernel_size)):
@@ -196,7 +199,7 @@ def _wins(value: Tensor, best: Tensor) -> Tensor:
 
 
 class _CompiledMaxima(torch.autograd.Function):
-    """`_maxima` of undilated windows with a backward that a compiler fuses: each element gathers from its windows.
+    """`all_maxima` of undilated windows with a backward that a compiler fuses: each element gathers from its windows.
 
     Autograd's own backward of slices would have it write one image a slice.
     """

@@ -1,0 +1,168 @@
+"""One axis of a pooling window, as its kernels see it: what a lane's outputs read, and what lies beyond the border.
+
+Positions of the max map, q, and elements of the image, i, are counted as in `regfast._core.geometry`: output o reads the maxima
+at o*stride - lead, ..., and the maximum at q is that of the elements from q - padding on.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+from regfast._core.geometry import Window, map_limits, output_size
+
+
+class Axis(NamedTuple):
+    """Rows or columns, at compile time. The first six fields are the window's.
+
+    A group is `outputs` outputs of a lane, and the `group` = stride*outputs elements that begin at a multiple of that. The
+    outputs read `maps` maxima. `windows` windows hold elements of the group, the first beginning kernel - 1 before it; they
+    are read by `readers` outputs, the first at `first` from the group's own. `reads` lists for each window which readers
+    read it, and by which tap: 0 where only through a border. `greatest` has the greatest of a window's taps.
+
+    `edge` says whether outputs read beyond the map's limits: "none", "low" or "high", which is that there is a high one.
+    Then what lies beyond is another window (`moves_windows`), a window of other elements, or zero; and an output's weight for
+    a window within `near` positions of a limit depends on where that is (`weighs_borders`).
+    """
+
+    kernel: int
+    stride: int
+    padding: int
+    taps: tuple[float, ...]
+    lead: int
+    mode: str
+    outputs: int
+    group: int
+    maps: int
+    windows: int
+    first: int
+    readers: int
+    reads: tuple[tuple[tuple[int, float], ...], ...]
+    greatest: tuple[float, ...]
+    edge: str
+    near: int
+    moves_windows: bool
+    weighs_borders: bool
+
+
+def axis_of(window: Window, axis: int, size: int, outputs: int) -> Axis:
+    """One axis of `window` over an image of a size, of which only `edge` depends on that: few sizes compile anew."""
+    low, high = map_limits(window, axis, size)
+    last = (output_size(window, axis, size) - 1) * window.stride[axis] - window.lead[axis] + len(window.taps[axis]) - 1
+    edge = "high" if last > high else "low" if -window.lead[axis] < low else "none"
+    return _axis(window, axis, outputs, edge)
+
+
+@functools.cache
+def _axis(window: Window, axis: int, outputs: int, edge: str) -> Axis:
+    k, s, p = window.kernel_size[axis], window.stride[axis], window.padding[axis]
+    taps, lead, group = window.taps[axis], window.lead[axis], s * outputs
+    # Of each window of a group, the outputs that read it and their taps.
+    tap_of: list[dict[int, float]] = [{} for _ in range(group + k - 1)]
+    for e, readers in enumerate(tap_of):
+        for j, tap in enumerate(taps):
+            if (e - k + 1 + p + lead - j) % s == 0:
+                readers[(e - k + 1 + p + lead - j) // s] = tap
+    if edge != "none":
+        for e, reader in _through_borders(window, axis, outputs):
+            tap_of[e].setdefault(reader, 0.0)
+    every = [reader for readers in tap_of for reader in readers] or [0]
+    reads = tuple(tuple((reader - min(every), tap) for reader, tap in sorted(readers.items())) for readers in tap_of)
+    mode = window.padding_mode
+    return Axis(
+        kernel=k, stride=s, padding=p, taps=taps, lead=lead, mode=mode, outputs=outputs, group=group,
+        maps=group - s + len(taps), windows=group + k - 1, first=min(every), readers=max(every) - min(every) + 1,
+        reads=reads, greatest=tuple(max((abs(tap) for _, tap in pairs), default=0.0) or 1.0 for pairs in reads),
+        edge=edge, near=max(lead, window.trail[axis] + s - 1) + 1,
+        moves_windows=edge != "none" and k > 1 and mode in ("reflect", "replicate"),
+        # (A blur's zeros are elements of no image.)
+        weighs_borders=edge != "none" and not (k == 1 and mode == "zeros"),
+    )  # fmt: skip
+
+
+def _through_borders(window: Window, axis: int, outputs: int) -> set[tuple[int, int]]:
+    """Windows of a group that outputs read through a border, in images of whatever size, and these outputs."""
+    k, s, p = window.kernel_size[axis], window.stride[axis], window.padding[axis]
+    lead, taps, group = window.lead[axis], len(window.taps[axis]), s * outputs
+    found = set()
+    # Beyond these sizes, borders are seen from the same places again.
+    for size in range(1, 2 * (k + lead + taps + window.trail[axis]) + 2 * group):
+        low, high = map_limits(window, axis, size)
+        for o in range(output_size(window, axis, size)):
+            for place in range(o * s - lead, o * s - lead + taps):
+                q = place_within(place, low, high, window.padding_mode)
+                if q == place or q is None:
+                    continue
+                for g in range(max((q - p) // group, 0), (q - p + k - 1) // group + 1):
+                    found.add((q - p + k - 1 - g * group, o - g * outputs))
+    return found
+
+
+def place_within(place: int, low: int, high: int, mode: str) -> int | None:
+    """The position within the limits at which a border mode finds a position; None where that is zero."""
+    if mode == "zeros":
+        return place if low <= place <= high else None
+    if mode == "reflect":
+        wave = abs(place) % max(2 * high, 1)
+        return min(wave, max(2 * high, 1) - wave)
+    return min(max(place, low), high)
+
+
+@triton.jit
+def limits(size, AXIS: tl.constexpr):
+    """The first and the last position of the max map that is read without a border."""
+    if AXIS.mode == "partial":
+        return AXIS.padding - AXIS.kernel + 1, size - 1 + AXIS.padding
+    else:
+        return 0, tl.maximum(size + (2 * AXIS.padding - AXIS.kernel), 0)
+
+
+@triton.jit
+def within(q, size, AXIS: tl.constexpr):
+    """The position within the limits at which the border mode finds position q."""
+    low, high = limits(size, AXIS)
+    if AXIS.mode == "reflect":
+        # A map of one element, period 0, is constant.
+        period = tl.maximum(2 * high, 1)
+        wave = tl.abs(q) % period
+        return tl.minimum(wave, period - wave)
+    else:
+        return tl.minimum(tl.maximum(q, low), high)
+
+
+@triton.jit
+def is_within(q, size, AXIS: tl.constexpr):
+    """Whether position q is within the limits."""
+    low, high = limits(size, AXIS)
+    return (q >= low) & (q <= high)
+
+
+@triton.jit
+def element(i, size, AXIS: tl.constexpr):
+    """The element of the image that stands for element i, which may lie beyond it.
+
+    A window that holds an element of the image holds the nearest one to each that it has beyond: repeated, they change no
+    maximum. A window that is all beyond is so the border mode "partial"'s, and one of one element a blur's.
+    """
+    if AXIS.mode == "reflect" and AXIS.kernel == 1 and AXIS.edge != "none":
+        return within(i, size, AXIS)
+    else:
+        return tl.minimum(tl.maximum(i, 0), size - 1)
+
+
+@triton.jit
+def weight(o, q, size, AXIS: tl.constexpr, ACC: tl.constexpr):
+    """The weight by which output o reads position q, borders included."""
+    TAPS: tl.constexpr = len(AXIS.taps)
+    total = 0.0
+    for j in tl.static_range(TAPS):
+        place = o * AXIS.stride + (j - AXIS.lead)
+        if AXIS.mode == "zeros":
+            reads = (place == q) & is_within(q, size, AXIS)
+        else:
+            reads = within(place, size, AXIS) == q
+        total += AXIS.taps[j] * reads.to(ACC)
+    return total
