@@ -22,13 +22,14 @@ from regfast.functional import mixup
 
 
 def inputs(device: str) -> Iterator[tuple[Operation, Sample, Tensor]]:
-    """The core samples in float32, and the main ones in bfloat16 with innermost channels."""
+    """The core samples in float32, and the main ones in bfloat16, with innermost columns and innermost channels."""
     for operation in OPERATIONS:
         core, main = operation.group("core"), operation.group("main")
         if device == "cpu":
             core, main = core[:1], []
         yield from ((operation, sample, sample.input(device=device)) for sample in core)
-        yield from ((operation, sample, sample.input(torch.bfloat16, device, channels_last=True)) for sample in main)
+        for last in (False, True):
+            yield from ((operation, sample, sample.input(torch.bfloat16, device, channels_last=last)) for sample in main)
 
 
 def other_blends(device: str) -> int:

@@ -1,10 +1,11 @@
 """What a launch asks of memory, counted with no GPU: a model of its traffic at L1, at L2 and at device memory.
 
-    python bench/traffic.py OP [OP ...] [--candidates own=2,vector=8 rows=4 ...] [--out FILE]
+    python bench/traffic.py OP [OP ...] [--candidates columns=8,unroll=2 rows=4 ...] [--out FILE]
 
 An operation's own launchers run in Triton's interpreter on a toy problem. What their loads and stores touch where the mask is
 true is counted: the elements, and the distinct lines of 128 bytes. (Atomics are not. A GPU also moves parts of lines, 32 bytes at
-a time, so that a tile's edge may cost it less than is counted here.) The table has
+a time, so that a tile's edge may cost it less than is counted here. A pooling's lanes beyond the last read what that one does:
+of a toy whose lanes are no whole programs, elements and L1 say little.) The table has
 
     loads, stores   the elements asked for, per element of the first input
 
@@ -21,9 +22,10 @@ many small ones have the same. It holds the floor of --l2 samples, by default on
 blocks and less than the batch, as on a GPU: an H100's 50 MB hold 25 of 256 samples of (64, 112, 112), pooled in bfloat16. (A
 sample of (N, C) logits is one row, whose label shares its line with others': give those eight.)
 
-A candidate changes fields of what the launchers' `cut_for` answers. It is ranked with the pinned cut, by device, then L1, then
-L2, each to a hundredth of the floor. The pinned cut is the answer for the toy; a large batch may be cut otherwise, and what it
-gets can be given as a candidate. The number of warps changes nothing here.
+A candidate changes fields of the cut that a launcher asks for: of the poolings' `CUTS`, or of what the loss's `cut_for` answers.
+It is ranked with the pinned cut, by device, then L1, then L2, each to a hundredth of the floor. The pinned cut is the toy's; a
+large batch may be cut otherwise, and what it gets can be given as a candidate. A pooling's lane is a thread, so that its
+warps are a cut too; of the loss they change nothing here.
 """
 
 from __future__ import annotations
@@ -52,6 +54,7 @@ from triton.runtime.errors import InterpreterError
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle
 
 import regfast
+from regfast.kernels.cuts import CUTS
 from regfast.kernels.launch import LAUNCHES
 from regfast.ops import OPERATIONS as KERNELS
 from regfast.ops.schema import kernels_of
@@ -168,32 +171,49 @@ def recording() -> Iterator[list[Launch]]:
         yield launches
 
 
+class Asked(tuple):
+    """Cuts to choose from, of which the one that is asked for is answered by a function."""
+
+    answer: Callable[[Any], Any]
+
+    def __getitem__(self, i):
+        return self.answer(super().__getitem__(i))
+
+
 @contextlib.contextmanager
-def cut_by(candidate: dict[str, int]) -> Iterator[list[Any]]:
-    """Within the block every `cut_for` of the kernels answers with the candidate's fields. Yields what was answered."""
+def cut_by(candidate: dict[str, Any]) -> Iterator[list[Any]]:
+    """Within the block every cut that a launcher asks for has the candidate's fields. Yields what was asked for."""
     answers: list[Any] = []
 
+    def answer(cut):
+        if not candidate.keys() <= set(cut._fields):
+            raise CandidateError(f"{written(candidate)}: the fields of a cut are {', '.join(cut._fields)}")
+        # One number stands for a choice of one.
+        fields = {
+            name: (value,) if isinstance(getattr(cut, name), tuple) and isinstance(value, int) else value
+            for name, value in candidate.items()
+        }
+        answers.append(cut._replace(**fields))
+        return answers[-1]
+
     def changed(cut_for: Callable[..., Any]) -> Callable[..., Any]:
-        def answer(*args, **kwargs):
-            cut = cut_for(*args, **kwargs)
-            if not candidate.keys() <= set(cut._fields):
-                raise CandidateError(f"{written(candidate)}: the fields of a cut are {', '.join(cut._fields)}")
-            answers.append(cut._replace(**candidate))
-            return answers[-1]
+        return lambda *args, **kwargs: answer(cut_for(*args, **kwargs))
 
-        return answer
-
+    asked = type("Asked", (Asked,), {"answer": staticmethod(answer)})
     with contextlib.ExitStack() as patches:
         # A launch that has been prepared asks for no cut.
         patches.enter_context(patch.dict(LAUNCHES, clear=True))
+        patches.enter_context(patch.dict(CUTS, {kind: asked(cuts) for kind, cuts in CUTS.items()}))
         for module in map(kernels_of, KERNELS):
             if hasattr(module, "cut_for"):
                 patches.enter_context(patch.object(module, "cut_for", changed(module.cut_for)))
         yield answers
 
 
-def written(cut: dict[str, int]) -> str:
-    return ",".join(f"{field}={value}" for field, value in cut.items())
+def written(cut: dict[str, Any]) -> str:
+    """A cut as a candidate is given: columns=8/14,rows=4."""
+    values = {name: value if isinstance(value, tuple) else (value,) for name, value in cut.items()}
+    return ",".join(f"{name}={'/'.join(map(str, value))}" for name, value in values.items())
 
 
 class Record(NamedTuple):
@@ -204,7 +224,7 @@ class Record(NamedTuple):
     cuts: list[Any]
 
 
-def record(call: Callable[[], Any], candidate: dict[str, int]) -> Record:
+def record(call: Callable[[], Any], candidate: dict[str, Any]) -> Record:
     """Calls with the kernels cut as the candidate says.
 
     Raises:
@@ -218,11 +238,11 @@ def record(call: Callable[[], Any], candidate: dict[str, int]) -> Record:
                 raise CandidateError(f"{written(candidate)}: {error}") from error
             raise
     if candidate and not cuts:
-        raise CandidateError(f"{written(candidate)}: no launcher asks a cut_for for its cut")
+        raise CandidateError(f"{written(candidate)}: no launcher asks for a cut")
     return Record(result, launches, cuts)
 
 
-def rows_of(case: Case, directions: list[str], candidate: dict[str, int], samples: float) -> list[report.Row]:
+def rows_of(case: Case, directions: list[str], candidate: dict[str, Any], samples: float) -> list[report.Row]:
     """A row for each direction, with the candidate's cut; the L2 holds the floor of so many samples."""
     torch.manual_seed(0)
     operation = OPERATIONS[case.operation]
@@ -284,11 +304,12 @@ def integers(separator: str) -> Callable[[str], tuple[int, ...]]:
     return parse
 
 
-def candidate(text: str) -> dict[str, int]:
+def candidate(text: str) -> dict[str, Any]:
     try:
-        return {field: int(value) for field, value in (pair.split("=") for pair in text.split(","))}
+        fields = {name: tuple(map(int, value.split("/"))) for name, value in (pair.split("=") for pair in text.split(","))}
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not of the form own=2,rows=8") from error
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form columns=8/14,rows=4") from error
+    return {name: value if len(value) > 1 else value[0] for name, value in fields.items()}
 
 
 def cases(operation: str, options: argparse.Namespace) -> Iterator[Case]:

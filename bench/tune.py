@@ -1,11 +1,11 @@
-"""The best cut of every launch of a pooling: a sweep over tiles, warps and rows a program streams.
+"""The best cut of every launch of a pooling: a sweep over what a lane has, warps and rows a program streams.
 
-    python bench/tune.py OP [--try own=2,4 rows=8,16 ...] [--formats NHWC] [--dtypes bfloat16] [--device cuda] [--out DIR]
+    python bench/tune.py OP [--try columns=4,8 rows=8,16 ...] [--formats NHWC] [--dtypes bfloat16] [--device cuda] [--out DIR]
 
 For each class of launches (arguments, shape, format, dtype, direction) the candidates are all combinations of `SPACE`. They are
 compiled first, side by side and without the GPU; one that spills or has a stack is never launched. The others are timed turn by
 turn, the best of them again for longer and with the pinned cut. What it prints is the best of a class and how it compares with
-the pinned one; that table, kernels/<op>.py's, is changed by hand. DIR has tune-OP.json, with every candidate, and tune-OP.md.
+the pinned one, of kernels/cuts.py, which is changed by hand. DIR has tune-OP.json, with every candidate, and tune-OP.md.
 
 On a CPU the kernels are compiled for sm_90 and run in Triton's interpreter, on toys: that tests this program, and says nothing.
 """
@@ -45,11 +45,14 @@ from measure import COPY, Call, copy_tensors, interleave, stopwatch_of
 
 from regfast._core.geometry import Window
 from regfast._core.layout import empty_output
-from regfast.kernels import launch, max_blur_pool
-from regfast.kernels.max_blur_pool import Cut
+from regfast.kernels.cuts import CUTS, Cut
+from regfast.kernels.launch import LAUNCHES
 
-SPACE = {"own": (1, 2, 4), "vector": (2, 4, 8), "rows": (8, 16, 32, 64), "num_warps": (2, 4, 8)}
-TOY = {"own": (1, 2), "vector": (1, 2), "rows": (2, 4), "num_warps": (1,)}
+# Of the fields of a Cut. (A candidate has one choice of columns, so that `held` bounds nothing.)
+SPACE = {"columns": (4, 8, 14, 22), "vector": (2, 4, 8), "unroll": (1, 2), "rows": (8, 16, 32), "num_warps": (4, 8)}
+TOY = {"columns": (2, 4), "vector": (1, 2), "unroll": (1,), "rows": (2, 4), "num_warps": (1,)}
+# More elements than these of a row would spill, after minutes of compiling.
+LARGEST = 32
 DIRECTIONS = ("forward", "backward")
 COLUMNS = ("input", "format", "dtype", "direction", "best", "median ms", "of copy", "pinned", "its time", "tried", "spill")
 
@@ -67,7 +70,7 @@ class Candidate(NamedTuple):
 
 def figures(case: Case, cut: Cut, target: str) -> tuple[str, dict[str, int | str]]:
     """The launch that a cut comes to, which cuts beyond a tensor's alignment share, and the compiler's figures for it."""
-    with patch.object(max_blur_pool, "cut_for", lambda *_: cut):
+    with cut_by(cut, {}):
         recorded = record(case, target)
     given = [arg for arg in recorded.args if not isinstance(arg, torch.Tensor)]
     return repr((given, recorded.options)), compiled.figures(recorded, target)
@@ -94,9 +97,13 @@ def compile_all(case: Case, space: dict[str, tuple[int, ...]], target: str, proc
     """The candidates of a class, those that come to the same launch once. (No rows are compiled for: they are an argument.)"""
     # Innermost columns: a lane is of one channel.
     vectors = space["vector"] if case.format == "NHWC" else (1,)
-    rows = space["rows"]
-    choices = itertools.product(space["own"], vectors, space["num_warps"])
-    cuts = [Cut(own, vector, rows[0], num_warps) for own, vector, num_warps in choices]
+    rows, base = space["rows"], pinned(case)
+    choices = itertools.product(space["columns"], vectors, space["unroll"], space["num_warps"])
+    cuts = [
+        base._replace(columns=(columns,), vector=vector, unroll=unroll, rows=rows[0], num_warps=num_warps)
+        for columns, vector, unroll, num_warps in choices
+        if columns * vector <= LARGEST
+    ]
     with patch.dict(os.environ):
         # The processes that this starts are to define kernels that can be compiled.
         os.environ.pop("TRITON_INTERPRET", None)
@@ -109,15 +116,12 @@ def compile_all(case: Case, space: dict[str, tuple[int, ...]], target: str, proc
 def cut_by(cut: Cut | None, launches: dict[Hashable, Any]) -> Iterator[None]:
     """Within the block launches are cut so, None being as pinned.
 
-    `launches` has those that are prepared, all by this cut.
+    `launches` has those that are prepared, all by this cut, and gets those that are prepared now.
     """
-    with contextlib.ExitStack() as patches:
-        # The launcher looks them up in one module, and keeps them in the other.
-        for module in (launch, max_blur_pool):
-            patches.enter_context(patch.object(module, "LAUNCHES", launches))
-        if cut is not None:
-            patches.enter_context(patch.object(max_blur_pool, "cut_for", lambda *_: cut))
+    cuts = {} if cut is None else {kind: (cut,) * len(pinned) for kind, pinned in CUTS.items()}
+    with patch.dict(LAUNCHES, launches, clear=True), patch.dict(CUTS, cuts):
         yield
+        launches.update(LAUNCHES)
 
 
 def time_all(case: Case, cuts: dict[str, Cut | None], device: torch.device, turns: int) -> dict[str, float]:
@@ -181,16 +185,23 @@ def tune(case: Case, candidates: list[Candidate], device: torch.device) -> dict[
 
 
 def pinned(case: Case) -> Cut:
-    """The cut that the launcher asks for."""
+    """The cut that the launcher takes."""
     asked = []
-    original = max_blur_pool.cut_for
-    with patch.object(max_blur_pool, "cut_for", lambda *args: asked.append(original(*args)) or asked[0]):
+
+    class Asked(tuple):
+        def __getitem__(self, i):
+            asked.append(super().__getitem__(i))
+            return asked[-1]
+
+    with patch.dict(CUTS, {kind: Asked(cuts) for kind, cuts in CUTS.items()}):
         record(case)
     return asked[0]
 
 
 def written(cut: Cut) -> str:
-    return ",".join(f"{field}={value}" for field, value in cut._asdict().items())
+    """A cut as traffic.py takes it for a candidate: columns=8/14,rows=4."""
+    values = {name: value if isinstance(value, tuple) else (value,) for name, value in cut._asdict().items()}
+    return ",".join(f"{name}={'/'.join(map(str, value))}" for name, value in values.items())
 
 
 def cells(row: dict[str, Any]) -> list[str]:

@@ -21,8 +21,8 @@ from .windows import axis_of
 class Cut(NamedTuple):
     """How a launch is cut.
 
-    `columns` are the elements of a row that a lane may have, the first in all images but NARROW ones, and `vector` the channels
-    at most, where they are innermost;
+    `columns` are the elements of a row that a lane may have, the first that fits in all images but NARROW ones, and `vector`
+    the channels at most, where they are innermost;
     `held` bounds what a lane holds, in windows of elements. `unroll` are the rows of outputs at once, `rows` those a program
     at most. `programs` are what a large device wants: a launch with fewer streams fewer rows a program, but four at least.
     """
@@ -61,14 +61,14 @@ CUTS = {
 def _outputs_for(cut: Cut, window: Window, width: int, outputs: int, vector: int, lane_vector: int) -> int:
     """The outputs of a row that a lane has: such that its row has the fewest windows and accesses."""
     s, k = window.stride[1], window.kernel_size[1]
-    choices = [max(columns // s, 1) for columns in (cut.columns if width <= NARROW else cut.columns[:1])]
+    choices = [max(columns // s, 1) for columns in cut.columns]
     fitting = [own for own in choices if (own * s + k - 1) * k * lane_vector <= cut.held] or [min(choices)]
 
     def cost(own: int) -> float:
         loads = own * s // math.gcd(own * s, width, vector)
         return -(-outputs // own) * (own * s + k - 1 + loads / 2)
 
-    return min(fitting, key=cost)
+    return min(fitting, key=cost) if width <= NARROW else fitting[0]
 
 
 def _columns_for(group: int, most: int, layouts: tuple[Layout, ...]) -> int:

@@ -96,8 +96,10 @@ def _through_borders(window: Window, axis: int, outputs: int) -> set[tuple[int, 
                 q = place_within(place, low, high, window.padding_mode)
                 if q == place or q is None:
                     continue
-                for g in range(max((q - p) // group, 0), (q - p + k - 1) // group + 1):
-                    found.add((q - p + k - 1 - g * group, o - g * outputs))
+                # A lane may begin at any output, the last one of a row where the row ends.
+                last = q - p + k - 1
+                for own in range(max(-((group + k - 2 - last) // s), 0), last // s + 1):
+                    found.add((last - own * s, o - own))
     return found
 
 

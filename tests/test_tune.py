@@ -43,7 +43,7 @@ def row(tmp_path_factory: pytest.TempPathFactory) -> dict:
     driver = out / "driver.py"
     driver.write_text(DRIVER)
     chosen = ["--formats=NHWC", "--directions=backward", "--dtypes=bfloat16", f"--out={out}"]
-    cuts = ["--try", "own=1,4", "vector=4", "rows=4", "num_warps=4"]
+    cuts = ["--try", "columns=2,8", "vector=4", "unroll=1", "rows=4", "num_warps=4"]
     done = run(driver, BENCH / "tune.py", "max_blur_pool", *chosen, *cuts)
     assert done.returncode == 0, done.stdout + done.stderr
     (row,) = json.loads((out / "tune-max_blur_pool.json").read_text())["rows"]
@@ -58,16 +58,22 @@ def test_what_spills_is_not_launched(row: dict) -> None:
 
 
 def test_the_best_is_of_what_ran_and_the_pinned_cut_is_beside_it(row: dict) -> None:
-    assert row["best"] == "own=1,vector=4,rows=4,num_warps=4,programs=2048"
+    from regfast.kernels.cuts import CUTS
+
+    # Of 16-bit numbers with innermost channels.
+    cut = CUTS["backward"][1]
+    others = f"held={cut.held},unroll=1,rows=4,num_warps=4,programs={cut.programs}"
+    assert row["best"] == f"columns=2,vector=4,{others}"
     assert row["median_ms"] > 0 and row["pinned_ms"] > 0
-    assert row["pinned"] == "own=2,vector=2,rows=16,num_warps=4,programs=2048"
+    columns = "/".join(map(str, cut.columns))
+    assert row["pinned"].startswith(f"columns={columns},vector={cut.vector},held={cut.held},unroll={cut.unroll},")
 
 
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
         (["mixup"], "invalid choice: 'mixup'"),
-        (["blur_pool", "--try", "depth=4"], "'depth' is not one of own, vector, rows, num_warps"),
+        (["blur_pool", "--try", "depth=4"], "'depth' is not one of columns, vector, unroll, rows, num_warps"),
         (["blur_pool", "--try", "rows"], "'rows' is not of the form rows=8,16"),
     ],
 )
