@@ -28,11 +28,12 @@ def blur_pool(x: torch.Tensor, window: Window) -> torch.Tensor:
     """The blur of x, (N, C, *spatial), in x's dtype and memory format."""
     if window.rank < 3:
         return max_blur_pool(x, window)
-    x = with_format(x, is_channels_last(x))
+    channels_last = is_channels_last(x)
+    x = with_format(x, channels_last)
     kinds = kinds_of(x)
     key = ("blur_pool", window, x.shape, x.device, kinds)
     shapes, of_slices, down_slices = LAUNCHES.get(key) or keep(key, _prepare_volumes(x, window, kinds[-1]))
-    between, y = _empty_volumes(x, *shapes)
+    between, y = _empty_volumes(x, *shapes, channels_last)
     of_slices(x, between)
     down_slices(between, y)
     return y
@@ -40,8 +41,9 @@ def blur_pool(x: torch.Tensor, window: Window) -> torch.Tensor:
 
 def blur_pool_backward(g: torch.Tensor, shape: torch.Size, stride: tuple[int, ...], window: Window) -> torch.Tensor:
     """The gradient of an input of a blur, of such a shape and strides, in its memory format, from that of the output."""
-    if window.rank == 3:
-        g = with_format(g, is_channels_last(torch.empty_strided(shape, stride, device="meta")))
+    # By the input: of an output that is small the format may be ambiguous.
+    channels_last = window.rank == 3 and is_channels_last(torch.empty_strided(shape, stride, device="meta"))
+    g = with_format(g, channels_last) if window.rank == 3 else g
     kinds = kinds_of(g)
     key = ("blur_pool_backward", window, shape, stride, g.device, kinds)
     prepared = LAUNCHES.get(key) or keep(key, _prepare_backward(g, shape, stride, window, kinds[-1]))
@@ -51,7 +53,7 @@ def blur_pool_backward(g: torch.Tensor, shape: torch.Size, stride: tuple[int, ..
         launch(g, dx, dx)
         return dx
     shapes, down_slices, of_slices = prepared
-    between, dx = _empty_volumes(g, *shapes)
+    between, dx = _empty_volumes(g, *shapes, channels_last)
     down_slices(g, between, between)
     of_slices(between, dx, dx)
     return dx
@@ -96,9 +98,10 @@ def _wide(t: torch.Tensor) -> torch.Tensor:
     return on_meta(t).to(torch.promote_types(t.dtype, torch.float32))
 
 
-def _empty_volumes(t: torch.Tensor, between: torch.Size, last: torch.Size) -> tuple[torch.Tensor, torch.Tensor]:
-    """What two passes from t fill, in its memory format."""
-    channels_last = is_channels_last(t)
+def _empty_volumes(
+    t: torch.Tensor, between: torch.Size, last: torch.Size, channels_last: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What two passes from t fill, in a memory format."""
     wide = t.new_empty(0, dtype=torch.promote_types(t.dtype, torch.float32))
     return empty(list(between), wide, channels_last), empty(list(last), t, channels_last)
 

@@ -351,6 +351,8 @@ BLUR = [
     Sample((2, 2, 11), {"kernel_size": 5}, "core formats main"),
     Sample((1, 2, 5, 4, 6), {}, "core formats main"),
     Sample((1, 1, 5, 4, 6), {"activation": "relu", "padding_mode": "zeros"}),
+    # An output whose format is ambiguous.
+    Sample((1, 2, 1, 2, 1), {"kernel_size": (1, 3, 1), "stride": (1, 2, 1)}, "formats"),
     Sample((1, 2, 11), {"kernel_size": 3, "stride": 1, "activation": "relu"}, "core"),
     Sample((1, 2, 3, 1), {"kernel_size": 7, "stride": 1}, "core"),
     Sample((1, 1, 40, 6), {"kernel_size": 5}, "core"),
