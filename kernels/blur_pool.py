@@ -94,16 +94,15 @@ def _passes(window: Window) -> tuple[Window, Window]:
 
 
 def _wide(t: torch.Tensor) -> torch.Tensor:
-    """What the numbers between two passes are as, without data."""
-    return on_meta(t).to(torch.promote_types(t.dtype, torch.float32))
+    """An empty tensor as the numbers between two passes from t are."""
+    return t.new_empty(0, dtype=torch.promote_types(t.dtype, torch.float32))
 
 
 def _empty_volumes(
     t: torch.Tensor, between: torch.Size, last: torch.Size, channels_last: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What two passes from t fill, in a memory format."""
-    wide = t.new_empty(0, dtype=torch.promote_types(t.dtype, torch.float32))
-    return empty(list(between), wide, channels_last), empty(list(last), t, channels_last)
+    return empty(list(between), _wide(t), channels_last), empty(list(last), t, channels_last)
 
 
 def _planes(shape: tuple[int, ...], channels_last: bool) -> Layout:
