@@ -26,7 +26,7 @@ def interpreter():
     if importlib.util.find_spec("triton") is None:
         yield
         return
-    from interpreter import mended
+    from tools.interpreter import mended
 
     with mended():
         yield
