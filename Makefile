@@ -13,7 +13,7 @@ PYTEST := OMP_NUM_THREADS=1 $(PYTHON) -m pytest --numprocesses 2
 OLDEST := torch==2.11.0 triton==3.6.0 numpy==2.3.5
 NEWEST := torch==2.15.0 triton==3.9.0
 
-.PHONY: demo chapter test test-slow test-oldest test-newest bench lint clean help
+.PHONY: demo chapter test test-slow test-oldest test-newest bench docs lint clean help
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
@@ -38,6 +38,10 @@ test-newest: .venv-newest/.ready ## the core tests with torch 2.15 and triton 3.
 
 bench: $(READY) ## time regfast against its peers
 	$(PYTHON) bench/run.py $(ARGS)
+
+docs: $(READY) ## build the documentation into out/site (warnings are errors)
+	$(PIP) --no-build-isolation --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict
 
 lint: $(READY) ## ruff and mypy
 	$(PYTHON) -m ruff check .

@@ -6,18 +6,20 @@ Nothing is downloaded. What cannot be read is an error that names the file, and 
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from libraries import load as load_library
 from torch import Tensor
 from torch.nn import functional as F
 
 SIZE = 32
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 
 class DataError(ValueError):
@@ -91,14 +93,16 @@ def _cifar(name: str, root: Path) -> Dataset:
         if found:
             train, test = read(found[0])
             return Dataset(name, CIFAR10 if ten else tuple(map(str, range(100))), train, test)
-    raise DataError(f"{root} holds no {name}: none of {', '.join(pattern for pattern, _ in forms)}")
+    names = sorted(path.name for path in root.iterdir())
+    held = ", ".join([*names[:8], "..."] if len(names) > 8 else names) or "nothing"
+    raise DataError(f"{root} holds no {name}: none of {', '.join(pattern for pattern, _ in forms)}, but {held}")
 
 
 def _torchvision(name: str, root: Path) -> tuple[Split, Split]:
     try:
-        from torchvision import datasets
-    except (ImportError, RuntimeError) as error:
-        raise DataError(f"{root}: torchvision's form of {name} is read by torchvision, which does not import: {error}") from error
+        datasets = load_library("torchvision").datasets
+    except ImportError as error:
+        raise DataError(f"{root}: torchvision reads this form of {name}: {error}") from error
     kind = datasets.CIFAR10 if name == "cifar10" else datasets.CIFAR100
     splits = []
     for train in (True, False):
@@ -124,14 +128,17 @@ def _binary(folder: Path, ten: bool) -> tuple[Split, Split]:
             raw = np.fromfile(path, np.uint8)
             if not len(raw) or len(raw) % (labels + 3072):
                 raise DataError(f"{path} has {len(raw)} bytes, which is no number of records of {labels + 3072}: it is cut off")
-            records.append(raw.reshape(-1, labels + 3072))
-        table = torch.from_numpy(np.concatenate(records))
-        splits.append(Split(table[:, labels:].reshape(-1, 3, 32, 32), table[:, labels - 1].long()))
+            table = raw.reshape(-1, labels + 3072)
+            for row, number in enumerate(table[:, labels - 1].tolist()):
+                _check_label(f"{path}, record {row}", number, ten)
+            records.append(table)
+        whole = torch.from_numpy(np.concatenate(records))
+        splits.append(Split(whole[:, labels:].reshape(-1, 3, 32, 32), whole[:, labels - 1].long()))
     return splits[0], splits[1]
 
 
 def _parquet(folder: Path, split: str, ten: bool) -> Split:
-    """Columns of the Hugging Face data sets: `img` or `image`, a struct with encoded `bytes`; `label` or `fine_label`."""
+    """Hugging Face's columns: `img` or `image`, a struct with encoded `bytes`; `label` (CIFAR-100: `fine_label`)."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -146,13 +153,18 @@ def _parquet(folder: Path, split: str, ten: bool) -> Split:
         except (pa.ArrowException, OSError) as error:
             raise DataError(f"{path} is no readable parquet file: {error}") from error
         image = _column(path, table.column_names, ("img", "image"))
-        label = _column(path, table.column_names, ("label",) if ten else ("fine_label", "label"))
+        label = _column(path, table.column_names, ("label" if ten else "fine_label",))
         for row, (cell, number) in enumerate(zip(table[image].to_pylist(), table[label].to_pylist())):
             images.append(_decode(f"{path}, row {row}", cell["bytes"] if isinstance(cell, dict) else cell, SIZE, exact=True))
-            if not isinstance(number, int) or not 0 <= number < (10 if ten else 100):
-                raise DataError(f"{path}, row {row}: the label must be a class below {10 if ten else 100}, got {number!r}")
+            _check_label(f"{path}, row {row}", number, ten)
             labels.append(number)
     return Split(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), torch.tensor(labels))
+
+
+def _check_label(where: str, number: Any, ten: bool) -> None:
+    classes = 10 if ten else 100
+    if not isinstance(number, int) or not 0 <= number < classes:
+        raise DataError(f"{where}: the label must be a class below {classes}, got {number!r}")
 
 
 def _column(path: Path, columns: Sequence[str], names: Sequence[str]) -> str:
@@ -168,29 +180,39 @@ def _folder(root: Path, size: int) -> Dataset:
     for folder in (train, test):
         if not folder.is_dir():
             raise DataError(f"{folder} is missing: images lie in {root}/train/CLASS and {root}/test/CLASS")
-    classes = sorted(path.name for path in train.iterdir() if path.is_dir())
-    unknown = sorted(path.name for path in test.iterdir() if path.is_dir() and path.name not in classes)
+    classes = _classes(train)
+    unknown = [name for name in _classes(test) if name not in classes]
     if not classes:
         raise DataError(f"{train} has no folders of classes")
     if unknown:
-        raise DataError(f"{test} has classes that {train} has not: {', '.join(unknown)}")
+        raise DataError(f"{test} has classes that {train} lacks: {', '.join(unknown)}")
     return Dataset(root.name, classes, *(_read_folder(folder, classes, size) for folder in (train, test)))
 
 
+def _classes(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+
+
 def _read_folder(folder: Path, classes: Sequence[str], size: int) -> Split:
-    images, labels = [], []
-    for number, name in enumerate(classes):
-        for path in _images(folder / name):
-            images.append(_decode(str(path), path.read_bytes(), size, exact=False))
-            labels.append(number)
-    if not images:
-        raise DataError(f"{folder} has no images ({', '.join(IMAGE_SUFFIXES)})")
-    return Split(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), torch.tensor(labels))
+    found = []
+    for label, name in enumerate(classes):
+        paths = list(_images(folder / name))
+        if not paths:
+            raise DataError(f"{folder / name} has no images ({', '.join(IMAGE_SUFFIXES)})")
+        found += [(turn, label, path) for turn, path in enumerate(paths)]
+    # Each class in turn, so that the first images, all that a limit leaves, have every class.
+    found.sort()
+    images = [_decode(str(path), path.read_bytes(), size, exact=False) for _, _, path in found]
+    return Split(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), torch.tensor([label for _, label, _ in found]))
 
 
 def _images(folder: Path) -> Iterator[Path]:
-    if folder.is_dir():
-        yield from sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
+    """The images of a class, also those in folders within; nothing hidden."""
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(names):
+            if not name.startswith(".") and name.lower().endswith(IMAGE_SUFFIXES):
+                yield Path(parent, name)
 
 
 def _decode(where: str, encoded: Any, size: int, exact: bool) -> np.ndarray:
@@ -198,12 +220,25 @@ def _decode(where: str, encoded: Any, size: int, exact: bool) -> np.ndarray:
     from PIL import Image, ImageOps
 
     try:
-        image = Image.open(io.BytesIO(encoded)).convert("RGB")
+        image = _in_bytes(Image.open(io.BytesIO(encoded))).convert("RGB")
     except Exception as error:
         raise DataError(f"{where}: this is no readable image: {error}") from error
     if exact and image.size != (size, size):
         raise DataError(f"{where}: the image must have {size}x{size} pixels, got {image.size[0]}x{image.size[1]}")
     return np.asarray(ImageOps.fit(image, (size, size)))
+
+
+def _in_bytes(image: Any) -> Any:
+    """A PIL image of wide greys with 8 bits each; PIL's own conversion would clip them to white."""
+    from PIL import Image
+
+    # PIL reads 16-bit PNM files, and other formats' 32 bits, as "I".
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        # The high byte, which is what PIL keeps of 16-bit colours.
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(f"its pixels are 32-bit {'integers' if image.mode == 'I' else 'floats'}, whose range is unknown")
+    return image
 
 
 def draw_crops(count: int, side: int, crop: int, generator: torch.Generator) -> list[Tensor]:

@@ -1,6 +1,6 @@
 """MixUp or manifold mixup, and the mixed loss, in a LightningModule.
 
-python examples/lightning_module.py    # the embedded digits, three epochs; needs the package `lightning`
+python examples/lightning_module.py    # the embedded digits, three epochs; needs the extra regfast[lightning]
 """
 
 from __future__ import annotations
@@ -10,11 +10,15 @@ from typing import Any
 import data
 import models
 import torch
-from lightning import LightningModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 import regfast
+
+try:
+    from lightning import LightningModule, Trainer
+except ImportError as error:
+    raise SystemExit(f"this example needs Lightning: pip install 'regfast[lightning]' ({error})") from error
 
 
 class MixedClassifier(LightningModule):

@@ -1,7 +1,8 @@
-"""The chapter's networks, and anybody's by name."""
+"""The chapter's networks, and those of timm and torchvision by name."""
 
 from __future__ import annotations
 
+from libraries import load
 from torch import nn
 
 import regfast
@@ -37,7 +38,8 @@ def make(name: str, channels: int, classes: int, *, width: int = 32, rezero: boo
     `width` is that of the first two's first convolution.
 
     Raises:
-        ValueError: for a name that nobody knows, or gates where there are none to have.
+        ValueError: for an unknown name, or gates outside "resnet".
+        ImportError: for a library that does not import.
     """
     library, _, kind = name.partition(":")
     if rezero and name != "resnet":
@@ -46,16 +48,23 @@ def make(name: str, channels: int, classes: int, *, width: int = 32, rezero: boo
         model: nn.Module = cnn(channels, classes, width)
     elif name == "resnet":
         model = resnet(channels, classes, width, rezero)
-    elif library == "timm" and kind:
-        import timm
-
-        model = timm.create_model(kind, num_classes=classes, in_chans=channels)
-    elif library == "torchvision" and kind:
-        import torchvision
-
-        if channels != 3:
-            raise ValueError(f"torchvision's models take images of 3 channels, and these have {channels}")
-        model = torchvision.models.get_model(kind, num_classes=classes)
+    elif library in ("timm", "torchvision") and kind:
+        model = _of_library(library, kind, channels, classes)
     else:
         raise ValueError(f"--model must be cnn, resnet, timm:NAME or torchvision:NAME, got {name!r}")
     return regfast.antialias(model) if antialias else model
+
+
+def _of_library(library: str, kind: str, channels: int, classes: int) -> nn.Module:
+    module, name = load(library), f"--model {library}:{kind}"
+    if library == "timm":
+        try:
+            return module.create_model(kind, num_classes=classes, in_chans=channels)
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(f"{name}: timm makes no such model: {error}") from error
+    # The classifiers alone: a detector would download the weights of its backbone.
+    if kind not in module.models.list_models(module.models):
+        raise ValueError(f"{name}: torchvision has no such classifier")
+    if channels != 3:
+        raise ValueError(f"{name}: torchvision's models take images of 3 channels, and these have {channels}")
+    return module.models.get_model(kind, num_classes=classes)

@@ -26,6 +26,8 @@ from .ops.mixup import blend
 
 __all__ = ["ManifoldMixup"]
 
+# So many hidden layers are candidates by default at most: as many as in the blog's ResNet.
+_HIDDEN = 4
 # So many forwards may await their backwards, with activation checkpointing, before the mix of the first is forgotten.
 _REMEMBERED = 256
 
@@ -40,9 +42,12 @@ class ManifoldMixup(nn.Module):
 
     Args:
         model: any nn.Module, also one in DistributedDataParallel or torch.compile.
-        layers: names of modules, as in `model.named_modules()`; the output of each is a candidate. By default the blog's choice:
-            what enters the first nn.Sequential among the model's children ("stem"), and the output of every such stage but the
-            last. In a model that is an nn.Sequential and holds none, the children are the stages.
+        layers: names of modules, as in `model.named_modules()`; the output of each is a candidate.
+            By default the blog's choice in any network: what enters the first stage ("stem"), and
+            what every stage but the last hands on; four of these, spread evenly, where there are
+            more. The stages are the first three or more children of one class that are met from
+            the model down through its largest child: a ResNet's layer1 to layer4, a transformer's
+            blocks, the convolutions of a plain nn.Sequential.
         alpha: lam is drawn from Beta(alpha, alpha), one for the batch; 0 mixes nothing.
         include_input: whether the input, x, is a candidate as well.
         generator: drawn from as it is; it must be on the host. By default a generator of the module's own: reproducible from
@@ -346,20 +351,65 @@ def _unwrapped(model: nn.Module) -> tuple[str, nn.Module]:
 
 
 def _default_candidates(model: nn.Module) -> tuple[_Candidate, ...]:
-    """The blog's: what enters the first stage, and the output of every stage but the last."""
+    """What enters the first stage, and what every stage but the last hands on; four at most."""
     path, inner = _unwrapped(model)
-    children = dict(inner.named_children())
-    stages = [name for name, child in children.items() if isinstance(child, nn.Sequential)]
-    stem = [_Candidate("stem", path + name, before=True) for name in stages[:1] if name != next(iter(children))]
-    if isinstance(inner, nn.Sequential) and not stages:
-        stages = list(children)
-    candidates = (*stem, *(_Candidate(name, path + name) for name in stages[:-1]))
-    if not candidates:
+    parent, stages = _stages(inner)
+    module, prefix = inner.get_submodule(parent), f"{parent}." if parent else ""
+    children = list(module._modules)
+    places = []
+    for before, stage in zip((None, *stages), stages):
+        if before is None:
+            if not _is_first(inner, prefix + stage):
+                places.append(_Candidate("stem", path + prefix + stage, before=True))
+        elif isinstance(module, nn.Sequential):
+            # What lies between two stages counts with the first. It may be one module in many places,
+            # such as a shared ReLU, so that the hook is the next stage's.
+            name = children[children.index(stage) - 1]
+            places.append(_Candidate(prefix + name, path + prefix + stage, before=True))
+        else:
+            places.append(_Candidate(prefix + before, path + prefix + before))
+    if not places:
         raise ValueError(
-            "layers must name modules: by default they are the nn.Sequential among the model's children, but the last, and "
-            f"{type(inner).__name__} leaves none (its children are {_quoted(children)})"
+            "layers must name modules: by default they are blocks of one class, or the layers of an nn.Sequential, and "
+            f"{type(inner).__name__} holds none (its children are {_quoted(dict(inner.named_children()))})"
         )
-    return candidates
+    count = min(len(places), _HIDDEN)
+    return tuple(places[(2 * i + 1) * len(places) // (2 * count)] for i in range(count))
+
+
+def _stages(model: nn.Module) -> tuple[str, list[str]]:
+    """The path of the module that holds the stages, and their names in it.
+
+    It is the first with at least three children of one class, from the model down through the child
+    of most modules; failing that, the one with most.
+    """
+    best: tuple[str, list[str]] = "", []
+    path, module = "", model
+    while len(best[1]) < 3:
+        children = {name: child for name, child in module.named_children() if any(True for _ in child.parameters())}
+        if not children:
+            break
+        alike: dict[type[nn.Module], list[str]] = {}
+        for name, child in children.items():
+            # A ModuleList is never called. Only in an nn.Sequential is it known what follows a layer.
+            if not isinstance(child, nn.ModuleList) and (child._modules or isinstance(module, nn.Sequential)):
+                alike.setdefault(type(child), []).append(name)
+        size = {name: sum(1 for _ in child.modules()) for name, child in children.items()}
+        stages = max(alike.values(), key=lambda names: sum(map(size.__getitem__, names)), default=[])
+        if len(stages) > len(best[1]):
+            best = path, stages
+        largest = max(size, key=size.__getitem__)
+        path, module = f"{path}.{largest}" if path else largest, children[largest]
+    return best
+
+
+def _is_first(model: nn.Module, path: str) -> bool:
+    """Whether every step of the path is to a first child, so that the model's input enters there."""
+    for name in path.split("."):
+        if name != next(iter(model._modules)):
+            return False
+        model = model.get_submodule(name)
+    return True
 
 
 def _named_candidates(model: nn.Module, layers: Any) -> tuple[_Candidate, ...]:
@@ -400,13 +450,20 @@ def _never_ran(model: nn.Module, candidates: Sequence[_Candidate], runs: Sequenc
 
 def _last_block(model: nn.Module, candidate: _Candidate) -> str | None:
     """The name of the module that hands the candidate on where the candidate's own module does not run."""
-    if candidate.before:
-        parent, _, stage = candidate.path.rpartition(".")
-        children = list(dict(model.get_submodule(parent).named_children()))
-        return children[children.index(stage) - 1]
-    module = model.get_submodule(candidate.path)
-    blocks = list(dict(module.named_children())) if isinstance(module, (nn.Sequential, nn.ModuleList)) else []
-    return f"{candidate.name}.{blocks[-1]}" if blocks else None
+    path = _previous(model, candidate.path) if candidate.before else candidate.path
+    name = path
+    while (module := model.get_submodule(name))._modules and isinstance(module, (nn.Sequential, nn.ModuleList)):
+        name += f".{list(module._modules)[-1]}"
+    return name if candidate.before or name != path else None
+
+
+def _previous(model: nn.Module, path: str) -> str:
+    """The path of the sibling before this module; of a first child, the one before its parent."""
+    parent, _, name = path.rpartition(".")
+    children = list(model.get_submodule(parent)._modules)
+    if name == children[0]:
+        return _previous(model, parent)
+    return ".".join(filter(None, (parent, children[children.index(name) - 1])))
 
 
 def _check_labels(y: Any, x: Any) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import nn
 
+from ._core.dispatch import use_triton
 from ._core.geometry import Window
 from ._core.layout import with_format
 from .ops.blur_pool import blur_pool
@@ -15,7 +16,7 @@ from .ops.max_blur_pool import max_blur_pool
 
 __all__ = ["warm_up"]
 
-# What the kernels read and write at once, at most: so many columns, or so many channels.
+# The most columns, or channels, that the kernels read and write at once.
 COLUMNS, CHANNELS = 8, 4
 # Images of up to this width are cut to fit it.
 NARROW = 64
@@ -24,27 +25,50 @@ NARROW = 64
 def warm_up(
     model: nn.Module,
     *,
-    device: torch.device | str = "cuda",
-    dtypes: Iterable[torch.dtype] = (torch.float32,),
+    device: torch.device | str | None = None,
+    dtypes: Iterable[torch.dtype] | None = None,
     memory_formats: Iterable[torch.memory_format] = (torch.contiguous_format, torch.channels_last),
     backward: bool = True,
     widths: Iterable[int] = (56, 28, 14),
 ) -> None:
-    """Compiles every kernel that the model's pooling layers and blurs will want, for images wider than 64, and of `widths`.
+    """Compiles the kernels of a model's poolings and blurs, for images over 64 wide and of `widths`.
 
-    A kernel is compiled for a window, a dtype, a memory format, an alignment and the borders that outputs read beyond, and not
-    for a size; but images of up to 64 columns are cut to fit their width, of which there are a few ways. The alignments are, of
-    contiguous images, whether the width is a multiple of 8, 4, 2 or 1, and the output's of half as many; of channels-last ones,
-    whether the channels are a multiple of 4, 2 or 1. This runs each layer on small images of all of them. What it leaves
-    out compiles when it is met: other narrow images; tensors that begin at an address which is no multiple of 16 bytes, that span
-    2^31 elements or more, or that are sliced or expanded along the innermost axis. On a CPU nothing is compiled.
+    A kernel is compiled for a window, a dtype, a memory format, an alignment and the borders that
+    outputs read beyond, and not for a size; but images of up to 64 columns are cut to fit their
+    width, of which there are a few ways. The alignments are, of contiguous images, whether the
+    width is a multiple of 8, 4, 2 or 1, and the output's of half as many; of channels-last ones,
+    whether the channels are a multiple of 4, 2 or 1. This runs each layer on small images of all of
+    them. What it leaves out compiles when it is met: other narrow images; tensors that begin at an
+    address which is no multiple of 16 bytes, that span 2^31 elements or more, or that are sliced or
+    expanded along the innermost axis.
+
+    Where operations take the PyTorch reference, as on a CPU, nothing is compiled and nothing is run.
 
     Args:
         model: the layers are found among its modules; nothing in it changes.
-        device, dtypes, memory_formats: of the images to come. `torch.channels_last` stands for volumes' format too.
+        device: where the images will be. By default the device of the model's parameters, or for a
+            model without any the GPU, if there is one.
+        dtypes: the images' dtypes. By default that of the model's parameters, and where this is
+            float32, or there are none, bfloat16 as well, in which autocast runs the model.
+        memory_formats: the images' formats. `torch.channels_last` stands for volumes' format too.
         backward: compile the backward too.
-        widths: of narrow images to come, for instance of a network's later stages.
+        widths: the widths of narrow images, for instance of a network's later stages.
+
+    Raises:
+        RuntimeError: where backend "triton" is asked for and cannot run on the device.
+
+    Example:
+        >>> model = regfast.antialias(torchvision.models.resnet50())
+        >>> if torch.cuda.is_available():
+        ...     regfast.warm_up(model.cuda(), memory_formats=[torch.channels_last])
     """
+    weight = next((p for p in model.parameters() if p.is_floating_point()), None)
+    if device is None:
+        device = ("cuda" if torch.cuda.is_available() else "cpu") if weight is None else weight.device
+    if dtypes is None:
+        own = torch.float32 if weight is None else weight.dtype
+        dtypes = (own, torch.bfloat16) if own == torch.float32 else (own,)
+    dtypes = [dtype for dtype in dtypes if use_triton(torch.empty(0, device=device, dtype=dtype), dtype)]
     held = (getattr(layer, "_window", None) for layer in model.modules())
     windows = {window for window in held if isinstance(window, Window)}
     wanted = {memory_format != torch.contiguous_format for memory_format in memory_formats}

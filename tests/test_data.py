@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import pickle
+import struct
+import zlib
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -14,6 +18,7 @@ import torch
 pytest.importorskip("PIL.Image", reason="the demo extra is not installed")
 
 import data
+import libraries
 from data import DataError, load
 from PIL import Image
 
@@ -70,15 +75,15 @@ def test_cifar_is_read_in_whichever_form_it_lies(tmp_path: Path, ten: bool, form
     assert len(load("cifar10" if ten else "cifar100", tmp_path, limit=3).train.x) == 3
 
 
+def torchvision_datasets() -> ModuleType:
+    if importlib.util.find_spec("torchvision") is None:
+        pytest.skip("torchvision is not installed")
+    return libraries.load("torchvision").datasets
+
+
 def test_torchvision_s_folder_is_read_by_torchvision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It checks sums that a small copy has not, so that the sums are taken for right here."""
-    from peers import AbsentError
-    from peers import load as load_peer
-
-    try:
-        datasets = load_peer("torchvision.datasets")
-    except AbsentError as absent:
-        pytest.skip(f"torchvision: {absent}")
+    datasets = torchvision_datasets()
     folder = tmp_path / "cifar-10-batches-py"
     folder.mkdir()
     images = pixels(6)
@@ -102,8 +107,130 @@ def test_a_folder_of_classes_is_read_and_cut_to_squares(tmp_path: Path) -> None:
     (tmp_path / "train" / "cat" / "notes.txt").write_text("no image")
     found = load("folder", tmp_path, size=16)
     assert found.classes == ["cat", "dog"] and found.name == tmp_path.name
-    assert found.train.x.shape == (6, 3, 16, 16) and found.train.y.tolist() == [0, 0, 0, 1, 1, 1]
+    assert found.train.x.shape == (6, 3, 16, 16) and found.train.y.tolist() == [0, 1, 0, 1, 0, 1]
     assert found.test.x.shape == (2, 3, 16, 16)
+
+
+def write_folder(root: Path, images: dict[str, int]) -> None:
+    """So many images of one colour each, all different, in each folder."""
+    colour = 0
+    for name, count in images.items():
+        (root / name).mkdir(parents=True)
+        for n in range(count):
+            colour += 1
+            Image.new("RGB", (8, 8), (colour, 2 * colour, 3 * colour)).save(root / name / f"{n}.png")
+
+
+def test_a_folder_is_read_as_torchvision_reads_it(tmp_path: Path) -> None:
+    """Folders within a class, links and upper case included; files beside the classes and of other kinds are not."""
+    folders = ("train/cat", "train/cat/b", "train/cat-b", "train/dog/old", "test/cat", "test/cat-b", "test/dog", "more")
+    write_folder(tmp_path, dict.fromkeys(folders, 2))
+    (tmp_path / "train" / "dog" / "more").symlink_to(tmp_path / "more")
+    (tmp_path / "train" / "dog" / "old" / "0.png").rename(tmp_path / "train" / "dog" / "0.PNG")
+    Image.new("L", (8, 8), 200).save(tmp_path / "train" / "dog" / "grey.pgm")
+    Image.new("L", (8, 8), 100).save(tmp_path / "train" / "beside.png")
+    (tmp_path / "train" / "dog" / "notes.txt").write_text("no image")
+    found = load("folder", tmp_path, size=8)
+    for split, name in ((found.train, "train"), (found.test, "test")):
+        theirs = torchvision_datasets().ImageFolder(tmp_path / name)
+        assert list(found.classes) == theirs.classes
+        expected = sorted((label, *image.getpixel((0, 0))) for image, label in theirs)
+        assert sorted((label, *x[:, 0, 0].tolist()) for x, label in zip(split.x, split.y.tolist())) == expected
+
+
+def test_what_is_hidden_is_no_class_and_no_image(tmp_path: Path) -> None:
+    write_folder(tmp_path, dict.fromkeys(("train/cat", "train/dog", "test/cat", "test/dog"), 2))
+    for folder in ("train/.ipynb_checkpoints", "test/.git", "train/cat/.thumbnails"):
+        write_folder(tmp_path, {folder: 1})
+    # What macOS leaves beside a copied file.
+    (tmp_path / "train" / "dog" / "._0.png").write_bytes(b"no image")
+    found = load("folder", tmp_path, size=8)
+    assert found.classes == ["cat", "dog"]
+    assert found.train.y.bincount().tolist() == found.test.y.bincount().tolist() == [2, 2]
+
+
+@pytest.mark.parametrize("split,name", [("train", "dog"), ("test", "cat")])
+def test_a_class_without_images_is_named(tmp_path: Path, split: str, name: str) -> None:
+    folders = dict.fromkeys(("train/cat", "train/dog", "test/cat", "test/dog"), 1)
+    write_folder(tmp_path, folders | {f"{split}/{name}": 0})
+    check_refused("folder", tmp_path, [str(tmp_path / split / name), "has no images"])
+    (tmp_path / split / name / ".hidden.png").write_bytes(encoded(pixels(1)[0]))
+    check_refused("folder", tmp_path, [str(tmp_path / split / name), "has no images"])
+    # Nor may a test set lack a class.
+    if split == "test":
+        (tmp_path / split / name / ".hidden.png").unlink()
+        (tmp_path / split / name).rmdir()
+        check_refused("folder", tmp_path, [str(tmp_path / split / name), "has no images"])
+
+
+def test_the_first_images_of_a_folder_are_of_every_class(tmp_path: Path) -> None:
+    """They are what a limit leaves, and the ones that are shifted in the end."""
+    write_folder(tmp_path, {f"{split}/{name}": 5 for split in ("train", "test") for name in ("cat", "dog", "eel")})
+    found = load("folder", tmp_path, limit=6)
+    assert found.train.y.bincount().tolist() == found.test.y.bincount().tolist() == [2, 2, 2]
+
+
+def png(pixels: np.ndarray) -> bytes:
+    """16 bits a channel, grey (H, W) or RGB (H, W, 3), which PIL reads and does not write."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    height, width = pixels.shape[:2]
+    header = struct.pack(">IIBBBBB", width, height, 16, 0 if pixels.ndim == 2 else 2, 0, 0, 0)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(map(chunk, (b"IHDR", b"IDAT", b"IEND"), (header, zlib.compress(rows), b"")))
+
+
+def saved(pixels: np.ndarray, kind: str) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def read_as_folder(root: Path, content: bytes, suffix: str) -> np.ndarray:
+    for split in ("train", "test"):
+        (root / split / "cat").mkdir(parents=True)
+        (root / split / "cat" / f"0.{suffix}").write_bytes(content)
+    return load("folder", root, size=8).train.x[0].permute(1, 2, 0).numpy()
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif", "pgm"])
+def test_wide_greys_are_scaled_to_bytes(tmp_path: Path, suffix: str) -> None:
+    grey = GENERATOR.integers(0, 65536, (8, 8), dtype=np.uint16)
+    content = png(grey) if suffix == "png" else saved(grey, {"tif": "TIFF", "pgm": "PPM"}[suffix])
+    read = read_as_folder(tmp_path, content, suffix)
+    assert (read == (grey // 256)[..., None]).all() and 64 < read.mean() < 192
+
+
+def test_wide_colours_are_scaled_to_bytes(tmp_path: Path) -> None:
+    colours = GENERATOR.integers(0, 65536, (8, 8, 3), dtype=np.uint16)
+    assert (read_as_folder(tmp_path, png(colours), "png") == colours // 256).all()
+
+
+@pytest.mark.parametrize("dtype,words", [(np.int32, "32-bit integers"), (np.float32, "32-bit floats")])
+def test_pixels_of_an_unknown_range_are_refused(tmp_path: Path, dtype: type, words: str) -> None:
+    with pytest.raises(DataError, match=rf"0\.tif: this is no readable image: its pixels are {words}"):
+        read_as_folder(tmp_path, saved(np.full((8, 8), 1000, dtype), "TIFF"), "tif")
+
+
+@pytest.mark.parametrize("ten", [True, False], ids=["cifar10 for cifar100", "cifar100 for cifar10"])
+@pytest.mark.parametrize("form", [parquet, binary])
+def test_one_cifar_is_not_taken_for_the_other(tmp_path: Path, ten: bool, form: Callable) -> None:
+    form(tmp_path, ten, pixels(10), list(range(10)))
+    if form is parquet:
+        words = ["train.parquet has no column", "fine_label, but img, label" if ten else "label, but img, fine_label"]
+    else:
+        words = ["none of", "but data_batch_1.bin" if ten else "but test.bin, train.bin"]
+    check_refused("cifar100" if ten else "cifar10", tmp_path, words)
+
+
+@pytest.mark.parametrize("ten,words", [(True, "class below 10, got 10"), (False, "class below 100, got 100")])
+def test_a_label_of_no_class_is_refused_in_the_binaries_too(tmp_path: Path, ten: bool, words: str) -> None:
+    binary(tmp_path, ten, pixels(10), [*range(9), 10 if ten else 100])
+    check_refused(
+        "cifar10" if ten else "cifar100", tmp_path, ["data_batch_5.bin, record 1" if ten else "train.bin, record 9", words]
+    )
 
 
 def test_the_digits_are_in_the_box() -> None:

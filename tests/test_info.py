@@ -24,6 +24,19 @@ def test_the_paths_of_the_cpu(choice, expected):
     assert f"torch      {torch.__version__}" in done.stdout
 
 
+def test_a_reader_may_stop_early():
+    """As `head` does, which closes its end of the pipe; here it is closed before a line is written."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    # Python writes through, so that the first line meets the closed pipe, or all at its end.
+    for unbuffered in ("", "1"):
+        environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+        command = [sys.executable, "-m", "regfast.info"]
+        done = subprocess.run(command, env=environment, stdout=writer, stderr=subprocess.PIPE, text=True)
+        assert (done.returncode, done.stderr) == (0, "")
+    os.close(writer)
+
+
 def test_an_unknown_choice_is_named():
     environment = {**os.environ, "REGFAST_BACKEND": "gpu"}
     done = subprocess.run([sys.executable, "-m", "regfast.info"], env=environment, capture_output=True, text=True)

@@ -12,6 +12,7 @@ import weakref
 from collections import OrderedDict, namedtuple
 from functools import partial
 
+import models
 import pytest
 import torch
 from peers import AbsentError, load
@@ -121,13 +122,164 @@ def test_the_prefix_runs_once():
 
 
 def test_a_plain_sequential():
-    """With stages among its children these count; without, every child but the last."""
+    """With stages among its children these count; without, each layer and what follows it."""
     model = mlp()
     assert ManifoldMixup(model).candidates == ("input", "stem", "1", "2")
-    flat = nn.Sequential(OrderedDict(a=nn.Linear(8, 8), b=nn.Tanh(), c=nn.Linear(8, 3)))
+    layers = OrderedDict(a=nn.Linear(8, 8), b=nn.Tanh(), c=nn.Linear(8, 8), d=nn.Tanh(), e=nn.Linear(8, 3))
+    flat = nn.Sequential(layers)
     mm = ManifoldMixup(flat)
-    assert mm.candidates == ("input", "a", "b")
-    check_every_candidate(mm, list(flat), *batch(6, 8))
+    assert mm.candidates == ("input", "b", "d")
+    check_every_candidate(mm, [flat[:2], flat[2:4], flat[4:]], *batch(6, 8))
+    assert ManifoldMixup(flat[:3]).candidates == ("input", "b")
+
+
+def test_a_plain_sequential_with_one_activation_in_many_places():
+    relu = nn.ReLU()
+    model = nn.Sequential(nn.Linear(8, 8), relu, nn.Linear(8, 8), relu, nn.Linear(8, 8), relu, nn.Linear(8, 3))
+    mm = ManifoldMixup(model)
+    assert mm.candidates == ("input", "1", "3", "5")
+    check_every_candidate(mm, [model[:2], model[2:4], model[4:6], model[6:]], *batch(6, 8))
+
+
+def test_two_stages_count_where_nothing_within_them_does():
+    stages = [nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(2)]
+    model = nn.Sequential(OrderedDict(stem=nn.Tanh(), a=stages[0], b=stages[1], head=nn.Linear(8, 3)))
+    mm = ManifoldMixup(model)
+    assert mm.candidates == ("input", "stem", "a")
+    check_every_candidate(mm, [model[:1], model[1], model[2:]], *batch(6, 8))
+
+
+def test_the_examples_networks():
+    """No candidate is in the head."""
+    cnn, resnet = models.make("cnn", 3, 10, width=4), models.make("resnet", 3, 10, width=4)
+    activations_and_poolings = ("input", "2", "6", "13", "16")
+    assert ManifoldMixup(cnn).candidates == activations_and_poolings
+    assert ManifoldMixup(regfast.antialias(cnn)).candidates == activations_and_poolings
+    assert ManifoldMixup(resnet).candidates == ("input", "5", "13", "20", "28")
+    check_runs(ManifoldMixup(resnet), torch.randn(4, 3, 16, 16))
+
+
+QUARTERS = "blocks.0 blocks.3 blocks.6 blocks.9"
+STAGES = "stem stages.0 stages.1 stages.2"
+# A network of each family: what makes it small, the images' size (0: its like runs), and its
+# hidden candidates.
+FAMILIES = {
+    "timm resnet18": ({}, 32, "stem layer1 layer2 layer3"),
+    "timm resnetv2_50": ({}, 32, STAGES),
+    "timm resnext50_32x4d": ({}, 0, "stem layer1 layer2 layer3"),
+    "timm vgg11_bn": ({"mlp_ratio": 0.1}, 32, "features.3 features.10 features.17 features.24"),
+    "timm densenet121": ({}, 32, "stem features.transition1 features.transition2 features.transition3"),
+    "timm regnety_002": ({}, 32, "stem s1 s2 s3"),
+    "timm efficientnet_b0": ({}, 32, "stem blocks.1 blocks.3 blocks.5"),
+    "timm mobilenetv3_small_050": ({}, 32, "stem blocks.1 blocks.2 blocks.4"),
+    "timm convnext_atto": ({}, 32, STAGES),
+    "timm swin_tiny_patch4_window7_224": (
+        {"img_size": 64, "window_size": 2, "embed_dim": 24},
+        64,
+        "stem layers.0 layers.1 layers.2",
+    ),
+    "timm vit_tiny_patch16_224": ({"img_size": 32}, 32, QUARTERS),
+    "timm eva02_tiny_patch14_224": ({"img_size": 28}, 28, QUARTERS),
+    "timm mixer_s16_224": ({"img_size": 32}, 32, "blocks.0 blocks.2 blocks.4 blocks.6"),
+    "timm hrnet_w18_small": ({}, 32, "stem stage2 stage3"),
+    "timm poolformer_s12": ({}, 32, STAGES),
+    "torchvision resnet18": ({}, 32, "stem layer1 layer2 layer3"),
+    "torchvision resnext50_32x4d": ({}, 0, "stem layer1 layer2 layer3"),
+    "torchvision wide_resnet50_2": ({}, 0, "stem layer1 layer2 layer3"),
+    "torchvision resnet152": ({}, 0, "stem layer1 layer2 layer3"),
+    "torchvision vgg11_bn": ({}, 0, "features.3 features.10 features.17 features.24"),
+    "torchvision googlenet": (
+        {"aux_logits": False, "init_weights": False},
+        32,
+        "inception3a inception4a inception4c inception4e",
+    ),
+    "torchvision densenet121": ({}, 32, "stem features.transition1 features.transition2 features.transition3"),
+    "torchvision regnet_y_400mf": (
+        {},
+        32,
+        "stem trunk_output.block1 trunk_output.block2 trunk_output.block3",
+    ),
+    "torchvision shufflenet_v2_x0_5": ({}, 32, "conv1 stage2 stage3 stage4"),
+    "torchvision efficientnet_b0": ({}, 32, "stem features.2 features.4 features.6"),
+    "torchvision mobilenet_v3_small": ({}, 32, "features.1 features.4 features.6 features.9"),
+    "torchvision convnext_tiny": ({}, 32, "stem features.2 features.4 features.6"),
+    "torchvision swin_t": ({}, 32, "features.0 features.2 features.4 features.6"),
+    "torchvision vit_b_16": (
+        {"image_size": 32},
+        32,
+        " ".join(f"encoder.layers.encoder_layer_{i}" for i in (0, 3, 6, 9)),
+    ),
+}
+# One of each kind of trunk and small: stages of an nn.Sequential, blocks of a ModuleList, and a list of layers.
+QUICK = {
+    "timm mobilenetv3_small_050",
+    "timm eva02_tiny_patch14_224",
+    "timm vit_tiny_patch16_224",
+    "timm convnext_atto",
+    "torchvision mobilenet_v3_small",
+}
+
+
+def network(name):
+    library, name = name.split()
+    return partial(peer(library).create_model if library == "timm" else peer("torchvision.models").get_model, name)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_candidates_of_every_family(name):
+    """The stages' ends, spread over the depth: four in most, and none within the last stage or the head."""
+    options, _, hidden = FAMILIES[name]
+    # (RegNet reads its widths from a tensor.)
+    with torch.device("cpu" if "regnet_y" in name else "meta"):
+        model = network(name)(**options)
+    mm = ManifoldMixup(model)
+    assert mm.candidates == ("input", *hidden.split())
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n, row in FAMILIES.items() if row[1]]
+)
+def test_each_family_mixes_at_each_candidate(name):
+    options, size, _ = FAMILIES[name]
+    check_runs(ManifoldMixup(network(name)(**options, num_classes=7)), torch.randn(4, 3, size, size))
+
+
+def as_trained(model, x):
+    """In eval mode, with the statistics of x and no weight zero: else a deep network's outputs are, and mix to nothing."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.momentum = 1.0
+    for parameter in model.parameters():
+        if not parameter.any() and parameter.ndim > 1:
+            nn.init.normal_(parameter, std=0.1)
+    with torch.no_grad():
+        model.train()(x)
+    model.eval()
+
+
+def check_runs(mm, x):
+    """Calls until each candidate was drawn: the output is neither the bare one nor a blend of the bare ones.
+
+    That each candidate runs once in a forward is checked by the call itself.
+    """
+    as_trained(mm.model, x)
+    with torch.no_grad():
+        bare = mm.model(x)
+    apart, y, drawn = 1e-3 * bare.abs().max(), torch.arange(len(x)), set()
+    for _ in range(100):
+        mixed, (_, index, lam) = mm(x, y)
+        if mm.last_layer in drawn or index.equal(y):
+            continue
+        drawn.add(mm.last_layer)
+        assert mixed.shape == bare.shape and mixed.isfinite().all()
+        assert (mixed - bare).abs().max() > apart
+        assert (mixed - (lam * bare + (1 - lam) * bare[index])).abs().max() > apart
+        mm.zero_grad()
+        mixed.sum().backward()
+        assert all(p.grad is None or p.grad.isfinite().all() for p in mm.model.parameters())
+        if drawn == set(mm.candidates):
+            return
+    raise AssertionError(f"drawn: {drawn}")
 
 
 def test_a_vit_s_blocks(timm):
@@ -144,7 +296,7 @@ def test_a_vit_s_blocks(timm):
         output, target = mm(x, y)
         expected = model.forward_head(two_prefixes(blocks, mm.last_k + 1, x, target.b, target.lam))
         torch.testing.assert_close(output, expected, **ROUNDING)
-    assert ManifoldMixup(model).candidates == ("input", "stem")
+    assert ManifoldMixup(model).candidates == ("input", "stem", "blocks.0", "blocks.1", "blocks.2")
 
 
 @dataclasses.dataclass
@@ -577,6 +729,18 @@ def test_timm_s_checkpointing(timm):
 
     for ours, expected in zip(step(True), step(False)):
         torch.testing.assert_close(ours, expected, **ROUNDING)
+
+
+def test_timm_s_checkpointing_of_nested_stages(timm):
+    """What runs in place of a stage is named by its whole path, also where the stage is its parent's first child."""
+    model = timm.create_model("efficientnet_b0", num_classes=10).eval()
+    model.set_grad_checkpointing()
+    x, y = batch(4, 3, 32, 32)
+    with pytest.raises(RuntimeError, match=r"'stem', 'blocks\.1', 'blocks\.3', 'blocks\.5' never ran") as raised:
+        ManifoldMixup(model)(x, y)
+    layers = ["bn1", "blocks.1.1", "blocks.3.2", "blocks.5.3"]
+    assert f"layers={layers}" in str(raised.value)
+    assert ManifoldMixup(model, layers)(x, y)[0].shape == (4, 10)
 
 
 def test_a_gradient_within_the_forward_is_no_second_run():

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+import importlib.util
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,8 +20,11 @@ import torch
 pytest.importorskip("rich", reason="the demo extra is not installed")
 pytest.importorskip("sklearn", reason="the demo extra is not installed")
 
+import models
 import train
-from peers import AbsentError, load
+from test_data import binary, pixels, write_folder
+
+import regfast
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SMALL = ("--limit", "128", "--epochs", "1", "--width", "4", "--batch", "32", "--shift-images", "8", "--device", "cpu")
@@ -66,16 +73,72 @@ def test_every_flag_runs(tmp_path: Path, flags: tuple[str, ...], capsys: pytest.
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["timm:resnet18", "torchvision:resnet18"])
 def test_other_people_s_models_train(tmp_path: Path, model: str) -> None:
-    from test_data import binary, pixels
-
-    try:
-        load("timm" if model.startswith("timm") else "torchvision.models")
-    except AbsentError as absent:
-        pytest.skip(str(absent))
+    """In a process of their own, where nothing else has helped torchvision to load."""
+    skip_without(model)
     binary(tmp_path, True, pixels(70), list(range(10)) * 7)
     flags = ("--data", "cifar10", "--root", str(tmp_path), "--model", model, "--antialias", "--mixup", "0.2")
-    result = run(tmp_path / "out", *flags)
-    assert 0 <= result["accuracy"] <= 1
+    command = [sys.executable, str(EXAMPLES / "train.py"), *SMALL, *flags, "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (record,) = lines(tmp_path / "out")
+    assert 0 < record["loss"] < 10
+
+
+def skip_without(model: str) -> None:
+    library = model.split(":")[0]
+    if importlib.util.find_spec(library) is None:
+        pytest.skip(f"{library} is not installed")
+
+
+@pytest.mark.parametrize("model,channels", [("timm:resnet18", 1), ("torchvision:resnet18", 3)])
+def test_other_people_s_models_are_made_as_asked(model: str, channels: int) -> None:
+    skip_without(model)
+    made = models.make(model, channels, 7, antialias=True)
+    assert made.conv1.in_channels == channels and made.fc.out_features == 7
+    assert any(isinstance(module, regfast.MaxPool2dAA) for module in made.modules())
+
+
+@pytest.mark.parametrize(
+    "model,words",
+    [
+        ("timm:nosuch", "--model timm:nosuch: timm makes no such model: Unknown model (nosuch)"),
+        ("torchvision:nosuch", "--model torchvision:nosuch: torchvision has no such classifier"),
+        # It would download a backbone.
+        ("torchvision:fasterrcnn_resnet50_fpn", "torchvision has no such classifier"),
+        # The digits have one channel.
+        ("torchvision:resnet18", "images of 3 channels, and these have 1"),
+    ],
+)
+def test_a_model_that_cannot_be_had_is_one_line(tmp_path: Path, model: str, words: str, capsys) -> None:
+    skip_without(model)
+    assert words in refused(tmp_path / "out", capsys, "--model", model)
+
+
+@pytest.mark.parametrize("library", ["timm", "torchvision"])
+def test_a_library_that_is_not_installed_is_one_line(tmp_path: Path, library: str, capsys, monkeypatch) -> None:
+    # A module that is None here does not import, whatever is installed.
+    monkeypatch.setitem(sys.modules, library, None)
+    told = refused(tmp_path / "out", capsys, "--model", f"{library}:resnet18")
+    assert told.startswith(f"error: {library} does not import: ") and told.endswith(f"(pip install {library})\n")
+
+
+def test_a_library_that_does_not_import_is_one_line(tmp_path: Path, capsys, monkeypatch) -> None:
+    (tmp_path / "timm").mkdir()
+    (tmp_path / "timm" / "__init__.py").write_text('raise RuntimeError("its operators are missing\\nand more")')
+    monkeypatch.delitem(sys.modules, "timm", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    told = refused(tmp_path / "out", capsys, "--model", "timm:resnet18")
+    assert re.fullmatch(r"error: timm does not import beside torch \S+: its operators are missing\n", told)
+
+
+def refused(out: Path, capsys: pytest.CaptureFixture[str], *flags: str) -> str:
+    """The one line that an error is, with status 2, before anything is written."""
+    with pytest.raises(SystemExit) as raised:
+        run(out, *flags)
+    assert raised.value.code == 2 and not out.exists()
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1
+    return told
 
 
 class Interrupted(Exception):
@@ -117,6 +180,128 @@ def test_a_run_that_has_ended_says_the_same_again(tmp_path: Path, monkeypatch: p
     assert run(tmp_path) == first
 
 
+@pytest.fixture
+def epochs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The epochs that have been trained; their number is the time that a deadline is held against."""
+    begun: list[int] = []
+    epoch = train.Run.epoch
+
+    def counted(self):
+        begun.append(1)
+        return epoch(self)
+
+    monkeypatch.setattr(train.Run, "epoch", counted)
+    clock = SimpleNamespace(monotonic=lambda: len(begun), perf_counter=time.perf_counter)
+    monkeypatch.setattr(train, "time", clock)
+    return begun
+
+
+def test_after_the_deadline_no_epoch_begins_and_another_call_goes_on(tmp_path: Path, epochs: list[int]) -> None:
+    flags = ("--epochs", "3", "--mixup", "0.2")
+    whole = run(tmp_path / "whole", *flags)
+    command = [*SMALL, *flags, "--out", str(tmp_path / "broken")]
+    assert train.main(command, deadline=len(epochs)) is None
+    assert not (tmp_path / "broken").exists()
+    assert train.main(command, deadline=len(epochs) + 2) is None
+    assert len(lines(tmp_path / "broken")) == 2 and not (tmp_path / "broken" / "result.json").exists()
+    result = train.main(command)
+    assert len(epochs) == 6 and result["accuracy"] == whole["accuracy"] and result["deviation"] == whole["deviation"]
+    check_equal(*(torch.load(tmp_path / name / "checkpoint.pt")["model"] for name in ("whole", "broken")))
+    # A run that has ended says so at any time.
+    assert train.main(command, deadline=0) == result
+
+
+@pytest.mark.parametrize(
+    "device,world,flags,expected",
+    [
+        ("cuda", 1, (), True),
+        ("cuda", 1, ("--mixup", "1", "--amp", "--channels-last"), True),
+        ("cuda", 1, ("--manifold", "2"), False),
+        ("cuda", 1, ("--compile",), False),
+        ("cuda", 1, ("--eager",), False),
+        ("cuda", 2, (), False),
+        ("mps", 1, (), False),
+        ("cpu", 1, (), False),
+    ],
+)
+def test_where_the_steps_are_cuda_graphs(device: str, world: int, flags: tuple[str, ...], expected: bool) -> None:
+    assert train.is_captured(train.parse(flags), train.Job(0, world, torch.device(device))) is expected
+
+
+class Recorder:
+    """As torch.cuda.make_graphed_callables from outside: it runs the network first, and has a graph of its training alone."""
+
+    def __init__(self) -> None:
+        self.samples: list[torch.Tensor] = []
+        self.replays = 0
+
+    def __call__(self, model: torch.nn.Module, arguments: tuple[torch.Tensor]) -> torch.nn.Module:
+        (sample,) = arguments
+        assert model.training and not torch.is_autocast_cache_enabled()
+        self.samples.append(sample)
+        before, forward = copy.deepcopy(model.state_dict()), model.forward
+        for _ in range(3):
+            model(sample)
+        assert any(not torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+        def graphed(x: torch.Tensor) -> torch.Tensor:
+            if model.training:
+                assert x.shape == sample.shape and x.stride() == sample.stride() and x.dtype == sample.dtype
+                assert not torch.is_autocast_cache_enabled()
+                self.replays += 1
+            return forward(x)
+
+        model.forward = graphed
+        return model
+
+
+@pytest.mark.parametrize(
+    "flags", [("--antialias", "--mixup", "0.2"), ("--amp", "--channels-last"), ("--batch", "500")], ids=" ".join
+)
+def test_a_captured_network_trains_as_the_plain_one(
+    tmp_path: Path, flags: tuple[str, ...], epochs: list[int], monkeypatch
+) -> None:
+    """Bit for bit, so that the runs before the capture are forgotten; also from a checkpoint, and of less than a batch."""
+    binary(tmp_path, True, pixels(70), list(range(10)) * 7)
+    flags = ("--data", "cifar10", "--root", str(tmp_path), "--epochs", "3", *flags)
+    run(tmp_path / "plain", *flags)
+    recorder = Recorder()
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", recorder)
+    monkeypatch.setattr(train, "is_captured", lambda *_: True)
+    command = [*SMALL, *flags, "--out", str(tmp_path / "captured")]
+    assert train.main(command, deadline=len(epochs) + 1) is None
+    train.main(command)
+    assert len(recorder.samples) == 2
+    batch = min(train.parse(command).batch, 70)
+    layout = torch.channels_last if "--channels-last" in flags else torch.contiguous_format
+    for sample in recorder.samples:
+        assert sample.shape == (batch, 3, 24, 24) and sample.is_contiguous(memory_format=layout)
+    # In evaluation the network is the plain one.
+    assert recorder.replays == 3 * (70 // batch)
+    plain, captured = (torch.load(tmp_path / name / "checkpoint.pt") for name in ("plain", "captured"))
+    assert without_time(plain["records"]) == without_time(captured["records"])
+    check_equal(plain["model"], captured["model"])
+    check_equal(plain["optimizer"], captured["optimizer"])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA device is needed")
+def test_graphs_train_as_launches_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    flags = ("--device", "cuda", "--model", "resnet", "--antialias", "--rezero", "--mixup", "0.25", "--epochs", "2")
+    run(tmp_path / "graphs", *flags)
+    run(tmp_path / "launches", *flags, "--eager")
+    for graphs, launches in zip(lines(tmp_path / "graphs"), lines(tmp_path / "launches"), strict=True):
+        # The same kernels, but with workspaces of other sizes cuDNN may choose others, which round otherwise.
+        assert graphs["loss"] == pytest.approx(launches["loss"], rel=1e-3)
+
+
+@pytest.mark.parametrize("device", ["cuda", "mps"])
+def test_a_device_that_is_not_there_is_one_line(tmp_path: Path, device: str, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(torch.get_device_module(device), "is_available", lambda: False)
+    told = refused(tmp_path / "out", capsys, "--device", device)
+    assert told == f"--device {device}: PyTorch finds no {device.upper()} device\n"
+
+
 def check_equal(a, b) -> None:
     if isinstance(a, torch.Tensor):
         assert torch.equal(a, b)
@@ -154,11 +339,63 @@ def test_tensorboard_has_every_epoch_once(tmp_path: Path, monkeypatch: pytest.Mo
         assert points == [(line["epoch"], pytest.approx(line[name])) for line in lines(tmp_path)]
 
 
-def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(tmp_path)
-    with pytest.raises(SystemExit, match=r"error: .*checkpoint\.pt is of a run with other arguments \(seed=0, now 1\)"):
+    with pytest.raises(SystemExit, match="2"):
         run(tmp_path, "--seed", "1")
+    assert re.search(r"^error: .*checkpoint\.pt is of a run with other arguments \(seed=0, now 1\)", capsys.readouterr().err)
     assert len(lines(tmp_path)) == 1
+
+
+def named(*flags: str, world: int = 1) -> str:
+    return train.folder_of(train.parse(flags), train.Job(0, world, torch.device("cpu"))).as_posix()
+
+
+def test_different_runs_never_meet_by_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    plain = train.main(SMALL)
+    mixed = train.main([*SMALL, "--mixup", "0.25"])
+    name = "digits-cnn-limit128-width4{}-epochs1-batch32-shift-images8"
+    for flags, result in (("", plain), ("-mixup0.25", mixed)):
+        assert json.loads((tmp_path / "out" / "train" / name.format(flags) / "result.json").read_text()) == result
+    # The same run meets itself.
+    monkeypatch.setattr(train.Run, "epoch", lambda _: pytest.fail("it trained"))
+    assert train.main(SMALL) == plain
+
+
+def test_the_default_folder_is_named_after_the_data_the_model_and_the_flags(tmp_path: Path) -> None:
+    assert named() == "out/train/digits-cnn"
+    flags = ("--model", "resnet", "--antialias", "--rezero", "--mixup", "0.25")
+    assert named("--data", "cifar10", "--root", "here", *flags) == "out/train/cifar10-resnet-antialias-rezero-mixup0.25"
+    assert named("--model", "timm:resnet50", "--channels-last") == "out/train/digits-timm-resnet50-channels-last"
+    # What a run is free to change.
+    assert named("--device", "cpu", "--threads", "2") == "out/train/digits-cnn"
+    assert named(world=2) == "out/train/digits-cnn-processes2"
+    # Folders of one name in two places are two data sets.
+    first, second = (named("--data", "folder", "--root", str(tmp_path / place / "images")) for place in "ab")
+    assert first != second and all(re.fullmatch(r"out/train/folder-images-[0-9a-f]{8}-cnn", name) for name in (first, second))
+
+
+def test_every_argument_of_a_run_is_in_its_default_folder(tmp_path: Path) -> None:
+    """As `identity`, which the checkpoint is compared by, has them."""
+    changed = {
+        "--data": "cifar10", "--size": "48", "--crop": "20", "--limit": "9", "--model": "resnet", "--width": "8",
+        "--antialias": None, "--rezero": None, "--mixup": "0.5", "--cutmix": "0.5", "--flip": None, "--compile": None,
+        "--amp": None, "--channels-last": None, "--epochs": "3", "--batch": "5", "--lr": "0.1", "--seed": "7",
+        "--shift-images": "9",
+    }  # fmt: skip
+    single = [named(*filter(None, item)) for item in [*changed.items(), ("--manifold", "1")]]
+    arguments = set(train.identity(train.parse([]), train.Job(0, 1, torch.device("cpu")))) - {"processes"}
+    assert {flag[2:].replace("-", "_") for flag in [*changed, "--manifold"]} == arguments
+    assert len({named(), *single}) == len(arguments) + 1
+
+
+def test_the_measuring_of_the_shifts_is_announced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In a log, where no bar moves, before it begins; what there is of images counts, not what was asked for."""
+    run(tmp_path, "--limit", "8", "--shift-images", "512")
+    printed = capsys.readouterr().out
+    measured = printed.index("measuring 8 test images at 64 shifts each\n")
+    assert printed.index("epoch   1") < measured < printed.index("shifts ") < printed.index("accuracy ", measured)
 
 
 @pytest.mark.parametrize(
@@ -171,11 +408,23 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
     ],
     ids=" ".join,
 )
-def test_bad_arguments_are_errors_before_anything_is_written(tmp_path: Path, flags: tuple[str, ...], words: str) -> None:
-    with pytest.raises(SystemExit) as raised:
-        run(tmp_path / "out", *flags)
-    assert words in str(raised.value)
-    assert not list((tmp_path / "out").glob("*"))
+def test_bad_arguments_are_errors_before_anything_is_written(tmp_path: Path, flags: tuple[str, ...], words: str, capsys) -> None:
+    assert words in refused(tmp_path / "out", capsys, *flags)
+
+
+def test_the_wrong_cifar_and_a_class_without_images_are_one_line(tmp_path: Path, capsys) -> None:
+    binary(tmp_path, True, pixels(10), list(range(10)))
+    told = refused(tmp_path / "out", capsys, "--data", "cifar100", "--root", str(tmp_path))
+    assert "holds no cifar100" in told and "data_batch_1.bin" in told
+    write_folder(tmp_path, {"train/cat": 2, "train/dog": 0, "test/cat": 1, "test/dog": 1})
+    told = refused(tmp_path / "out", capsys, "--data", "folder", "--root", str(tmp_path))
+    assert f"{tmp_path / 'train' / 'dog'} has no images" in told
+
+
+def test_a_package_of_the_data_that_is_missing_is_one_line(tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    train.load.cache_clear()
+    assert "sklearn" in refused(tmp_path / "out", capsys)
 
 
 @pytest.mark.parametrize("flags", [("--epochs", "0"), ("--mixup", "-1"), ("--manifold", "1", "--mixup", "1")], ids=" ".join)
@@ -282,7 +531,7 @@ def test_mixing_streams_differ_by_rank_and_are_kept(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_dead_worker_ends_the_job_and_the_run_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
-    """kill -9 in the middle of the second epoch; then the same command again, against a run that nobody killed."""
+    """kill -9 in the middle of the second epoch; then the same command again, against a run without a kill."""
     flags = ("--epochs", "3", "--mixup", "0.5", "--batch", "16")
     whole = launch(tmp_path, 2, *flags, "--out", str(tmp_path / "whole"))
     assert "epoch   3" in finish(whole)

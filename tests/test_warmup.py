@@ -63,17 +63,53 @@ def test_no_size_compiles_what_warm_up_has_not(layer, met, device):
 
 def test_what_is_not_asked_for_is_not_compiled(met, device):
     layer = regfast.MaxPool2dAA(2)
-    regfast.warm_up(layer, device=device, memory_formats=[torch.channels_last], backward=False)
+    regfast.warm_up(layer, device=device, dtypes=[torch.float32], memory_formats=[torch.channels_last], backward=False)
     assert {name for name, *_ in met} == {"_forward_kernel"}
     assert all("channels_last=True" in options for *_, options in met)
     # By alignment: channels by 4, 2 and 1.
     assert len(met) == 3
 
 
-def test_a_model_is_left_as_it_was(device):
-    model = nn.Sequential(nn.Conv2d(1, 1, 1), regfast.MaxPool2dAA(2)).eval()
+def dtypes_of(met):
+    return {dtype for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64) if str(dtype) in str(met)}
+
+
+@pytest.mark.parametrize("own", [torch.float16, torch.bfloat16, torch.float32, torch.float64, None], ids=str)
+def test_the_model_says_device_and_dtypes(own, met, device):
+    """A float32 model runs under autocast as well; a model without parameters may be part of one."""
+    pooling = regfast.MaxPool2dAA(2)
+    if own is None:
+        model = pooling
+    else:
+        model = nn.Sequential(nn.Embedding(1, 1), nn.Conv2d(1, 1, 1), pooling).to(device, own)
+    regfast.warm_up(model, memory_formats=[torch.contiguous_format], widths=[])
+    expected = {torch.float32, torch.bfloat16} if own in (torch.float32, None) else {own}
+    assert dtypes_of(met) == expected
+    met.clear()
+    regfast.warm_up(model, dtypes=[torch.float16], memory_formats=[torch.contiguous_format], widths=[])
+    assert dtypes_of(met) == {torch.float16}
+
+
+@pytest.mark.parametrize("where", ["cpu", "meta"])
+def test_nothing_runs_where_no_kernel_does(where, monkeypatch):
+    monkeypatch.setattr("regfast.warmup.max_blur_pool", None)
+    regfast.warm_up(nn.Sequential(nn.Conv2d(1, 1, 1), regfast.MaxPool2dAA(2)).to(where))
+    with regfast.backend("triton"), pytest.raises(TypeError, match="not callable"):
+        # The stand-in would have been called: on a CPU the interpreter runs kernels that are asked for by name.
+        regfast.warm_up(regfast.MaxPool2dAA(2))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of a machine without CUDA")
+def test_a_device_that_is_not_there_is_an_error():
+    with pytest.raises((RuntimeError, AssertionError), match="CUDA"):
+        regfast.warm_up(regfast.MaxPool2dAA(2), device="cuda")
+
+
+def test_a_model_is_left_as_it_was(met, device):
+    model = nn.Sequential(nn.Conv2d(1, 1, 1), regfast.MaxPool2dAA(2)).eval().to(device)
     before, state = {name: value.clone() for name, value in model.state_dict().items()}, torch.random.get_rng_state()
-    regfast.warm_up(model, device="cpu", memory_formats=[torch.contiguous_format])
+    regfast.warm_up(model, memory_formats=[torch.contiguous_format])
+    assert met
     assert torch.equal(torch.random.get_rng_state(), state)
     assert not model.training and all(parameter.grad is None for parameter in model.parameters())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
