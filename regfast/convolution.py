@@ -10,12 +10,17 @@ from torch.nn import functional as F
 
 from ._core.checks import per_axis
 from ._core.geometry import RATIO, Activation, BlurPaddingMode, Size, Window, decimating_window
+from ._core.surgery import is_hooked
 from .ops.blur_pool import blur_pool
 from .pooling import BlurPool1d, BlurPool2d, _Pooling
 
 __all__ = ["Conv1dAA", "Conv2dAA", "ConvNormActAA"]
 
 Blur = Literal["after", "before"]
+
+# An attribute of a convolution without a blur of its own: the layer elsewhere that blurs for it, and
+# that obeys whatever is set here. It is no child.
+FOLLOWER = "_regfast_follower"
 
 
 class _ConvAA(_Pooling):
@@ -68,6 +73,12 @@ class _ConvAA(_Pooling):
             raise ValueError(f"activation must be None where no blur is after the convolution, got {self.activation!r}")
         modes = self.blur_filter, self.blur_padding_mode, self.activation
         return decimating_window(self.rank, self.stride, RATIO, self.blur_size, *modes)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        follower = self.__dict__.get(FOLLOWER)
+        if follower is not None and name in self._arguments:
+            follow(follower, self._window)
 
     def forward(self, input: Tensor) -> Tensor:
         window, ones = self._window, (1,) * self.rank
@@ -200,12 +211,6 @@ class ConvNormActAA(nn.Sequential):
         super().__init__(convolution, *norm, *blur_layers(activation, window))
 
 
-def is_hooked(module: nn.Module) -> bool:
-    """Whether somebody wants to know of the module's calls, which a fused one has none of, or has replaced its forward."""
-    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
-    return any(hooks) or "forward" in module.__dict__
-
-
 def blur_layers(activation: Sequence[nn.Module], window: Window) -> list[nn.Module]:
     """An activation, if there is one, and the blur of a window after it: one layer where the activation is a ReLU."""
     if window.is_identity:
@@ -216,3 +221,12 @@ def blur_layers(activation: Sequence[nn.Module], window: Window) -> list[nn.Modu
         activation="relu" if folded else None,
     )  # fmt: skip
     return [blur] if folded else [*activation, blur]
+
+
+def follow(blur: Any, window: Window) -> None:
+    """Gives a `BlurPool` the stride, the taps and the border of a window; its activation stays."""
+    blur.__dict__.update(
+        kernel_size=tuple(map(len, window.taps)), stride=window.stride, padding="same",
+        filter=window.taps, padding_mode=window.padding_mode,
+    )  # fmt: skip
+    blur.__dict__["_window"] = blur._make_window()

@@ -53,8 +53,9 @@ def test_networks_are_converted_train_and_come_back(library, name, converted, af
     report = regfast.antialias_report(regfast.antialias(model))
     done = [row.done for row in report]
     assert (len(done) - done.count("left"), done.count("blur after activation")) == (converted, after), str(report)
-    # The first convolution alone, of an image.
-    assert all("3 input channels" in row.why for row in report if row.done == "left"), str(report)
+    # The first convolution, of an image, and VGG's last pooling.
+    reasons = ("3 input channels", "embeds patches of 4 x 4", "depends on the image's size")
+    assert all(any(reason in row.why for reason in reasons) for row in report if row.done == "left"), str(report)
     y = model(x)
     assert y.shape == (2, 7) and y.isfinite().all() and not torch.equal(y, aliased)
     y.square().mean().backward()
@@ -67,6 +68,69 @@ def test_networks_are_converted_train_and_come_back(library, name, converted, af
     assert repr(model) == repr(plain)
     with torch.no_grad():
         assert torch.equal(model(x), aliased)
+
+
+# The last stages.
+DILATED = {
+    "mobilenet_v2": [f"features.{at}" for at in range(7, 18)], "regnet_y_400mf": ["trunk_output.block3", "trunk_output.block4"],
+    "resnet18": ["layer3", "layer4"], "convnext_tiny": ["features.4", "features.5"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DILATED)
+def test_segmentation_libraries_dilate_a_converted_encoder(name):
+    """As segmentation_models_pytorch does: in the last stages, strides become dilations."""
+
+    def dilated(model: nn.Module) -> dict[str, torch.Size]:
+        sizes = {}
+        for stage in map(model.get_submodule, DILATED[name]):
+            for module in stage.modules():
+                if isinstance(module, nn.Conv2d):
+                    rows, columns = module.kernel_size
+                    module.stride, module.dilation = (1, 1), (2, 2)
+                    module.padding = (rows // 2 * 2, columns // 2 * 2)
+        for stage in DILATED[name]:
+            module = model.get_submodule(stage)
+            module.register_forward_hook(lambda module, args, y, stage=stage: sizes.update({stage: y.shape}))
+        with torch.no_grad():
+            model(torch.randn(1, 3, 96, 96))
+        return sizes
+
+    plain, model = make("torchvision", name).eval(), regfast.antialias(make("torchvision", name).eval())
+    expected = dilated(plain)
+    assert list(expected) == DILATED[name] and dilated(model) == expected
+
+
+def test_ssd_finds_the_poolings_of_a_converted_vgg():
+    """torchvision's SSD300 looks for nn.MaxPool2d, sets the third's ceil_mode, and cuts the network at the fourth."""
+    try:
+        vgg, ssd = load("torchvision.models.vgg"), load("torchvision.models.detection.ssd")
+    except AbsentError as absent:
+        pytest.skip(f"torchvision: {absent}")
+    with torch.device("meta"):
+        features = regfast.antialias(vgg.make_layers(vgg.cfgs["D"]))
+        extractor = ssd.SSDFeatureExtractorVGG(features, highres=False)
+        maps = extractor(torch.empty(1, 3, 300, 300))
+    pools = [module for module in extractor.modules() if isinstance(module, regfast.MaxPool2dAA)]
+    assert [pool.ceil_mode for pool in pools] == [False, False, True, False]
+    assert [tuple(value.shape[2:]) for value in maps.values()] == [(n, n) for n in (38, 19, 10, 5, 3, 1)]
+
+
+@pytest.mark.parametrize(
+    "library,name", [("torchvision", "vit_b_16"), ("torchvision", "swin_t"), ("timm", "vit_tiny_patch16_224")]
+)
+def test_patches_are_left_and_reported(library, name):
+    try:
+        module = load("timm" if library == "timm" else "torchvision.models")
+    except AbsentError as absent:
+        pytest.skip(f"{library}: {absent}")
+    with torch.device("meta"):
+        model = module.create_model(name) if library == "timm" else getattr(module, name)()
+    reasons = {row.why for row in regfast.antialias_report(regfast.antialias(model, min_channels=0))}
+    size = 4 if name == "swin_t" else 16
+    assert f"it embeds patches of {size} x {size} that do not overlap" in reasons
+    assert ("it moves pixels into channels and drops none" in reasons) == (name == "swin_t")
+    assert len(reasons) == 1 + (name == "swin_t")
 
 
 @everyone

@@ -8,6 +8,7 @@ import warnings
 
 import pytest
 import torch
+from peers import AbsentError, load
 from torch import nn
 from torch.nn import functional as F
 
@@ -145,7 +146,7 @@ def test_restore_gives_back_the_model_with_the_parameters_that_it_has_now():
 def test_restore_leaves_what_antialias_did_not_make():
     model = nn.Sequential(regfast.MaxPool2dAA(2), nn.MaxPool2d(2), regfast.Conv2dAA(16, 16, 3, 2))
     antialias(model)
-    assert rows(model)["0"] == ("left", "it was anti-aliased already")
+    assert rows(model)["0"] == ("already blurred", "it is regfast's own")
     restore(model)
     assert [type(layer) for layer in model] == [regfast.MaxPool2dAA, nn.MaxPool2d, regfast.Conv2dAA]
     assert restore(restore(Net())) is not None
@@ -186,6 +187,8 @@ def test_a_model_that_is_a_layer_is_converted_itself(rank):
     name, x = f"MaxPool{rank}d", torch.randn(1, 2, *(8,) * rank)
     model = getattr(nn, name)(2)
     assert antialias(model) is model and type(model).__name__ == f"{name}AA"
+    # Code that looks for poolings by class finds it.
+    assert isinstance(model, getattr(nn, name))
     assert torch.equal(model(x), getattr(regfast, f"{name}AA")(2)(x))
     assert list(rows(model)) == ["(the model)"]
     assert type(restore(model)) is getattr(nn, name)
@@ -279,6 +282,202 @@ def test_what_may_not_see_a_larger_image_is_given_the_blurred_one(between):
     between.register_forward_hook(lambda module, args, y: seen.append(y.shape))
     antialias(model)(torch.randn(1, 16, 8, 8))
     assert seen == [(1, 16, 4, 4)] and rows(model)["0"][0] == "blur after convolution"
+
+
+# What is a normalisation.
+
+
+class NormConv(nn.Module):
+    def __init__(self, channels: int = 32) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(channels, channels, 3), nn.BatchNorm2d(channels)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.conv(x))
+
+
+def test_a_block_with_norm_in_its_name_is_no_normalisation():
+    model, x = nn.Sequential(nn.Conv2d(16, 32, 3, 2, 1), NormConv(), nn.ReLU()), torch.randn(1, 16, 33, 32)
+    assert model(x).shape == (1, 32, 15, 14)
+    assert antialias(model)(x).shape == (1, 32, 15, 14)
+    assert rows(model)["0"][0] == "blur after convolution"
+
+
+def timm_layer(name: str) -> type[nn.Module]:
+    try:
+        return getattr(load("timm.layers"), name)
+    except AbsentError as absent:
+        pytest.skip(f"timm: {absent}")
+
+
+def torchvision_layer(name: str) -> type[nn.Module]:
+    try:
+        return getattr(load("torchvision.ops.misc"), name)
+    except AbsentError as absent:
+        pytest.skip(f"torchvision: {absent}")
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        lambda: torchvision_layer("Conv2dNormActivation")(16, 16, 3, padding=0),
+        lambda: timm_layer("ConvNormAct")(16, 16, 3, padding=0),
+        lambda: regfast.ConvNormActAA(16, 16, 3, 1, 0),
+        lambda: regfast.ResidualBlock(16, 16, norm_layer=nn.BatchNorm2d),
+    ],
+    ids=["torchvision's Conv2dNormActivation", "timm's ConvNormAct", "ConvNormActAA", "ResidualBlock"],
+)
+def test_blocks_are_no_normalisations(block):
+    model, x = nn.Sequential(nn.Conv2d(16, 16, 3, 2, 1), block(), nn.ReLU()).eval(), torch.randn(1, 16, 17, 16)
+    shape = model(x).shape
+    assert antialias(model)(x).shape == shape and rows(model)["0"][0] == "blur after convolution"
+
+
+class Scaled(nn.Module):
+    is_normalisation = True
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x / (x.std() + 1)
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [
+        lambda: nn.BatchNorm2d(16), lambda: nn.GroupNorm(4, 16), lambda: nn.InstanceNorm2d(16), lambda: nn.LocalResponseNorm(2),
+        lambda: nn.SyncBatchNorm(16), lambda: torchvision_layer("FrozenBatchNorm2d")(16),
+        lambda: timm_layer("LayerNorm2d")(16), lambda: timm_layer("GroupNorm1")(16),
+        lambda: timm_layer("FrozenBatchNormAct2d")(16, apply_act=False), Scaled,
+    ],
+)  # fmt: skip
+def test_normalisations_of_libraries_and_those_that_say_so(norm):
+    model, x = nn.Sequential(nn.Conv2d(16, 16, 3, 2, 1), norm(), nn.ReLU()).eval(), torch.randn(1, 16, 17, 16)
+    expected = regfast.BlurPool2d(3, 2)(model[1](F.conv2d(x, model[0].weight, model[0].bias, padding=1)).relu())
+    assert rows(antialias(model))["0"] == ("blur after activation", "in the place of 2")
+    torch.testing.assert_close(model(x), expected, **ROUNDING)
+
+
+@pytest.mark.parametrize("name", ["BatchNormAct2d", "GroupNormAct", "LayerNormAct2d", "FrozenBatchNormAct2d"])
+def test_timm_s_norm_act_layers_blur_after_their_own_activation(name):
+    arguments = (16, 4) if name == "GroupNormAct" else (16,)
+    layer = timm_layer(name)(*arguments, act_layer=nn.SiLU)
+    model, x = nn.Sequential(nn.Conv2d(16, 16, 3, 2, 1, bias=False), layer).eval(), torch.randn(1, 16, 17, 16)
+    plain = copy.deepcopy(model)
+    expected = regfast.BlurPool2d(3, 2)(model[1](F.conv2d(x, model[0].weight, padding=1)))
+    antialias(model)
+    assert rows(model)["0"] == ("blur after activation", "in the place of 1.act")
+    torch.testing.assert_close(model(x), expected, **ROUNDING)
+    assert list(model.state_dict()) == list(plain.state_dict())
+    assert repr(restore(model)) == repr(plain)
+
+
+# Which blur.
+
+
+@pytest.mark.parametrize("mode", [None, "zeros"])
+def test_the_blur_of_all_layers_is_chosen(mode):
+    model, plain, x = Net().eval(), Net().eval(), image(97)
+    plain.load_state_dict(model.state_dict())
+    antialias(model, blur_size=5, filter="hann", padding_mode=mode)
+    border = mode or "reflect"
+    blur = regfast.BlurPool2d(5, 2, filter="hann", padding_mode=border)
+
+    def convolved(layer: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
+        layer.stride = (1, 1)
+        return layer(x)
+
+    own = dict(blur_size=5, filter="hann")
+    h = regfast.MaxPool2dAA(3, 2, 1, **own, padding_mode=mode or "partial")(F.relu(plain.stem(x)))
+    h = blur(convolved(plain.conv, h))
+    h = blur(F.relu(plain.stage[1](convolved(plain.stage[0], h))))
+    h = blur(convolved(plain.point, h))
+    h = plain.head(regfast.AvgPool2dAA(2, **own, padding_mode=border)(h).mean((2, 3)))
+    plain.same = nn.Identity()
+    model.same = nn.Identity()
+    torch.testing.assert_close(model(x), h, **ROUNDING)
+    chosen = "blur_size=5, filter='hann'" + (", padding_mode='zeros'" if mode else "")
+    assert rows(model)["stage.0"] == ("blur after activation", f"in the place of 2; {chosen}")
+    assert rows(model)["pool"] == ("max-blur pool", chosen)
+    assert "filter='hann'" in repr(model.pool) and "blur_filter='hann'" in repr(model.conv)
+
+
+def test_taps_may_be_numbers():
+    x, taps = torch.randn(1, 16, 9, 8), [0.1, 0.8, 0.1]
+    for given in (taps, torch.tensor(taps, dtype=torch.float64)):
+        model = antialias(nn.Sequential(nn.MaxPool2d(2)), filter=given)
+        torch.testing.assert_close(model(x), regfast.MaxPool2dAA(2, filter=taps)(x))
+    assert rows(model)["0"][1] == "filter=(0.1, 0.8, 0.1)"
+
+
+# Surgery after it.
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU(), nn.SiLU()], ids=str)
+def test_a_stride_set_later_is_obeyed_where_the_blur_is_behind_the_activation(activation):
+    model, x = antialias(nn.Sequential(nn.Conv2d(16, 16, 3, 2, 1), activation)), torch.randn(1, 16, 8, 8)
+    plain = nn.Sequential(nn.Conv2d(16, 16, 3, 1, 1), copy.deepcopy(activation))
+    plain.load_state_dict(model.state_dict())
+    assert model(x).shape == (1, 16, 4, 4)
+    for converted in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        converted[0].stride = (1, 1)
+        assert converted(x).shape == (1, 16, 8, 8)
+        torch.testing.assert_close(converted(x), plain(x), **ROUNDING)
+        converted[0].stride = 4
+        blurred = regfast.BlurPool2d(6, 4)(plain(x))
+        torch.testing.assert_close(converted(x), blurred, **ROUNDING)
+        converted[0].blur_filter = "hann"
+        torch.testing.assert_close(converted(x), regfast.BlurPool2d(6, 4, filter="hann")(plain(x)), **ROUNDING)
+    restore(model)
+    assert model[0].stride == 4 and "_regfast_follower" not in model[0].__dict__ and type(model[1]) is type(activation)
+
+
+# What is blurred already.
+
+
+def stand_in(module: str, name: str) -> nn.Module:
+    return type(name, (nn.AvgPool2d,), {"__module__": module, "__qualname__": name})(3, 1, 1)
+
+
+@pytest.mark.parametrize(
+    "layers,expected",
+    [
+        (lambda blur: [nn.Conv2d(16, 16, 3, 2), blur], ("0", "by 1, a blur after it")),
+        (lambda blur: [nn.MaxPool2d(2), blur], ("0", "by 1, a blur after it")),
+        (lambda blur: [nn.Conv2d(16, 16, 3, 2), nn.BatchNorm2d(16), nn.ReLU(), blur], ("0", "by 3, a blur after it")),
+        (lambda blur: [blur, nn.Conv2d(16, 16, 3, 2)], ("1", "by 0, a blur before it")),
+    ],
+)
+@pytest.mark.parametrize(
+    "blur",
+    [
+        regfast.BlurPool2d(3, 1),
+        stand_in("timm.layers.blur_pool", "BlurPool2d"),
+        stand_in("kornia.filters.blur_pool", "BlurPool2D"),
+    ],
+    ids=["regfast", "timm", "kornia"],
+)
+def test_nothing_is_blurred_twice(layers, expected, blur):
+    model = nn.Sequential(*layers(blur))
+    kinds = [type(layer) for layer in model]
+    antialias(model)
+    assert [type(layer) for layer in model] == kinds
+    assert rows(model)[expected[0]] == ("already blurred", expected[1])
+
+
+def test_what_else_decimates_is_reported_with_a_reason():
+    model = nn.Sequential(
+        nn.LPPool2d(2, 2), nn.LPPool1d(2, 3, 1), nn.FractionalMaxPool2d(2, 3), nn.AdaptiveAvgPool2d(7),
+        nn.AdaptiveMaxPool2d(1), nn.AdaptiveAvgPool2d((None, 1)), nn.PixelUnshuffle(2),
+        nn.Conv2d(3, 32, 2, 2), nn.Conv2d(32, 32, 8, 8), nn.Conv2d(32, 32, 2, 2),
+    )  # fmt: skip
+    assert {name: why for name, (done, why) in rows(antialias(model)).items() if done == "left"} == {
+        "0": "there is no anti-aliased LPPool2d",
+        "2": "its windows are drawn at random, at no one stride",
+        "3": "its stride depends on the image's size",
+        "6": "it moves pixels into channels and drops none",
+        "7": "it embeds patches of 2 x 2 that do not overlap",
+        "8": "it embeds patches of 8 x 8 that do not overlap",
+    }
+    assert rows(model)["9"][0] == "blur after convolution"
 
 
 def test_a_sequential_whose_forward_was_replaced_has_an_order_of_its_own():
@@ -440,6 +639,11 @@ def test_options_choose_the_layers():
         (Net, dict(skip=[3]), TypeError, ["skip", "3", "names"]),
         (Net, dict(skip=None), TypeError, ["skip", "None", "names"]),
         (Net, dict(skip=nn.LSTM), ValueError, ["skip", "LSTM"]),
+        (Net, dict(blur_size=0), ValueError, ["blur_size", "0", "at least 1"]),
+        (Net, dict(blur_size=(3, 3)), ValueError, ["blur_size", "(3, 3)", "one integer"]),
+        (Net, dict(filter="sinc7"), ValueError, ["filter", "'sinc7'", "binomial"]),
+        (Net, dict(filter=[1.0, 1.0], blur_size=3), ValueError, ["2 taps", "3"]),
+        (Net, dict(padding_mode="partial"), ValueError, ["padding_mode", "'partial'", "'reflect'"]),
         (lambda: nn.Sequential(torch.compile(Net())), {}, ValueError, ["model.0", "OptimizedModule", "before torch.compile"]),
         (lambda: nn.DataParallel(Net()), {}, ValueError, ["DataParallel", "before it is wrapped"]),
     ],
