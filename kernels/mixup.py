@@ -153,6 +153,15 @@ def _region(box_ptr, i, box_stride, place):
 
 
 @triton.jit
+def _reads(lam, blended):
+    """Whether a sample's own elements are read, and whether its partner's are.
+
+    A blend reads nothing that has no weight: zero times an infinity is not zero.
+    """
+    return (lam != 0.0) | (blended == 0), (lam != 1.0) | (blended == 0)
+
+
+@triton.jit
 def _mix(own, partner, lam, region, scale, shift):
     """lam*own + (1 - lam)*partner; where a sample is not blended the partner within the box and itself around it. Normalised.
 
@@ -222,16 +231,24 @@ def _forward_kernel(
         j = tl.load(index_ptr + i)
         known = (j >= 0) & (j < batch)
         if not (IN_PLACE and (known & (j < i))):
-            own = tl.load(_sample(x_ptr, i, x_stride_n, READ_FLAT, ALIGN) + x_offsets, mask=exists)
-            partner = tl.load(_sample(x_ptr, j, x_stride_n, READ_FLAT, ALIGN) + x_offsets, mask=exists & known)
             lam_i = tl.where(known, _lam(lam_ptr, lam, i, lam_stride, ACC), float("nan"))
             blended, within = _region(box_ptr, i, box_stride, place)
-            value = _mix(own, partner, lam_i, (blended | (known == 0), within), scale, shift)
-            _write(_sample(y_ptr, i, y_stride_n, WRITE_FLAT, ALIGN) + y_offsets, value, source, written)
+            blended = blended | (known == 0)
+            own_ptr = _sample(x_ptr, i, x_stride_n, READ_FLAT, ALIGN) + x_offsets
+            partner_ptr = _sample(x_ptr, j, x_stride_n, READ_FLAT, ALIGN) + x_offsets
+            reads_own, reads_partner = _reads(lam_i, blended)
+            own = tl.load(own_ptr, mask=exists & reads_own, other=0)
+            partner = tl.load(partner_ptr, mask=exists & known & reads_partner, other=0)
+            value = _mix(own, partner, lam_i, (blended, within), scale, shift)
             if IN_PLACE and known:
-                lam_j = _lam(lam_ptr, lam, j, lam_stride, ACC)
-                value = _mix(partner, own, lam_j, _region(box_ptr, j, box_stride, place), scale, shift)
-                _write(_sample(y_ptr, j, y_stride_n, WRITE_FLAT, ALIGN) + y_offsets, value, source, written)
+                # All of the pair is read before any of it is written. What is read twice is in the L1.
+                lam_j, region = _lam(lam_ptr, lam, j, lam_stride, ACC), _region(box_ptr, j, box_stride, place)
+                reads_partner, reads_own = _reads(lam_j, region[0])
+                own = tl.load(own_ptr, mask=exists & reads_own, other=0)
+                partner = tl.load(partner_ptr, mask=exists & reads_partner, other=0)
+                partners = _mix(partner, own, lam_j, region, scale, shift)
+                _write(_sample(y_ptr, j, y_stride_n, WRITE_FLAT, ALIGN) + y_offsets, partners, source, written)
+            _write(_sample(y_ptr, i, y_stride_n, WRITE_FLAT, ALIGN) + y_offsets, value, source, written)
         i += step
 
 
@@ -265,14 +282,17 @@ def _backward_kernel(
     g_offsets = _offsets(start, k, place, (g_stride_c, g_stride_a, g_stride_h, g_stride_w), READ_FLAT, ORDER)
     dx_offsets = _offsets(start, k, place, (dx_stride_c, dx_stride_a, dx_stride_h, dx_stride_w), WRITE_FLAT, ORDER)
 
-    gradient = tl.load(_sample(g_ptr, j, g_stride_n, READ_FLAT, ALIGN) + g_offsets, mask=exists).to(ACC)
-    total = _share(gradient, _lam(lam_ptr, lam, j, lam_stride, ACC), _region(box_ptr, j, box_stride, place), True)
+    lam_j, region = _lam(lam_ptr, lam, j, lam_stride, ACC), _region(box_ptr, j, box_stride, place)
+    reads, _ = _reads(lam_j, region[0])
+    gradient = tl.load(_sample(g_ptr, j, g_stride_n, READ_FLAT, ALIGN) + g_offsets, mask=exists & reads, other=0)
+    total = _share(gradient.to(ACC), lam_j, region, True)
     starts_ptr = order_ptr + batch
     for s in range(tl.load(starts_ptr + j), tl.load(starts_ptr + j + 1)):
         i = tl.load(order_ptr + s)
         lam_i, region = _lam(lam_ptr, lam, i, lam_stride, ACC), _region(box_ptr, i, box_stride, place)
-        gradient = tl.load(_sample(g_ptr, i, g_stride_n, READ_FLAT, ALIGN) + g_offsets, mask=exists).to(ACC)
-        total += _share(gradient, lam_i, region, False)
+        _, reads = _reads(lam_i, region[0])
+        gradient = tl.load(_sample(g_ptr, i, g_stride_n, READ_FLAT, ALIGN) + g_offsets, mask=exists & reads, other=0)
+        total += _share(gradient.to(ACC), lam_i, region, False)
     if scale_ptr is not None:
         total *= tl.load(scale_ptr + tl.minimum(place[0], size_c - 1))
     tl.store(_sample(dx_ptr, j, dx_stride_n, WRITE_FLAT, ALIGN) + dx_offsets, total.to(dx_ptr.dtype.element_ty), mask=exists)

@@ -8,14 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ._core.checks import Traceable, as_python
 from ._core.dispatch import on_device
+from ._core.precision import accumulator
 from ._core.tensors import check_lam
 from .ops.mixup_cross_entropy import check_reduction, check_smoothing, mixup_cross_entropy
 
 __all__ = ["MixupBCEWithLogitsLoss", "MixupCrossEntropyLoss", "MixupLoss", "mixup_accuracy", "mixup_criterion"]
 
 
-class MixupLoss(nn.Module):
+class MixupLoss(Traceable):
     """The book's loss: lam*loss(input, y_i) + (1 - lam)*loss(input, y_j) of a mixed target; the plain loss of a plain one.
 
     For cross entropy `MixupCrossEntropyLoss` is the same, and reads the logits once.
@@ -29,6 +31,11 @@ class MixupLoss(nn.Module):
         TypeError: for a base_loss that cannot be called, or a lam that is no number.
 
     Source: Zhang et al., "mixup: Beyond Empirical Risk Minimization" (2018); the book chapter's MixupLoss.
+
+    Example:
+        >>> x, target = regfast.MixUp(0.2)(torch.randn(8, 3, 32, 32), torch.randint(10, (8,)))
+        >>> regfast.MixupLoss(nn.CrossEntropyLoss(label_smoothing=0.1))(torch.randn(8, 10), target).shape
+        torch.Size([])
     """
 
     def __init__(self, base_loss: Callable[[Any, Any], Any] | None = None) -> None:
@@ -60,7 +67,7 @@ def mixup_accuracy(metric: Callable[[Any, Any], Any], preds: Any, y_a: Any, y_b:
     return _weigh("metric", metric(preds, y_a), metric(preds, y_b), lam)
 
 
-class MixupCrossEntropyLoss(nn.CrossEntropyLoss):
+class MixupCrossEntropyLoss(Traceable, nn.CrossEntropyLoss):
     """nn.CrossEntropyLoss of mixed or plain labels: lam*CE(input, a) + (1 - lam)*CE(input, b), reading the logits once.
 
     Args:
@@ -88,6 +95,7 @@ class MixupCrossEntropyLoss(nn.CrossEntropyLoss):
         reduction: str = "mean",
         label_smoothing: float = 0.0,
     ) -> None:
+        ignore_index, label_smoothing = as_python(ignore_index), as_python(label_smoothing)
         check_reduction(reduction)
         check_smoothing(label_smoothing)
         super().__init__(weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing)
@@ -98,7 +106,7 @@ class MixupCrossEntropyLoss(nn.CrossEntropyLoss):
         return mixup_cross_entropy(input, target, self.weight, self.ignore_index, self.reduction, self.label_smoothing)
 
 
-class MixupBCEWithLogitsLoss(nn.BCEWithLogitsLoss):
+class MixupBCEWithLogitsLoss(Traceable, nn.BCEWithLogitsLoss):
     """nn.BCEWithLogitsLoss of multi-hot labels, mixed or plain. It is linear in the labels, so those are blended, once.
 
     Args:
@@ -129,7 +137,7 @@ class MixupBCEWithLogitsLoss(nn.BCEWithLogitsLoss):
                 raise TypeError(f"target's {name} must be a Tensor, got {type(labels).__name__}")
             if labels.shape != input.shape:
                 raise ValueError(f"target's {name} must have input's shape {tuple(input.shape)}, got {tuple(labels.shape)}")
-        check_lam(lam, input)
+        lam = check_lam(lam, input)
         lam = _broadcast(lam, input)
         wide = torch.promote_types(input.dtype, torch.float32)
         a, b = a.to(wide), b.to(wide)
@@ -155,7 +163,7 @@ def _weigh(name: str, first: Any, second: Any, lam: float | Tensor) -> Any:
         )
         expected = f"a value a sample, ({lam.shape[0]}, ...)" + (f" ({hint})" if hint else "")
         raise ValueError(f"a lam of shape {tuple(lam.shape)} needs a {name} that returns {expected}, got shape {shape}")
-    check_lam(lam, first)
+    lam = check_lam(lam, first)
     if not isinstance(first, Tensor):
         return lam * first + (1 - lam) * second
     lam = _broadcast(lam, first)
@@ -168,4 +176,4 @@ def _broadcast(lam: float | Tensor, like: Tensor) -> float | Tensor:
     """lam as it meets a tensor with the batch first, on its device."""
     if not isinstance(lam, Tensor) or lam.ndim == 0:
         return lam
-    return on_device(lam, like.device).view(-1, *(1,) * (like.ndim - 1))
+    return on_device(lam, like.device, accumulator(like.dtype)).view(-1, *(1,) * (like.ndim - 1))

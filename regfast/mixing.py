@@ -7,10 +7,10 @@ from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import default_collate
 
-from ._core.checks import check_bool
+from ._core.checks import Traceable, as_python, check_bool
 from ._core.dispatch import may_read, on_device, outside_graphs
 from ._core.draw import PAIRINGS, Stream, beta, boxes, check_alpha, check_generator, pairing
 from ._core.normalise import Affine, result_dtype
@@ -47,13 +47,13 @@ class MixedTarget(NamedTuple):
             ValueError: for a smoothing or a lam outside [0, 1], a label that is no class (an ignored one has no soft target), or
                 dense labels of another number of classes.
         """
+        num_classes, smoothing = as_python(num_classes), as_python(smoothing)
         if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
             raise ValueError(f"num_classes must be an integer of at least 1, got {num_classes!r}")
-        check_lam(self.lam, self.a)
+        lam = check_lam(self.lam, self.a)
         if not 0 <= smoothing <= 1:
             raise ValueError(f"smoothing must be in [0, 1], got {smoothing}")
         a, b = (_dense(labels, num_classes) for labels in (self.a, self.b))
-        lam = self.lam
         if isinstance(lam, Tensor):
             lam = on_device(lam.float(), a.device)
             lam = lam.view(-1, *(1,) * (a.ndim - 1)) if lam.ndim else lam
@@ -73,7 +73,7 @@ def _dense(labels: Tensor, num_classes: int) -> Tensor:
     return (labels.unsqueeze(-1) == torch.arange(num_classes, device=labels.device)).float()
 
 
-class MixUp(nn.Module):
+class MixUp(Traceable):
     """Mixes a batch with itself: x becomes lam*x + (1 - lam)*x[index], in one pass, and y the tuple (y, y[index], lam).
 
     Called as `x, target = mix(x, y)` on a batch that is already on the device. In training mode the target is a `MixedTarget`,
@@ -130,23 +130,19 @@ class MixUp(nn.Module):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        check_alpha("alpha", alpha)
-        check_alpha("cutmix_alpha", cutmix_alpha)
-        _check_probability("prob", prob)
-        _check_probability("switch_prob", switch_prob)
+        self.alpha = check_alpha("alpha", alpha)
+        self.cutmix_alpha = check_alpha("cutmix_alpha", cutmix_alpha)
+        self.prob = _check_probability("prob", prob)
+        self.switch_prob = _check_probability("switch_prob", switch_prob)
         if pairing not in PAIRINGS:
             raise ValueError(f"pairing must be one of {', '.join(map(repr, PAIRINGS))}, got {pairing!r}")
         check_bool("per_sample", per_sample)
         result_dtype(torch.float32, dtype, mean, std)
-        self.alpha = alpha
         self.pairing = pairing
         self.per_sample = per_sample
-        self.prob = prob
-        self.cutmix_alpha = cutmix_alpha
-        self.switch_prob = switch_prob
         self.dtype = dtype
-        self.mean = mean
-        self.std = std
+        self.mean = mean = as_python(mean)
+        self.std = std = as_python(std)
         # No buffers: a model that is cast to half precision must not take them along. On each device they are wanted once.
         self._affine = None if mean is None else Affine(mean, std)
         self._stream = Stream(generator)
@@ -186,6 +182,7 @@ class MixUp(nn.Module):
         Raises:
             ValueError: for CutMix without a size.
         """
+        B, size = as_python(B), as_python(size)
         if isinstance(B, bool) or not isinstance(B, int) or B < 0:
             raise ValueError(f"B must be a number of samples, got {B if isinstance(B, (int, float)) else type(B).__name__}")
         generator = self._stream.generator
@@ -200,7 +197,7 @@ class MixUp(nn.Module):
             if not isinstance(size, Sequence) or len(size) != 2 or min(size) < 1:
                 raise ValueError(f"size must be the images' (H, W), at least 1, where cutmix_alpha is over 0, got {size!r}")
             pasted = happens(self.switch_prob if self.alpha > 0 else 1.0)
-            box, left = boxes(beta(self.cutmix_alpha, shape, generator), size[0], size[1], generator)
+            box, left = boxes(beta(self.cutmix_alpha, shape, generator), int(size[0]), int(size[1]), generator)
             box, lam = box.where(pasted.unsqueeze(-1), -1), left.where(pasted, lam)
         if self.prob < 1:
             mixed = happens(self.prob)
@@ -254,6 +251,14 @@ class MixupCollator:
         ValueError, TypeError: for an argument, or a batch, that is not allowed; the message names it and what is.
 
     Source: the book chapter's MixupCollator, which drew from NumPy's global state: the same in every worker.
+
+    Example:
+        >>> images, labels = torch.rand(64, 3, 32, 32), torch.randint(10, (64,))
+        >>> data = torch.utils.data.TensorDataset(images, labels)
+        >>> loader = torch.utils.data.DataLoader(data, 16, collate_fn=regfast.MixupCollator(0.2))
+        >>> x, (y_i, y_j, lam) = next(iter(loader))
+        >>> x.shape, y_j.shape, type(lam)
+        (torch.Size([16, 3, 32, 32]), torch.Size([16]), <class 'float'>)
     """
 
     def __init__(
@@ -263,10 +268,9 @@ class MixupCollator:
         *,
         generator: torch.Generator | None = None,
     ) -> None:
-        check_alpha("alpha", alpha)
+        self.alpha = check_alpha("alpha", alpha)
         if not callable(base_collate):
             raise TypeError(f"base_collate must be callable, got {base_collate!r}")
-        self.alpha = alpha
         self.base_collate = base_collate
         self._stream = Stream(generator)
 
@@ -300,7 +304,7 @@ def mixup_data(
     Raises:
         ValueError, TypeError: for an argument that is not allowed; the message names it and what is.
     """
-    check_alpha("alpha", alpha)
+    alpha = check_alpha("alpha", alpha)
     check_generator(generator)
     check_batch(x)
     if not x.is_floating_point():
@@ -328,8 +332,10 @@ def _check_labels(y: Any, x: Tensor) -> None:
         raise ValueError(f"y must have shape ({x.shape[0]}, ...), labels of each sample of x, got {tuple(y.shape)}")
 
 
-def _check_probability(name: str, value: Any) -> None:
+def _check_probability(name: str, value: Any) -> float:
+    value = as_python(value)
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {value!r}")
     if not 0 <= float(value) <= 1:
         raise ValueError(f"{name} must be in [0, 1], got {value}")
+    return float(value)

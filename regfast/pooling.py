@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ._core.checks import Traceable, as_python
 from ._core.geometry import (
     RATIO,
     Activation,
@@ -38,7 +39,7 @@ __all__ = [
 ]
 
 
-class _Pooling(nn.Module):
+class _Pooling(Traceable):
     """What the modules share: the window, made from the arguments and made again whenever one of them is set.
 
     (Surgery on a model sets `layer.ceil_mode = True` or `layer.stride = 1`, and nn.MaxPool2d obeys.)
@@ -54,7 +55,7 @@ class _Pooling(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         before = self.__dict__.get(name)
-        super().__setattr__(name, value)
+        super().__setattr__(name, as_python(value) if name in self._arguments else value)
         if name in self._arguments and all(argument in self.__dict__ for argument in self._arguments):
             try:
                 self.__dict__["_window"] = self._make_window()
@@ -69,6 +70,8 @@ def _activation_repr(activation: str | None) -> str:
 
 
 class _MaxPoolAA(_Pooling):
+    """What the modules share; nn.MaxPool comes after it in a class's bases, and gives none of its code but the constructor."""
+
     _arguments = (
         "kernel_size", "stride", "padding", "dilation", "return_indices", "ceil_mode",
         "ratio", "blur_size", "filter", "padding_mode", "activation",
@@ -89,13 +92,7 @@ class _MaxPoolAA(_Pooling):
         padding_mode: MaxPaddingMode = "partial",
         activation: Activation | None = None,
     ) -> None:
-        super().__init__()
-        self.kernel_size = kernel_size
-        self.stride = kernel_size if stride is None else stride
-        self.padding = padding
-        self.dilation = dilation
-        self.return_indices = return_indices
-        self.ceil_mode = ceil_mode
+        super().__init__(kernel_size, stride, padding, dilation, return_indices, ceil_mode)
         self.ratio = ratio
         self.blur_size = blur_size
         self.filter = filter
@@ -117,7 +114,7 @@ class _MaxPoolAA(_Pooling):
         )
 
 
-class MaxPool1dAA(_MaxPoolAA):
+class MaxPool1dAA(_MaxPoolAA, nn.MaxPool1d):
     """Anti-aliased max pooling of signals: `MaxPool2dAA` with one spatial axis, in place of nn.MaxPool1d.
 
     Shape: (N, C, L) or (C, L).
@@ -126,7 +123,7 @@ class MaxPool1dAA(_MaxPoolAA):
     rank = 1
 
 
-class MaxPool2dAA(_MaxPoolAA):
+class MaxPool2dAA(_MaxPoolAA, nn.MaxPool2d):
     """Anti-aliased max pooling: nn.MaxPool2d's stride-1 maximum, then a blur that takes its stride, in one pass.
 
     It goes where nn.MaxPool2d stood: the same first arguments in the same order, the same output size for every
@@ -137,8 +134,8 @@ class MaxPool2dAA(_MaxPoolAA):
         return_indices: refused where True: an output is a weighted sum of several maxima, and no one index belongs to it.
         ratio: the blur's size is int(ratio * stride), never less than the stride; a number or one an axis.
         blur_size: overrides `ratio`: an integer on the axes whose stride is over 1, a tuple literally.
-        filter: the blur's taps: "binomial", a window that scipy.signal.get_window knows (divided by its sum), 1-d taps (taken as
-            given), or one of these an axis.
+        filter: the blur's taps: "binomial", a window that scipy.signal.get_window knows, 1-d taps, or
+            one of these per axis. Whatever is given is divided by its sum.
         padding_mode: what the blur reads beyond the border. "partial": the maxima of windows that partly overlap the image. Or
             "replicate", "reflect" (as antialiased-cnns and timm train), "zeros" (as kornia and Composer train): a padding of
             nn.MaxPool2d's stride-1 output.
@@ -160,7 +157,7 @@ class MaxPool2dAA(_MaxPoolAA):
     rank = 2
 
 
-class MaxPool3dAA(_MaxPoolAA):
+class MaxPool3dAA(_MaxPoolAA, nn.MaxPool3d):
     """Anti-aliased max pooling of volumes: `MaxPool2dAA` with three spatial axes, in place of nn.MaxPool3d.
 
     Shape: (N, C, D, H, W) or (C, D, H, W).
@@ -250,8 +247,13 @@ class _DividedAvgPoolAA(_AvgPoolAA):
         ceil_mode: bool = False,
         count_include_pad: bool = True,
         divisor_override: int | None = None,
-        **blur: Any,
+        *,
+        ratio: float | Sequence[float] = RATIO,
+        blur_size: Size | None = None,
+        filter: Any = "binomial",
+        padding_mode: BlurPaddingMode = "reflect",
     ) -> None:
+        blur: dict[str, Any] = dict(ratio=ratio, blur_size=blur_size, filter=filter, padding_mode=padding_mode)
         super().__init__(kernel_size, stride, padding, ceil_mode, count_include_pad, **blur)
         self.divisor_override = divisor_override
 
@@ -341,11 +343,13 @@ class BlurPool2d(_BlurPool):
     """A strided blur of every channel alike: decimation without aliasing.
 
     Args:
-        kernel_size: the number of taps, an integer or one an axis.
-        stride: an integer or one an axis.
+        kernel_size: the number of taps, at most 31; an integer or one per axis. (timm's and
+            antialiased-cnns' blurs take a number of channels first. This one takes none.)
+        stride: an integer or one per axis.
         padding: "same", (kernel_size - 1)//2 before and the rest after, for floor((H - 1)/stride) + 1 outputs; or an integer
             (or one an axis) on both sides, for floor((H + 2 padding - kernel_size)/stride) + 1.
-        filter: "binomial", a window that scipy.signal.get_window knows, 1-d taps (as given), or one of these an axis.
+        filter: "binomial", a window that scipy.signal.get_window knows, 1-d taps, or one of these per
+            axis. Whatever is given is divided by its sum.
         padding_mode: "reflect", "replicate" or "zeros".
         activation: "relu" blurs what nn.ReLU gives, in the same pass: for a ReLU that stands before the layer.
         channels, device, dtype: taken and ignored, so that the class serves as timm's `aa_layer`. The blur has no parameters
@@ -357,6 +361,10 @@ class BlurPool2d(_BlurPool):
         ValueError, TypeError: for an argument or an input that is not allowed; the message names it and what is.
 
     Source: Zhang, "Making Convolutional Networks Shift-Invariant Again" (2019).
+
+    Example:
+        >>> regfast.BlurPool2d(5, stride=2)(torch.randn(8, 64, 56, 56)).shape
+        torch.Size([8, 64, 28, 28])
     """
 
     rank = 2

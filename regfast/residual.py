@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ._core.checks import check_bool, per_axis
+from ._core.checks import Traceable, check_bool, per_axis
 from ._core.geometry import RATIO, Size, decimating_window
-from .convolution import Conv2dAA, blur_layers, is_hooked
+from ._core.surgery import is_hooked
+from .convolution import Conv2dAA, blur_layers
 from .ops.rezero import check_activation, check_form, rezero
 
 __all__ = ["BottleneckBlock", "ReZero", "ReZeroTransformerEncoderLayer", "ResidualBlock", "ResidualLinear", "parameter_groups"]
@@ -57,7 +58,7 @@ def _check_sizes(**sizes: Any) -> None:
             raise ValueError(f"{name} must be at least 1, got {size!r}")
 
 
-class _Gated(nn.Module):
+class _Gated(Traceable):
     """What the modules share: the gate, and the ways to join a branch and its shortcut. Without a gate the branch is whole."""
 
     alpha: nn.Parameter | None
@@ -178,11 +179,17 @@ def _branch(
         arguments: Any = dict(stride=taken, padding=(k - 1) // 2, bias=norm_layer is None, **factory)
         layers[f"conv{place}"] = nn.Conv2d(widths[place - 1], widths[place], k, **arguments)
         if norm_layer is not None:
-            layers[f"norm{place}"] = norm_layer(widths[place]).to(**factory)
+            layers[f"norm{place}"] = _normalisation(norm_layer, widths[place], factory)
         if place < len(strides):
             window = decimating_window(2, left, RATIO, None, "binomial", "reflect")
             layers.update(zip((f"act{place}", f"blur{place}"), blur_layers([activation], window)))
     return nn.Sequential(layers)
+
+
+def _normalisation(norm_layer: Callable[[int], nn.Module], channels: int, factory: dict[str, Any]) -> nn.Module:
+    """A normalisation, cast only if that is asked for: parameters of a FakeTensorMode cannot be."""
+    norm = norm_layer(channels)
+    return norm if all(value is None for value in factory.values()) else norm.to(**factory)
 
 
 def _shortcut(
@@ -198,7 +205,7 @@ def _shortcut(
         return None
     convolution = Conv2dAA if antialias else nn.Conv2d
     layers: list[nn.Module] = [convolution(in_channels, channels, 1, stride, bias=norm_layer is None, **factory)]  # type: ignore[arg-type]
-    return nn.Sequential(*layers, *([] if norm_layer is None else [norm_layer(channels).to(**factory)]))
+    return nn.Sequential(*layers, *([] if norm_layer is None else [_normalisation(norm_layer, channels, factory)]))
 
 
 class ResidualBlock(_Residual):

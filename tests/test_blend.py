@@ -17,6 +17,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from samples import BOXES, LAM
 from torch._dynamo.testing import CompileCounter
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import regfast
 from regfast._core.dispatch import may_read
@@ -175,6 +178,145 @@ def test_the_gradient_is_the_transpose_of_the_blend(index, path, on_path, device
     torch.testing.assert_close(dx.cpu(), torch.from_numpy(matrix.T @ g.cpu().double().numpy()).float(), **FLOAT32)
 
 
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("index", [PERMUTATION, REPEATS], ids=["permutation", "repeats"])
+def test_the_gradient_in_half_precision_is_the_rounded_sum(index, dtype):
+    """By the reference; the kernels' is in the contract suite."""
+    lam = torch.tensor([0.3, 0.6, 0.1, 0.8])
+    matrix = lam.diag().index_put_((torch.arange(4), index), 1 - lam, accumulate=True)
+    x, g = torch.randn(4, 500).to(dtype).requires_grad_(), torch.randn(4, 500).to(dtype)
+    (dx,) = torch.autograd.grad(mixup(x, index, lam), x, g)
+    # Half a unit in the last place, and a hundredth of it for the float32 sum that is rounded.
+    rtol = 1.01 * 2.0 ** (-11 if dtype == torch.float16 else -8)
+    torch.testing.assert_close(dx.double(), matrix.double().T @ g.double(), rtol=rtol, atol=1e-6)
+
+
+WEIGHTS = {
+    "one": 1.0,
+    "zero": 0.0,
+    "one in a tensor": torch.tensor(1.0),
+    "zero in a tensor": torch.tensor(0.0),
+    "each": torch.tensor([1.0, 0.0, 0.5, 1.0]),
+    "each in float64": torch.tensor([0.0, 1.0, 0.25, 0.0], dtype=torch.float64),
+}
+
+
+def mixed_by_hand(x, index, lam, box):
+    """Sample by sample; what has no weight is not in the sum."""
+    y = torch.empty_like(x)
+    for i, j in enumerate(index.tolist()):
+        weight = lam if not isinstance(lam, torch.Tensor) else lam.expand(len(x))[i].item()
+        y[i] = x[i] if weight == 1 else x[j] if weight == 0 else weight * x[i] + (1 - weight) * x[j]
+        if box is not None and box[i, 0] >= 0:
+            y0, y1, x0, x1 = box[i].tolist()
+            y[i] = x[i]
+            y[i, ..., y0:y1, x0:x1] = x[j, ..., y0:y1, x0:x1]
+    return y
+
+
+def awkward(*shape):
+    """Numbers, and in the place of a third of them infinities and NaN."""
+    values = torch.tensor([float("nan"), float("inf"), -float("inf")])
+    return torch.randn(shape).where(torch.rand(shape) < 0.7, values[torch.randint(3, shape)])
+
+
+@paths
+@pytest.mark.parametrize("box", [None, BOXES], ids=["blended", "boxes"])
+@pytest.mark.parametrize("lam", WEIGHTS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
+def test_a_weight_of_zero_reads_nothing(dtype, lam, box, path, on_path, device):
+    """No infinity and no NaN comes through, neither in the batch nor in its gradient.
+
+    Each element is a number of few bits, so that sums are exact.
+    """
+    x, g = (awkward(4, 3, 6, 5).mul(8).round().div(8).to(device, dtype) for _ in range(2))
+    lam = WEIGHTS[lam].to(device) if isinstance(WEIGHTS[lam], torch.Tensor) else WEIGHTS[lam]
+    box = None if box is None else torch.tensor(box, device=device)
+    for index in (PERMUTATION.to(device), REPEATS.to(device)):
+        leaf = x.clone().requires_grad_()
+        y = mixup(leaf, index, lam, box=box)
+        torch.testing.assert_close(y.detach(), mixed_by_hand(x, index, lam, box), rtol=0, atol=0, equal_nan=True)
+        with torch.no_grad():
+            torch.testing.assert_close(mixup(x, index, lam, box=box), y, rtol=0, atol=0, equal_nan=True)
+        (dx,) = torch.autograd.grad(y, leaf, g)
+        # By autograd of plain slices, which read nothing that they do not hold.
+        plain = x.double().requires_grad_()
+        (expected,) = torch.autograd.grad(mixed_by_hand(plain, index, lam, box), plain, g.double())
+        torch.testing.assert_close(dx, expected.to(dtype), rtol=0, atol=0, equal_nan=True)
+
+
+@paths
+@pytest.mark.parametrize("lam", ["one", "zero", "each"])
+def test_a_weight_of_zero_reads_nothing_in_place(lam, path, on_path, device):
+    x, lam, index = awkward(4, 700).to(device), WEIGHTS[lam], INVOLUTION.to(device)
+    lam = lam.to(device) if isinstance(lam, torch.Tensor) else lam
+    expected = mixed_by_hand(x, index, lam, None)
+    mixup(x, index, lam, out=x)
+    torch.testing.assert_close(x, expected, equal_nan=True, **FLOAT32)
+
+
+@pytest.mark.parametrize("lam", WEIGHTS)
+@pytest.mark.parametrize("differentiated", [False, True])
+def test_a_weight_of_zero_reads_nothing_in_a_compiled_graph(lam, differentiated):
+    x, lam = awkward(4, 3, 6, 5).requires_grad_(differentiated), WEIGHTS[lam]
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x, lam: mixup(x, REPEATS, lam), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, lam), mixed_by_hand(x, REPEATS, lam, None), equal_nan=True, **FLOAT32)
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_the_derivative_by_lam_is_the_difference_also_where_one_has_no_weight(weight):
+    x, lam = torch.randn(4, 3, 5), torch.full((4,), weight)
+    expected = (x - x[REPEATS]).flatten(1).sum(1)
+
+    def total(lam):
+        return mixup(x, REPEATS, lam).sum()
+
+    (found,) = torch.autograd.grad(total(lam.requires_grad_()), lam)
+    tangent = torch.func.jvp(total, (lam.detach(),), (torch.ones(4),))[1]
+    torch.testing.assert_close(found, expected, **FLOAT32)
+    torch.testing.assert_close(torch.func.grad(total)(lam.detach()), expected, **FLOAT32)
+    torch.testing.assert_close(tangent, expected.sum(), **FLOAT32)
+
+
+class NoFloat64(TorchDispatchMode):
+    """A device without float64, as MPS is: the meta device."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        for t in tree_leaves(found):
+            if isinstance(t, torch.Tensor) and t.is_meta:
+                assert t.dtype != torch.float64, f"{func} sends float64"
+        return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.uint8], ids=str)
+@pytest.mark.parametrize("lam", [torch.tensor(0.25, dtype=torch.float64), torch.rand(4, dtype=torch.float64), np.random.rand(4)])
+def test_no_float64_is_sent_to_a_device(lam, dtype):
+    x, index = torch.zeros(4, 3, 6, 5, dtype=dtype, device="meta"), PERMUTATION
+    labels, logits = torch.zeros(4, dtype=torch.int64, device="meta"), torch.zeros(4, 3, device="meta")
+    with NoFloat64():
+        assert mixup(x, index, lam, mean=np.array(MEAN), std=STD).is_meta
+        assert mixup(x, index, lam, mean=torch.tensor(MEAN, dtype=torch.float64), std=torch.ones(3, device="meta")).is_meta
+        assert mixup(x, index, 0.5, mean=torch.zeros(3, device="meta"), std=np.float64(0.5)).is_meta
+        for arguments in ({}, {"cutmix_alpha": 1.0, "per_sample": True}):
+            mix = regfast.MixUp(1.0, mean=MEAN, std=STD, dtype=torch.float16, **arguments)
+            mixed, target = mix(x, labels)
+            assert mixed.is_meta and mix.eval()(x).is_meta
+            regfast.MixupCrossEntropyLoss()(logits, target)
+            regfast.MixedTarget(labels, labels, lam).soft(3)
+        regfast.MixupCrossEntropyLoss()(logits, (labels, labels, lam))
+        regfast.MixupBCEWithLogitsLoss()(logits, (logits, logits, lam))
+
+
+def test_a_fake_lam_blends_fake_images():
+    """As a network is planned, without memory."""
+    with FakeTensorMode():
+        x = torch.randn(4, 3, 6, 5)
+        for lam in (torch.rand(()), torch.rand(4), 0.3):
+            assert mixup(x, torch.randperm(4), lam).shape == x.shape
+
+
 @paths
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("boxed", [False, True], ids=["blended", "boxes"])
@@ -250,9 +392,11 @@ def test_an_empty_batch_stays_one(path, device):
 def test_int32_indices_and_numbers_of_other_kinds():
     x = torch.randn(4, 3)
     expected = mixup(x, PERMUTATION, 0.5)
-    for lam in (np.float32(0.5), np.float64(0.5), Fraction(1, 2), torch.tensor(0.5, dtype=torch.float64)):
+    numbers = np.float32(0.5), np.float64(0.5), np.array(0.5), np.full(4, 0.5), np.full(4, 0.5, np.float16), Fraction(1, 2)
+    for lam in (*numbers, torch.tensor(0.5, dtype=torch.float64)):
         torch.testing.assert_close(mixup(x, PERMUTATION.int(), lam), expected, **FLOAT32)
-    assert mixup(x, PERMUTATION, 1).equal(x)
+    y = mixup(x, PERMUTATION, 1)
+    assert y.equal(x) and y.data_ptr() != x.data_ptr()
     assert mixup(x, PERMUTATION, 0).equal(x[PERMUTATION])
 
 
@@ -276,6 +420,16 @@ def test_kernels_leave_a_lam_that_is_differentiated_to_the_reference(device):
         mixup(x, PERMUTATION.to(device), lam)
     mixup(x, PERMUTATION.to(device), lam).sum().backward()
     assert lam.grad is not None
+
+
+def test_boxes_and_normalisation_of_numpy():
+    x, box = torch.rand(4, 3, 6, 5), np.array([1, 3, 0, 2])
+    assert mixup(x, PERMUTATION, 0.5, box=box).equal(mixup(x, PERMUTATION, 0.5, box=(1, 3, 0, 2)))
+    expected = mixup(x, PERMUTATION, 0.5, mean=MEAN, std=STD)
+    for mean, std in ((np.array(MEAN), np.array(STD)), ([np.float64(m) for m in MEAN], torch.tensor(STD))):
+        torch.testing.assert_close(mixup(x, PERMUTATION, 0.5, mean=mean, std=std), expected, **FLOAT32)
+    half = np.float32(0.5)
+    assert mixup(x, PERMUTATION, 0.5, mean=half, std=half).equal(mixup(x, PERMUTATION, 0.5, mean=0.5, std=0.5))
 
 
 def test_a_compiled_graph_follows_lam_and_index_and_compiles_once():
@@ -399,6 +553,10 @@ ARGUMENTS = [
     (lambda: mixup(X, PERMUTATION, 0.5, mean=(0.1, 0.2), std=1.0), ValueError, ["mean", "3", "2"]),
     (lambda: mixup(X, PERMUTATION, 0.5, mean=(0.1, 0.2, 0.3), std=(1.0, 2.0)), ValueError, ["mean", "std", "3", "2"]),
     (lambda: mixup(X, PERMUTATION, 0.5, mean=0.0, std=(1.0, 0.0, 1.0)), ValueError, ["std", "positive", "0.0"]),
+    (lambda: mixup(U8, PERMUTATION, 0.5, mean=(123.7, 116.3, 103.5), std=58.0), ValueError, ["bytes", "x/255", "123.7"]),
+    (lambda: mixup(X, PERMUTATION, [0.5] * 4), TypeError, ["lam", "list", "number"]),
+    (lambda: mixup(X, PERMUTATION, np.array([0.5, 1.5, 0, 0])), ValueError, ["lam", "1.5", "[0, 1]"]),
+    (lambda: mixup(X, PERMUTATION, np.array([0.5, 0.5])), ValueError, ["lam", "(4,)", "(2,)"]),
     (lambda: mixup(X, PERMUTATION, 0.5, mean="imagenet", std=1.0), TypeError, ["mean", "'imagenet'", "number"]),
     (lambda: mixup(X[:, 0, 0, 0], PERMUTATION, 0.5, mean=0.0, std=1.0), ValueError, ["channels", "(4,)"]),
     (lambda: mixup(X, PERMUTATION, 0.5, memory_format="NHWC"), TypeError, ["memory_format", "'NHWC'", "channels_last"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -238,3 +239,16 @@ def test_bad_input(call, error, words):
     with pytest.raises(error) as raised:
         call()
     assert all(word in str(raised.value) for word in words), str(raised.value)
+
+
+def test_numpy_s_numbers_and_arrays_are_taken():
+    logits, a, b = torch.randn(4, 3), torch.tensor([0, 1, 2, 0]), torch.tensor([2, 1, 0, 0])
+    loss = MixupCrossEntropyLoss(ignore_index=np.int64(2), label_smoothing=np.array(0.25))
+    expected = MixupCrossEntropyLoss(ignore_index=2, label_smoothing=0.25)
+    for lam in (np.float32(0.75), np.array(0.75), np.full(4, 0.75)):
+        torch.testing.assert_close(loss(logits, (a, b, lam)), expected(logits, (a, b, 0.75)))
+        one_hot = [nn.functional.one_hot(labels, 3).float() for labels in (a, b)]
+        bce = MixupBCEWithLogitsLoss()
+        torch.testing.assert_close(bce(logits, (*one_hot, lam)), bce(logits, (*one_hot, 0.75)))
+        each = MixupLoss(nn.CrossEntropyLoss(reduction="none"))
+        torch.testing.assert_close(each(logits, (a, b, lam)), each(logits, (a, b, 0.75)))

@@ -89,6 +89,36 @@ def test_prob_is_the_share_that_is_mixed(per_sample):
     assert MixUp(1.0, prob=0).draw(2)[1] == 1
 
 
+@pytest.mark.parametrize("arguments", [{}, ALWAYS_CUT], ids=str)
+def test_what_is_not_mixed_reads_nothing_of_its_partner(arguments):
+    """An infinity or a NaN of one image stays in that image, and in those that are mixed with it."""
+    x, y = torch.randn(64, 3, 6, 7), torch.arange(64)
+    x[::3] = math.inf
+    x[1::3] = math.nan
+    for per_sample, prob in ((True, 0.4), (False, 0)):
+        mix = MixUp(**{"alpha": 1.0, **arguments}, prob=prob, per_sample=per_sample, pairing="roll")
+        mixed, target = mix(x, y)
+        left = (target.lam == 1).expand(64)
+        assert left.any() and torch.equal(mixed[left].nan_to_num(5), x[left].nan_to_num(5))
+    assert torch.equal(MixUp(0)(x, y)[0].nan_to_num(5), x.nan_to_num(5))
+
+
+def test_numpy_s_numbers_and_arrays_are_taken():
+    x, y = torch.rand(4, 3, 8, 8), torch.arange(4)
+    for number in (np.float32(0.5), np.int64(1), np.array(0.5)):
+        mix = MixUp(number, prob=number, cutmix_alpha=number, switch_prob=number, mean=np.full(3, 0.5), std=np.array(0.5))
+        assert mix(x, y)[0].shape == x.shape and "array" not in repr(mix)
+        assert MixupCollator(number)([(x[0], 0), (x[1], 1)])[0].shape == (2, 3, 8, 8)
+        assert mixup_data(x, y, number)[0].shape == x.shape
+    index, _, box = mix.draw(np.int64(4), np.array([8, 8]))
+    assert index.shape == (4,) and box.shape == (4,)
+    target = MixedTarget(y, y.flip(0), np.full(4, 0.25))
+    expected = MixedTarget(y, y.flip(0), 0.25).soft(4, 0.1)
+    torch.testing.assert_close(target.soft(np.int64(4), np.float64(0.1)), expected)
+    with pytest.raises(TypeError, match=r"alpha must be a number, got \[0.5, 0.5\]"):
+        MixUp(np.array([0.5, 0.5]))
+
+
 @pytest.mark.parametrize("per_sample", [False, True])
 def test_what_is_not_mixed_has_no_box(per_sample, batch):
     x, y = batch

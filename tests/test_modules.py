@@ -194,7 +194,45 @@ def test_filters_by_name_and_by_value():
     assert taps("boxcar") == pytest.approx((1 / 3,) * 3)
     assert sum(taps(("kaiser", 4.0), 6)) == pytest.approx(1)
     for given in ([1, 2, 3], (1.0, 2.0, 3.0), np.array([1, 2, 3]), torch.tensor([1.0, 2.0, 3.0])):
-        assert taps(given) == (1.0, 2.0, 3.0)
+        assert taps(given) == pytest.approx((1 / 6, 2 / 6, 3 / 6))
+
+
+def test_taps_given_as_numbers_have_unit_gain():
+    ones = torch.ones(1, 2, 8, 8)
+    for layer in (
+        regfast.MaxPool2dAA(2, filter=[1, 3, 3, 1]),
+        regfast.MaxPool2dAA(2, filter=([1, 2, 1], np.array([1, 3, 3, 1]))),
+        regfast.AvgPool2dAA(2, filter=[1, 3, 3, 1]),
+        regfast.BlurPool2d(4, filter=(1, 3, 3, 1)),
+        regfast.Conv2dAA(2, 2, 1, 2, bias=False, blur_filter=[1, 3, 3, 1]),
+    ):
+        if isinstance(layer, nn.Conv2d):
+            nn.init.dirac_(layer.weight)
+        y = layer(ones)
+        torch.testing.assert_close(y, torch.ones_like(y))
+    expected = regfast.BlurPool2d(4)(ones.cumsum(-1))
+    torch.testing.assert_close(regfast.BlurPool2d(4, filter=[1, 3, 3, 1])(ones.cumsum(-1)), expected)
+
+
+def test_numpy_s_numbers_and_arrays_are_taken():
+    x = torch.randn(1, 2, 8, 8)
+    two, three, one = np.array([2, 2]), np.int64(3), np.array(1)
+    given = regfast.MaxPool2dAA(three, two, one, ratio=np.float32(1.7)), regfast.MaxPool2dAA(3, 2, 1)
+    assert torch.equal(given[0](x), given[1](x))
+    assert repr(given[0]).startswith("MaxPool2dAA(kernel_size=3, stride=[2, 2], padding=1,")
+    blurs = regfast.BlurPool2d(three, two, one, filter=np.array([1, 2, 1])), regfast.BlurPool2d(3, 2, 1)
+    assert torch.equal(blurs[0](x), blurs[1](x))
+    average = regfast.AvgPool2dAA(three, two, one, divisor_override=np.int64(4))
+    assert torch.equal(average(x), regfast.AvgPool2dAA(3, 2, 1, divisor_override=4)(x))
+    assert regfast.functional.max_blur_pool2d(x, np.array([2, 2]), blur_size=np.int64(5)).shape == (1, 2, 4, 4)
+    assert regfast.filters.binomial(np.int64(3)) == (0.25, 0.5, 0.25)
+    assert regfast.functional.rezero(x, x, np.array(0.5), "identity").equal(1.5 * x)
+
+
+@pytest.mark.parametrize("layer", [regfast.MaxPool2dAA(1), regfast.AvgPool2dAA(1), regfast.BlurPool2d(1, 1)], ids=repr)
+def test_an_identity_leaves_its_input_to_what_comes_after(layer):
+    x = -torch.ones(1, 2, 4, 4)
+    assert nn.Sequential(layer, nn.ReLU(inplace=True))(x).eq(0).all() and x.eq(-1).all()
 
 
 ACTIVATED = [

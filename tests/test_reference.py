@@ -316,6 +316,58 @@ def test_half_precision_rounds_once(dtype, composite):
         assert torch.equal(max_blur_pool(x, w), max_blur_pool(x.float(), w).to(dtype))
 
 
+# Half a unit in the last place, and a hundredth of it for the float32 sum that is rounded.
+ONCE = {torch.float16: 1.01 * 2.0**-11, torch.bfloat16: 1.01 * 2.0**-8}
+
+
+@all_composites
+@pytest.mark.parametrize("dtype", ONCE, ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"kernel_size": 3, "stride": 2, "padding": 1},
+        {"kernel_size": 3, "stride": 1, "padding": 1},
+        {"kernel_size": 3, "stride": 2, "padding": 1, "padding_mode": "replicate", "activation": "relu"},
+        {"dilation": 2, "padding": 1},
+    ],
+    ids=str,
+)
+def test_a_gradient_in_half_precision_rounds_once(changes, dtype, composite):
+    """It is a sum of the gradients of windows and taps, of which not even the border's are rounded before."""
+    w, x = window(**changes), torch.randn(2, 3, 12, 11).to(dtype)
+    wide, grad = x.double().requires_grad_(), torch.randn(max_blur_pool(x, w).shape).to(dtype)
+    (expected,) = torch.autograd.grad(max_blur_pool(wide, w), wide, grad.double())
+    (found,) = torch.autograd.grad(max_blur_pool(x.requires_grad_(), w), x, grad)
+    assert found.dtype == dtype
+    # atol: float32's own error of terms of order one that cancel.
+    torch.testing.assert_close(found.double(), expected, rtol=ONCE[dtype], atol=1e-6)
+
+
+@both_composites
+@pytest.mark.parametrize("dtype", ONCE, ids=str)
+@pytest.mark.parametrize("mode", ["reflect", "replicate", "zeros"])
+def test_a_blur_s_gradient_in_half_precision_rounds_once(mode, dtype, composite):
+    w, x = blur_window(2, 5, 2, "same", "binomial", mode), torch.randn(2, 3, 6, 7).to(dtype)
+    wide, grad = x.double().requires_grad_(), torch.randn(blur_pool(x, w).shape).to(dtype)
+    (expected,) = torch.autograd.grad(blur_pool(wide, w), wide, grad.double())
+    (found,) = torch.autograd.grad(blur_pool(x.requires_grad_(), w), x, grad)
+    torch.testing.assert_close(found.double(), expected, rtol=ONCE[dtype], atol=1e-6)
+
+
+@all_composites
+def test_gradients_that_cancel_do_not_overflow(composite):
+    """6e4 + 6e4 - 6e4, at the one element that every window holds; twice 6e4 is beyond float16."""
+    x = torch.zeros(1, 1, 3, 3, dtype=torch.float16)
+    x[..., 1, 1] = 1
+    # Stride 1 without a blur: each window's gradient arrives whole.
+    w, grad = window(kernel_size=3, stride=1, padding=1), torch.zeros_like(x)
+    grad[0, 0, 0, 0], grad[0, 0, 0, 1], grad[0, 0, 0, 2] = 6e4, 6e4, -6e4
+    x.requires_grad_()
+    (found,) = torch.autograd.grad(max_blur_pool(x, w), x, grad)
+    assert found[..., 1, 1].item() == torch.tensor(6e4).half().item() and found.count_nonzero() == 1
+
+
 def test_autocast_changes_nothing():
     x, w = torch.randn(2, 3, 12, 11), window()
     expected = max_blur_pool(x, w), blur_pool(x, blur_window(2, 3, 2, "same", "binomial", "zeros"))

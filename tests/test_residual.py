@@ -14,6 +14,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
 
 import regfast
@@ -647,3 +648,12 @@ def test_a_deep_normalised_network_trains_too(make):
     x, y = halves()
     losses = train(halves_network([make(8, 8) for _ in range(27)]), x, y, 30, 5e-3)
     assert losses[-1] < 0.3, losses
+
+
+@pytest.mark.parametrize("antialias", [False, True])
+def test_blocks_are_made_under_a_fake_tensor_mode(antialias):
+    """As a network is planned, without memory."""
+    with FakeTensorMode():
+        block = regfast.ResidualBlock(3, 8, stride=2, antialias=antialias)
+        assert block(torch.randn(2, 3, 8, 8)).shape == (2, 8, 4, 4)
+        assert regfast.BottleneckBlock(3, 2, 2, antialias=antialias)(torch.randn(2, 3, 8, 8)).shape == (2, 8, 4, 4)

@@ -11,12 +11,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, is_grad_enabled
+from torch._C import _get_tracing_state
 from torch.autograd import Function, forward_ad
 
 
 def is_exporting() -> bool:
-    """Whether torch.export is under way. (Traced by torch 2.11, `torch.compiler.is_exporting` says yes whatever traces it.)"""
-    return torch.compiler._is_exporting_flag
+    """Whether a graph is made for any runtime: by torch.export, torch.jit.trace or ONNX's exporters.
+
+    (Traced by torch 2.11, `torch.compiler.is_exporting` says yes whatever traces it.)
+    """
+    if torch.compiler.is_compiling():
+        return torch.compiler._is_exporting_flag
+    return _get_tracing_state() is not None
 
 
 def is_compiled() -> bool:

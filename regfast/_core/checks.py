@@ -6,9 +6,29 @@ import operator
 from collections.abc import Sequence
 from typing import Any
 
+from torch import Tensor, nn
+
+
+class Traceable(nn.Module):
+    """A module that torch.jit.script refuses in one line, which names what serves instead."""
+
+    def __prepare_scriptable__(self) -> None:
+        name = type(self).__name__
+        instead = "use torch.export.export or torch.jit.trace"
+        raise RuntimeError(f"torch.jit.script cannot compile {name}: {instead}")
+
+
+def as_python(value: Any) -> Any:
+    """NumPy's numbers and arrays as Python's; anything else as it is."""
+    # (A number first: of one that is a symbol a compiler knows no attributes.)
+    if isinstance(value, (int, float, Tensor)) or not hasattr(value, "tolist"):
+        return value
+    return value.tolist()
+
 
 def per_axis(name: str, value: Any, rank: int, minimum: int) -> tuple[int, ...]:
     """`value` as one integer per axis: an integer stands for all of them, as in torch.nn."""
+    value = as_python(value)
     entries = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
     if len(entries) not in (1, rank):
         raise ValueError(f"{name} must be one integer or {rank}, got {value!r}")

@@ -17,7 +17,7 @@ from torch._C import _are_functorch_transforms_active, _get_tracing_state, _has_
 from torch.compiler import is_compiling
 from torch.nn import Parameter
 
-from .autograd import is_forward_mode, needs_graph
+from .autograd import is_exporting, is_forward_mode, needs_graph
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -63,10 +63,12 @@ _chosen = _Chosen()
 def backend(name: str) -> Iterator[None]:
     """Within the block, operations take the path named: "auto" (the default), "reference" or "triton".
 
-    "auto" takes Triton for CUDA tensors of float16, bfloat16, float32 and float64 where Triton is installed and no functorch
-    transform is under way, and the reference otherwise. "triton" raises a RuntimeError that names the reason where a kernel
-    cannot run; in a process started with TRITON_INTERPRET=1 it runs the kernels on CPU tensors. The environment's
-    REGFAST_BACKEND sets the choice outside any block. A backward takes the path of its forward; forward mode, and a backward
+    "auto" takes Triton for CUDA tensors of float16, bfloat16, float32 and float64 where Triton is
+    installed and no functorch transform is under way, and the reference otherwise; a graph of
+    torch.export, torch.jit.trace or ONNX is the reference's, of PyTorch's operators alone. "triton"
+    raises a RuntimeError that names the reason where a kernel cannot run; in a process started with
+    TRITON_INTERPRET=1 it runs the kernels on CPU tensors. The environment's REGFAST_BACKEND sets the
+    choice outside any block. A backward takes the path of its forward; forward mode, and a backward
     that is differentiated itself, are the reference's whatever is named.
 
     Raises:
@@ -160,9 +162,24 @@ def outside_graphs(reason: str) -> Callable[[F], F]:
     return decorate
 
 
-def on_device(t: Tensor, device: torch.device) -> Tensor:
-    """t on a device, sent without waiting for it to arrive; but the host waits for what it is to read itself."""
+def on_device(t: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """t on a device, sent without waiting for it; but the host waits for what it is to read itself.
+
+    What is sent, if anything is, has been cast to `dtype`: not every device has float64.
+    """
+    if dtype is not None and t.device != device:
+        t = t.to(dtype)
     return t if t.device == device else t.to(device, non_blocking=device.type != "cpu")
+
+
+def check_recordable() -> None:
+    """Refuses the kernels in a graph that records PyTorch's operators alone.
+
+    An operator's fake asks too: what Dynamo traces is told that no ONNX export is under way.
+    """
+    if is_exporting() and (not is_compiling() or torch.onnx.is_in_onnx_export()):
+        reason = "torch.jit.trace and ONNX record PyTorch's operators alone; take backend 'auto'"
+        raise RuntimeError(f"backend 'triton' cannot run: {reason}")
 
 
 def use_triton(x: Tensor, *dtypes: torch.dtype, elementwise: bool = False, **constants: Any) -> bool:
@@ -175,12 +192,14 @@ def use_triton(x: Tensor, *dtypes: torch.dtype, elementwise: bool = False, **con
     choice = _chosen.backend
     if choice == "reference" or is_forward_mode():
         return False
-    if choice == "auto" and (not x.is_cuda or (elementwise and is_compiling())):
+    if choice == "auto" and (not x.is_cuda or is_exporting() or (elementwise and is_compiling())):
         return False
     able = (x.is_cuda or (INTERPRETED and x.is_cpu)) and HAS_TRITON and not _are_functorch_transforms_active()
     reason = None if able and TRITON_DTYPES.issuperset(dtypes) else obstacle(x.device, *dtypes)
     if constants and needs_graph(*constants.values()):
         reason = f"{next(name for name, t in constants.items() if needs_graph(t))} is differentiated"
-    if reason is not None and choice == "triton":
-        raise RuntimeError(f"backend 'triton' cannot run: {reason}")
+    if choice == "triton":
+        check_recordable()
+        if reason is not None:
+            raise RuntimeError(f"backend 'triton' cannot run: {reason}")
     return reason is None

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
+from .checks import as_python
+
 __all__ = ["PAIRINGS", "Stream", "beta", "boxes", "check_alpha", "check_generator", "pairing"]
 
 PAIRINGS = ("random", "pairs", "flip", "roll")
@@ -130,12 +132,14 @@ def check_generator(generator: Any) -> None:
         raise TypeError(f"generator must be a torch.Generator or None, got {type(generator).__name__}")
 
 
-def check_alpha(name: str, alpha: Any) -> None:
-    """Refuses what is no parameter of `beta`."""
+def check_alpha(name: str, alpha: Any) -> float:
+    """A parameter of `beta`, checked."""
+    alpha = as_python(alpha)
     if isinstance(alpha, bool) or not isinstance(alpha, Real):
         raise TypeError(f"{name} must be a number, got {alpha!r}")
     if not 0 <= float(alpha) < math.inf:
         raise ValueError(f"{name} must be finite and at least 0, got {alpha}")
+    return float(alpha)
 
 
 def beta(alpha: float, size: tuple[int, ...], generator: torch.Generator) -> Tensor:

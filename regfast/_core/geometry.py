@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any, Literal, NamedTuple, get_args
 
-from .checks import check_bool, per_axis
+from .checks import as_python, check_bool, per_axis
 from .taps import taps_of
 
 Size = int | Sequence[int]
@@ -23,6 +23,9 @@ Activation = Literal["relu"]
 
 # The size of a blur that takes a stride, as a multiple of that, where nobody says another: the book chapter's.
 RATIO = 1.7
+
+# The most taps of a blur. More are a number of channels, which other libraries' blurs take first.
+LONGEST = 31
 
 
 class Window(NamedTuple):
@@ -109,6 +112,9 @@ def blur_window(
 ) -> Window:
     """The `Window` of a plain strided blur, its arguments checked. See `regfast.BlurPool2d` for what they mean."""
     size = per_axis("kernel_size", kernel_size, rank, 1)
+    if max(size) > LONGEST:
+        hint = "the number of taps; regfast's layers take no number of channels"
+        raise ValueError(f"kernel_size must be at most {LONGEST}, got {kernel_size!r}: it is {hint}")
     step = per_axis("stride", stride, rank, 1)
     _check_padding_mode(padding_mode, get_args(BlurPaddingMode))
     _check_activation(activation)
@@ -177,7 +183,7 @@ def _decimating_taps(stride: tuple[int, ...], ratio: Any, blur_size: Any, filter
 
 def _blur_sizes(stride: tuple[int, ...], ratio: Any, blur_size: Any) -> tuple[int, ...]:
     """The blur's size on each axis: `int(ratio * s)`, never less than s, and 1 where nothing is decimated."""
-    rank = len(stride)
+    rank, ratio, blur_size = len(stride), as_python(ratio), as_python(blur_size)
     if blur_size is not None:
         sizes = per_axis("blur_size", blur_size, rank, 1)
         literal = isinstance(blur_size, Sequence)

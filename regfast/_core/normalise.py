@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .checks import as_python
 from .dispatch import is_watched, may_read, on_device
 from .precision import accumulator
+from .tensors import extremes
 
 
 def result_dtype(x_dtype: torch.dtype, dtype: torch.dtype | None, mean: Any, std: Any) -> torch.dtype:
@@ -34,13 +36,14 @@ class Affine:
     def __init__(self, mean: Any, std: Any) -> None:
         mean, std = (_numbers(name, value) for name, value in (("mean", mean), ("std", std)))
         # One of them may have been given in numbers.
-        device = std.device if mean.device.type == "cpu" else mean.device
-        mean, std = (on_device(numbers, device) for numbers in (mean, std))
+        like = std if mean.device.type == "cpu" else mean
+        mean, std = (on_device(numbers, like.device, like.dtype) for numbers in (mean, std))
         if mean.ndim and std.ndim and 1 not in (len(mean), len(std)) and len(mean) != len(std):
             raise ValueError(f"mixup: mean and std must be of the same channels, got {len(mean)} and {len(std)}")
         if may_read(std) and not (std > 0).all():
             raise ValueError(f"mixup: std must be positive, got {std.tolist()}")
         self.scale, self.shift = 1 / std, -mean / std
+        self._highest = extremes(mean)[1] if may_read(mean) else 0.0
         self._sent: dict[tuple[torch.device, torch.dtype, int], tuple[Tensor, Tensor]] = {}
 
     def of(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -52,6 +55,9 @@ class Affine:
             if numbers.ndim and numbers.shape[0] not in (1, channels):
                 found = f"one per channel of x, got {numbers.shape[0]}"
                 raise ValueError(f"mixup: mean and std must be numbers or {channels}, {found}")
+        if x.dtype == torch.uint8 and self._highest > 1:
+            found = f"of x/255, at most 1, for bytes; got a mean of {self._highest:g}"
+            raise ValueError(f"mixup: mean and std must be {found}")
         if is_watched(x):
             # What a tracer makes of a constant must not outlive the trace.
             return self._send(x.device, wide, channels)
@@ -69,10 +75,14 @@ class Affine:
 
 
 def _numbers(name: str, value: Any) -> Tensor:
-    """A number, or one per channel, as a constant."""
+    """A number, or one per channel, as a constant: float64 on the host, elsewhere float32 if no wider."""
+    value = as_python(value)
     if isinstance(value, (bool, str)) or not isinstance(value, (Real, Sequence, Tensor)):
         raise TypeError(f"mixup: {name} must be a number, a sequence of numbers or a Tensor, got {value!r}")
-    t = value.detach().double() if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64, device="cpu")
+    if isinstance(value, Tensor):
+        t = value.detach().to(torch.float64 if value.is_cpu else accumulator(value.dtype))
+    else:
+        t = torch.tensor(value, dtype=torch.float64, device="cpu")
     if t.ndim > 1 or t.numel() == 0:
         raise ValueError(f"mixup: {name} must be a number or one per channel, got shape {tuple(t.shape)}")
     return t

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from numbers import Real
 from typing import Any
 
+from .checks import as_python
+
 
 def binomial(size: int) -> tuple[float, ...]:
     """The row of Pascal's triangle with `size` entries, divided by its sum: C(size-1, j) / 2^(size-1).
@@ -14,6 +16,7 @@ def binomial(size: int) -> tuple[float, ...]:
     The triangle filter (1, 2, 1)/4 of Zhang, "Making Convolutional Networks Shift-Invariant Again" (2019), is
     `binomial(3)`. It sums to one exactly, and it is what `scipy.stats.binom.pmf(range(size), size - 1, 0.5)` gives.
     """
+    size = as_python(size)
     if not isinstance(size, int) or isinstance(size, bool):
         raise TypeError(f"size must be an integer, got {size!r}")
     if size < 1:
@@ -46,8 +49,9 @@ def named(name: Any, size: int) -> tuple[float, ...]:
 def taps_of(filter: Any, sizes: tuple[int, ...], where: list[bool], resize: bool) -> tuple[tuple[float, ...], ...]:
     """The taps on each axis: `filter` at the sizes asked for.
 
-    `filter` is a name, 1-d taps, or one of either an axis. 1-d taps given for all axes stand on those that
-    `where` marks, and their length is the size of the blur if `resize`, else it must be the size asked for.
+    `filter` is a name, 1-d taps, which are divided by their sum, or one of either per axis. 1-d taps
+    given for all axes stand on those that `where` marks, and their length is the size of the blur if
+    `resize`, else it must be the size asked for.
     """
     rank = len(sizes)
     filter = filter.tolist() if hasattr(filter, "tolist") else filter
@@ -81,4 +85,7 @@ def _entry_taps(entry: Any, size: int, resize: bool) -> tuple[float, ...]:
         raise ValueError(f"taps must be finite, got {entry!r}")
     if not resize and len(entry) != size:
         raise ValueError(f"the filter has {len(entry)} taps where a size of {size} is asked for: {entry!r}")
-    return tuple(float(tap) for tap in entry)
+    total = math.fsum(entry)
+    if abs(total) <= 1e-12 * math.fsum(map(abs, entry)):
+        raise ValueError(f"taps must have a sum to be divided by, got {entry!r}")
+    return tuple(float(tap) / total for tap in entry)

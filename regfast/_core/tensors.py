@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .checks import as_python
 from .dispatch import may_read
 
 
@@ -53,15 +54,18 @@ def extremes(t: Tensor) -> tuple[float, float]:
     return low.item(), high.item()
 
 
-def check_lam(lam: Any, x: Any) -> None:
-    """Refuses a lam that is not a weight, or not one of each sample of x."""
+def check_lam(lam: Any, x: Any) -> Any:
+    """lam, checked: a weight, or one of each sample of x. NumPy's become numbers and tensors."""
+    given, lam = lam, as_python(lam)
+    if isinstance(lam, list) and lam is not given:
+        lam = torch.tensor(lam, dtype=torch.float64, device="cpu")
     if isinstance(lam, Tensor):
         if not lam.is_floating_point():
             raise TypeError(f"lam must be floating-point, got {lam.dtype}")
         if lam.ndim and lam.shape != x.shape[:1]:
             raise ValueError(f"lam must be a number, 0-d or of shape {tuple(x.shape[:1])}, got {tuple(lam.shape)}")
         if not may_read(lam) or not lam.numel():
-            return
+            return lam
         low, high = extremes(lam)
         # (Of one that is NaN, both are.)
         if not (low >= 0 and high <= 1):
@@ -71,3 +75,4 @@ def check_lam(lam: Any, x: Any) -> None:
         raise TypeError(f"lam must be a number or a Tensor, got {type(lam).__name__}")
     elif not torch.compiler.is_compiling() and not 0 <= float(lam) <= 1:
         raise ValueError(f"lam must be in [0, 1], got {lam}")
+    return lam

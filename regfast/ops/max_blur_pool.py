@@ -113,7 +113,7 @@ def _by_maxima(x: Tensor, window: Window) -> Tensor:
     if all(d == 1 for d in window.dilation):
         maxima = _volume_maxima(x, window, before, after)
     else:
-        maxima = all_maxima(x, window, before, after, by_library=not is_compiled())
+        maxima = all_maxima(x, window, before, after, not is_compiled(), x.dtype)
     if window.activation == "relu":
         maxima = torch.relu(maxima)
     y = blur_pool.fused(maxima, blur)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from .._core.autograd import gradients, is_differentiated_again, is_variable, needs_graph, unwatched_apply
+from .._core.checks import as_python
 from .._core.dispatch import is_its_memory, is_watched, may_read, on_device, use_triton
 from .._core.layout import as_tensor
 from .._core.normalise import Affine, result_dtype
@@ -161,7 +162,7 @@ def mixup(
     """
     check_batch(x)
     check_index(index, x)
-    check_lam(lam, x)
+    lam = check_lam(lam, x)
     if not isinstance(lam, (Tensor, float, torch.SymFloat)):
         lam = float(lam)
     if box is not None:
@@ -190,10 +191,10 @@ def blend(
     watched = is_watched(x, index, lam, box) or not is_its_memory(x)
     if watched and is_sharded(x, index, lam):
         return _blend_parts(x, index, lam, box, scale, shift, dtype, memory_format, out)
+    dtypes = (dtype,) if x.dtype == torch.uint8 else (x.dtype, dtype)
     index = on_device(index, x.device)
     box = box if box is None else on_device(box, x.device)
-    lam = on_device(lam, x.device) if isinstance(lam, Tensor) else lam
-    dtypes = (dtype,) if x.dtype == torch.uint8 else (x.dtype, dtype)
+    lam = on_device(lam, x.device, accumulator(*dtypes)) if isinstance(lam, Tensor) else lam
     if not use_triton(x, *dtypes, elementwise=True, lam=lam):
         y = reference(x, index, lam, box, scale, shift, dtype, memory_format)
         return y if out is None else out.copy_(y)
@@ -248,6 +249,7 @@ def check_index(index: Any, x: Tensor) -> None:
 
 def _box_of(box: Any, x: Tensor) -> Tensor:
     """A box as a tensor, checked."""
+    box = as_python(box)
     if not isinstance(box, Tensor):
         if not isinstance(box, Sequence) or not all(isinstance(edge, Integral) for edge in box):
             raise TypeError(f"mixup: box must be four integers (y0, y1, x0, x1) or a Tensor, got {box!r}")

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._core.autograd import gradients, is_differentiated_again, needs_graph, unwatched_apply
+from .._core.checks import as_python
 from .._core.dispatch import is_its_memory, is_watched, may_read, on_device, use_triton
 from .._core.layout import as_tensor
 from .._core.precision import accumulator, is_autocast
@@ -146,6 +147,7 @@ def mixup_cross_entropy(
         torch.Size([])
     """
     _check_logits(input)
+    ignore_index, label_smoothing = as_python(ignore_index), as_python(label_smoothing)
     _check_options(input, weight, ignore_index, reduction, label_smoothing)
     if isinstance(target, Tensor):
         return F.cross_entropy(input, target, weight, None, ignore_index, None, reduction, label_smoothing)
@@ -159,7 +161,7 @@ def mixup_cross_entropy(
         lifted = (a.unsqueeze(0), b.unsqueeze(0), lam)
         loss = mixup_cross_entropy(input.unsqueeze(0), lifted, weight, ignore_index, reduction, label_smoothing)
         return loss.squeeze(0) if reduction == "none" else loss
-    check_lam(lam, input)
+    lam = check_lam(lam, input)
     watched = is_watched(input, a, b, lam, weight) or not is_its_memory(input)
     if watched and is_sharded(input, a, b, lam):
         # A mean is over all rows.
@@ -170,7 +172,7 @@ def mixup_cross_entropy(
         )  # fmt: skip
         return on_parts(function, input, dims=(), keeps=0)
     if isinstance(lam, Tensor):
-        lam = on_device(lam, input.device)
+        lam = on_device(lam, input.device, accumulator(input.dtype))
     elif not isinstance(lam, (float, torch.SymFloat)):
         lam = float(lam)
     fused = not probabilities and use_triton(input, input.dtype, lam=lam, weight=weight)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from .._core.autograd import gradients, is_differentiated_again, needs_graph, unwatched_apply
+from .._core.checks import as_python
 from .._core.dispatch import is_its_memory, is_watched, on_device, use_triton
 from .._core.layout import as_tensor
 from .._core.precision import accumulator
@@ -144,6 +145,7 @@ def rezero(x: Tensor, f: Tensor, alpha: float | Tensor, activation: str = "relu"
     """
     if has_torch_function_variadic(x, f, alpha):
         return handle_torch_function(rezero, (x, f, alpha), x, f, alpha, activation, form)
+    alpha = as_python(alpha)
     dtypes = _check(x, f, alpha)
     check_activation(activation)
     check_form(form)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .._core.dispatch import INTERPRETED
+from .._core.dispatch import INTERPRETED, check_recordable
 from .._core.geometry import Window
 
 LIBRARY = torch.library.Library("regfast", "DEF")
@@ -26,7 +26,12 @@ def define(schema: str, implementation: Any, fake: Any) -> None:
     LIBRARY.impl(name, implementation, "CUDA")
     if INTERPRETED:
         LIBRARY.impl(name, implementation, "CPU")
-    torch.library.register_fake(f"regfast::{name}", fake, lib=LIBRARY)
+
+    def recordable(*arguments: Any) -> Any:
+        check_recordable()
+        return fake(*arguments)
+
+    torch.library.register_fake(f"regfast::{name}", recordable, lib=LIBRARY)
 
 
 @functools.cache

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ from .._core.autograd import is_compiled, is_differentiated, is_forward_mode, is
 from .._core.dispatch import is_watched
 from .._core.geometry import Window, as_image, output_shape
 from .._core.layout import is_channels_last, with_format
-from .._core.precision import accumulator, outside_autocast
+from .._core.precision import accumulator, gradient_dtype, outside_autocast
 from .._core.taps import binomial
 
 
@@ -36,7 +37,7 @@ def blur_pool(x: Tensor, window: Window) -> Tensor:
     if window.activation == "relu":
         x = F.relu(x)
     with outside_autocast(x):
-        wide = _extend(x, window).to(accumulator(x.dtype))
+        wide = _extend(x.to(gradient_dtype(x)), window).to(accumulator(x.dtype))
         if is_small(x) and averages(window):
             return in_format_of(x, average(wide, averages(window)).to(x.dtype))
         blur = _convolve if prefers_convolution(x) else _sum_slices
@@ -135,11 +136,21 @@ def average(x: Tensor, steps: Averages) -> Tensor:
 
 def _convolve(x: Tensor, window: Window) -> Tensor:
     """The blur as one grouped convolution."""
-    channels = x.shape[1]
+    channels = _constant(x.shape[1])
     products = [math.prod(taps) for taps in itertools.product(*window.taps)]
     kernel = torch.tensor(products, dtype=x.dtype, device=x.device).view(1, 1, *map(len, window.taps))
     convolve = F.conv2d if window.rank == 2 else F.conv3d
     return convolve(x, kernel.expand(channels, *kernel.shape[1:]), stride=window.stride, groups=channels)
+
+
+def _constant(size: Any) -> int:
+    """A size as a number: torch.jit.trace records it as a tensor, and ONNX convolves by constants."""
+    if not isinstance(size, Tensor):
+        return size
+    with warnings.catch_warnings():
+        # The warning is that the trace is of one number of channels, and a network has one.
+        warnings.simplefilter("ignore")
+        return int(size)
 
 
 def _sum_slices(x: Tensor, window: Window) -> Tensor:

@@ -17,7 +17,7 @@ from .._core.autograd import is_compiled, is_differentiated, is_transformed
 from .._core.dispatch import is_watched
 from .._core.geometry import Window, as_image, map_limits, output_shape, output_size
 from .._core.layout import is_channels_last, with_format
-from .._core.precision import WIDE, outside_autocast
+from .._core.precision import WIDE, gradient_dtype, outside_autocast
 from .blur_pool import SMALL, averages, blur_pool, in_format_of, pad_amounts
 from .small import Small
 
@@ -77,13 +77,13 @@ def _in_its_format(x: Tensor, window: Window) -> Tensor:
     """`max_blur_pool` of images and volumes, in the format that they come in."""
     before, after, blur = split(window, x.shape[2:])
     with outside_autocast(x):
-        maxima = all_maxima(x, window, before, after, prefers_max_pool(x))
+        maxima = all_maxima(x, window, before, after, prefers_max_pool(x), gradient_dtype(x))
         if window.activation == "relu":
-            # Nobody else has seen maxima that were taken.
+            # Maxima that were taken are seen by nothing else.
             maxima = F.relu(maxima, inplace=maxima is not x)
         # The result is a tensor of its own, whatever is done to it later.
         y = maxima.clone() if maxima is x and blur.is_identity else maxima
-        y = y if blur.is_identity else blur_pool(y, blur)
+        y = (y if blur.is_identity else blur_pool(y, blur)).to(x.dtype)
     if window.ceil_mode:
         for axis, size in enumerate(x.shape[2:]):
             y = y.narrow(axis - window.rank, 0, output_size(window, axis, size))
@@ -117,14 +117,19 @@ def split(window: Window, sizes: tuple[int, ...]) -> tuple[tuple[int, ...], tupl
     return tuple(before), tuple(after), blur
 
 
-def all_maxima(x: Tensor, window: Window, before: tuple[int, ...], after: tuple[int, ...], by_library: bool) -> Tensor:
+def all_maxima(
+    x: Tensor, window: Window, before: tuple[int, ...], after: tuple[int, ...], by_library: bool, dtype: torch.dtype
+) -> Tensor:
     """The maximum of every window that fits in x extended by `before` and `after` positions that never win.
 
-    `by_library`, of PyTorch's max pooling where that has such windows.
+    `by_library`, of PyTorch's max pooling where that has such windows. In `dtype`, as is their gradient's sum.
     """
     if not window.takes_max:
         return x
     undilated = all(d == 1 for d in window.dilation)
+    if undilated and not by_library and is_compiled() and is_differentiated(x) and not is_transformed():
+        return _CompiledMaxima.apply(x, window, before, after, dtype)
+    x = x.to(dtype)
     if by_library:
         max_pool = (F.max_pool1d, F.max_pool2d, F.max_pool3d)[window.rank - 1]
         # A window with holes may hold padding alone, and PyTorch's max pooling then points outside the image.
@@ -137,8 +142,6 @@ def all_maxima(x: Tensor, window: Window, before: tuple[int, ...], after: tuple[
         # Eager F.pad is faster at repeating the ends than at filling with a constant, and a compiler is slower at it.
         pad = _repeat_ends if undilated and not is_compiled() else _pad_lowest
         return _slide(pad(x, before, after), window)
-    if undilated and is_compiled() and not is_transformed():
-        return _CompiledMaxima.apply(x, window, before, after)
     return _slide(_pad_lowest(x, before, after), window, before)
 
 
@@ -205,10 +208,12 @@ class _CompiledMaxima(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, window: Window, before: tuple[int, ...], after: tuple[int, ...]) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, window: Window, before: tuple[int, ...], after: tuple[int, ...], dtype: torch.dtype
+    ) -> Tensor:
         ctx.save_for_backward(x)
         ctx.window, ctx.before, ctx.after = window, before, after
-        return _slide(_pad_lowest(x, before, after), window)
+        return _slide(_pad_lowest(x, before, after), window).to(dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -217,7 +222,7 @@ class _CompiledMaxima(torch.autograd.Function):
         before, after = ([k - 1 - p for k, p in zip(ctx.window.kernel_size, pads)] for pads in (ctx.before, ctx.after))
         amounts = pad_amounts(before, after)
         grad = F.pad(grad, amounts) if any(amounts) else grad
-        return _gather(x, grad, ctx.window, ctx.window.rank - 1), None, None, None
+        return _gather(x, grad, ctx.window, ctx.window.rank - 1).to(x.dtype), None, None, None, None
 
 
 def _gather(x: Tensor, grad: Tensor, window: Window, axis: int) -> Tensor:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._core.autograd import is_differentiated
-from .._core.layout import as_laid_out, is_channels_last
-from .._core.precision import accumulator, outside_autocast
+from .._core.autograd import is_differentiated, is_variable
+from .._core.dispatch import is_watched, may_read
+from .._core.layout import as_laid_out, as_tensor, is_channels_last
+from .._core.precision import accumulator, gradient_dtype, outside_autocast
 
 
 def mixup(
@@ -24,21 +25,35 @@ def mixup(
 
     x is (B, ...), floating or uint8; index (B,); lam a number, () or (B,); box None, (4,) or (B, 4), and where its first entry is
     negative the sample is blended all the same; scale and shift None or (C,), of dimension 1. The result has x's shape.
+    What has a weight of zero is not read, be it infinite or NaN. (Where lam is differentiated it is:
+    the derivative by lam is the difference of both.)
     Sums are float32 (float64 where x or the result is) and are rounded once. Source: Zhang et al., "mixup: Beyond Empirical Risk
     Minimization" (2018); the box: Yun et al., "CutMix" (2019).
     """
     with outside_autocast(x):
         arguments = scale, shift, dtype
         box = None if box is None else box.expand(x.shape[0], 4)
-        if _prefers_parts(x, lam):
-            return _in_parts(x, index, lam, box, *arguments, torch.empty_like(x, dtype=dtype, memory_format=memory_format))
-        return as_laid_out(_mixed(x, _take(x, index), lam, box, *arguments), x, memory_format)
+        weight = _weight(lam, x, accumulator(x.dtype, dtype))
+        if _prefers_parts(x, index, weight, box):
+            return _in_parts(x, index, weight, box, *arguments, torch.empty_like(x, dtype=dtype, memory_format=memory_format))
+        wide = x.to(gradient_dtype(x, dtype))
+        return as_laid_out(_mixed(wide, _take(wide, index), weight, box, *arguments), x, memory_format)
 
 
-def _prefers_parts(x: Tensor, lam: float | Tensor) -> bool:
-    """Whether to mix some samples at a time: eagerly on a CPU, where nobody differentiates."""
-    traced = torch.compiler.is_compiling() or is_differentiated(x) or (isinstance(lam, Tensor) and is_differentiated(lam))
-    return x.device.type == "cpu" and not traced
+def _weight(lam: float | Tensor, x: Tensor, dtype: torch.dtype) -> float | Tensor:
+    """lam as it meets x, in `dtype`. A compiler makes no graph for each number."""
+    if torch.compiler.is_compiling():
+        lam = as_tensor(lam, dtype, x.device)
+    if not isinstance(lam, Tensor):
+        return lam
+    return lam.to(dtype).view(-1, *(1,) * (x.ndim - 1)) if lam.ndim else lam.to(dtype)
+
+
+def _prefers_parts(x: Tensor, index: Tensor, lam: float | Tensor, box: Tensor | None) -> bool:
+    """Whether to mix some samples at a time: on a CPU, where nothing watches or differentiates."""
+    if x.device.type != "cpu" or is_watched(x, index, lam, box) or is_differentiated(x):
+        return False
+    return not isinstance(lam, Tensor) or not is_differentiated(lam)
 
 
 # Elements of a part: what it needs stays in a core's cache, and in memory that is used again.
@@ -57,15 +72,15 @@ def _in_parts(
 ) -> Tensor:
     """Fills y, some samples at a time."""
     count = max(_PART // max(x.shape[1:].numel(), 1), 1)
-    plain = box is None and scale is None and x.dtype == dtype == accumulator(dtype)
-    # (A CPU's tensor, which nobody need wait for.)
+    plain = box is None and scale is None and x.dtype == dtype == accumulator(dtype) and not _leaves_out(lam)
+    # (A CPU's tensor, which is there already.)
     lam = lam.item() if isinstance(lam, Tensor) and lam.ndim == 0 else lam
     for first in range(0, x.shape[0], count):
         part = slice(first, first + count)
         own, partner = x[part], _take(x, index[part])
         weight = lam[part] if isinstance(lam, Tensor) else lam
         if plain:
-            _blend_into(y[part], own, partner, _weight(weight, x.ndim, dtype))
+            _blend_into(y[part], own, partner, weight)
         else:
             y[part] = _mixed(own, partner, weight, None if box is None else box[part], scale, shift, dtype)
     return y
@@ -92,7 +107,7 @@ def _mixed(
     """Samples mixed with as many partners, one box each."""
     wide = accumulator(x.dtype, dtype)
     own, partner = x.to(wide), partner.to(wide)
-    y = _blend(own, partner, _weight(lam, x.ndim, wide))
+    y = _blend(own, partner, lam)
     if box is not None:
         pasted = torch.where(_inside(box, x.shape), partner, own)
         y = torch.where((box[:, 0] < 0).view(-1, *(1,) * (x.ndim - 1)), y, pasted)
@@ -113,19 +128,22 @@ def _take(x: Tensor, index: Tensor) -> Tensor:
 
 def _blend(own: Tensor, partner: Tensor, lam: float | Tensor) -> Tensor:
     """lam*own + (1 - lam)*partner, the second product and the sum in one pass."""
-    if torch.compiler.is_compiling():
-        # A compiler fuses it by itself. (And Inductor 2.13 keeps an earlier call's `alpha` where it is an expression of lam.)
-        return own * lam + partner * (1 - lam)
-    if isinstance(lam, Tensor):
-        return torch.addcmul(own * lam, partner, 1 - lam)
-    return torch.add(own * lam, partner, alpha=1 - lam)
-
-
-def _weight(lam: float | Tensor, ndim: int, dtype: torch.dtype) -> float | Tensor:
-    """lam as it meets a tensor of `ndim` dimensions."""
     if not isinstance(lam, Tensor):
-        return lam
-    return lam.to(dtype).view(-1, *(1,) * (ndim - 1)) if lam.ndim else lam.to(dtype)
+        if lam in (0, 1):
+            return own.clone() if lam else partner
+        return torch.add(own * lam, partner, alpha=1 - lam)
+    # (A compiler fuses it by itself.)
+    y = torch.addcmul(own * lam, partner, 1 - lam)
+    if is_variable(lam) or not _leaves_out(lam):
+        return y
+    return torch.where(lam == 1, own, torch.where(lam == 0, partner, y))
+
+
+def _leaves_out(lam: float | Tensor) -> bool:
+    """Whether a sample or a partner may have no weight: zero times an infinity is not zero."""
+    if not isinstance(lam, Tensor):
+        return lam in (0, 1)
+    return not may_read(lam) or bool(((lam == 0) | (lam == 1)).any())
 
 
 def _inside(box: Tensor, shape: torch.Size) -> Tensor:
