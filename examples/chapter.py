@@ -2,17 +2,21 @@
 
     python examples/chapter.py                                                      # the embedded digits, minutes
     python examples/chapter.py --seeds 3 -- --data cifar10 --root DIR --epochs 30    # what follows -- goes to train.py
+    python examples/chapter.py --device cuda --minutes 9 -- --data cifar10 --root DIR --batch 128 --channels-last --epochs 30
 
-Killed and started again it goes on from the last finished epoch. --out gets a folder for each run, the figures and results.md.
+Killed, or out of time, and started again it goes on from the last finished epoch. --out gets a folder for each run, the figures
+and results.md, of the runs that have finished.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import shlex
 import statistics
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -40,16 +44,25 @@ def folder_of(out: Path, variant: str, seed: int) -> Path:
     return out / f"{variant.replace(' + ', '-').replace(' ', '-').lower()}-{seed}"
 
 
-def run(out: Path, variants: Sequence[str], seeds: int, arguments: Sequence[str]) -> dict[str, list[Path]]:
-    """Trains every variant with every seed, the seeds first, so that each comparison is whole as early as it can be."""
-    folders: dict[str, list[Path]] = {variant: [] for variant in variants}
+def run(
+    out: Path, variants: Sequence[str], seeds: int, arguments: Sequence[str], deadline: float
+) -> tuple[dict[str, list[Path]], list[str]]:
+    """Trains every variant with every seed, the seeds first, so that each comparison is whole as early as it can be.
+
+    Returns the folders of the runs that have finished, by variant, and the names of those that have not.
+    """
+    finished: dict[str, list[Path]] = {variant: [] for variant in variants}
+    left = []
     for seed in range(seeds):
         for variant in variants:
-            folder = folder_of(out, variant, seed)
-            print(f"{variant}, seed {seed}", flush=True)
-            train.main([*arguments, *VARIANTS[variant], "--seed", str(seed), "--out", str(folder)])
-            folders[variant].append(folder)
-    return folders
+            folder, name = folder_of(out, variant, seed), f"{variant}, seed {seed}"
+            print(name, flush=True)
+            flags = (*VARIANTS[variant], "--seed", str(seed), "--out", str(folder))
+            if train.main([*arguments, *flags], deadline):
+                finished[variant].append(folder)
+            else:
+                left.append(name)
+    return {variant: own for variant, own in finished.items() if own}, left
 
 
 def read(folders: Sequence[Path]) -> list[tuple[list[dict[str, Any]], dict[str, Any]]]:
@@ -60,8 +73,8 @@ def read(folders: Sequence[Path]) -> list[tuple[list[dict[str, Any]], dict[str, 
     ]
 
 
-def draw(out: Path, folders: dict[str, list[Path]], images: data.Dataset, command: str) -> list[Path]:
-    """The figures and the table of what has run."""
+def draw(out: Path, folders: dict[str, list[Path]], left: Sequence[str], images: data.Dataset, command: str) -> list[Path]:
+    """The figures and the table of what has finished; the table names what is left."""
     runs = {variant: read(own) for variant, own in folders.items()}
     by_epoch, by_time = {}, {}
     for variant, own in runs.items():
@@ -88,7 +101,8 @@ def draw(out: Path, folders: dict[str, list[Path]], images: data.Dataset, comman
         figures.zebra(out / "zebra.png"),
     ]
     with train.replacing(out / "results.md") as part:
-        part.write_text(f"{table(results)}\n    {command}\n")
+        note = f"\nNot finished, and left out: {'; '.join(left)}.\n" if left else ""
+        part.write_text(f"{table(results)}{note}\n    {command}\n")
     return [*written, out / "results.md"]
 
 
@@ -147,12 +161,22 @@ def main(arguments: Sequence[str]) -> list[Path]:
     parser.add_argument(
         "--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME", help=", ".join(VARIANTS)
     )
+    parser.add_argument("--device", help="of train.py")
+    help = "begin no epoch after so many; the same command goes on (default: no end)"
+    parser.add_argument("--minutes", type=train.amount, default=math.inf, help=help)
     parser.add_argument("--out", type=Path, default=Path("out/chapter"), help="(default: %(default)s)")
-    options, chosen = parser.parse_args(own), train.parse(rest)
-    folders = run(options.out, options.variants, options.seeds, rest)
-    images = data.load(chosen.data, chosen.root, chosen.size, chosen.limit)
-    written = draw(options.out, folders, images, command_of(arguments))
-    print("written:", *written, sep="\n  ")
+    options = parser.parse_args(own)
+    if options.device:
+        rest = [*rest, "--device", options.device]
+    chosen, deadline = train.parse(rest), time.monotonic() + 60 * options.minutes
+    folders, left = run(options.out, options.variants, options.seeds, rest, deadline)
+    written = []
+    if folders:
+        images = train.load(chosen.data, chosen.root, chosen.size, chosen.limit)
+        written = draw(options.out, folders, left, images, command_of(arguments))
+        print("written:", *written, sep="\n  ")
+    if left:
+        print("not finished, the same command goes on:", *left, sep="\n  ")
     return written
 
 

@@ -4,19 +4,23 @@
     python examples/train.py --data cifar10 --root DIR --model resnet --antialias --rezero --mixup 0.25 --epochs 30
     torchrun --nproc-per-node 4 examples/train.py --data folder --root DIR --model timm:resnet50 --antialias --amp --channels-last
 
-Images stay bytes on the device; crops, flips, mixing and normalisation happen there. Killed and started again with the same
-arguments it goes on from the last finished epoch. --out gets metrics.jsonl (a line an epoch), checkpoint.pt, result.json, and
-where TensorBoard is installed its events.
+Images stay bytes on the device; crops, flips, mixing and normalisation happen there. On one CUDA device the network's steps are
+CUDA graphs. Killed and started again with the same arguments it goes on from the last finished epoch. --out gets metrics.jsonl
+(a line an epoch), checkpoint.pt, result.json, and where TensorBoard is installed its events.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import datetime
+import functools
 import json
+import math
 import os
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,6 +39,8 @@ from regfast import info
 
 # Shifts by up to 7 pixels, 8 x 8 in all, as in the chapter.
 SHIFTS = 8
+# The chapter trains many networks on the same images, and decodes them once.
+load = functools.lru_cache(maxsize=1)(data.load)
 
 
 class Job(NamedTuple):
@@ -103,32 +109,58 @@ class Run:
         groups = regfast.parameter_groups(self.model) if options.rezero else [{"params": list(self.model.parameters())}]
         self.batch = options.batch * job.world
         self.steps = max(len(images.train.x) // self.batch, 1)
-        self.optimizer = torch.optim.AdamW(groups, lr=options.lr, weight_decay=1e-2)
+        # On CUDA a few launches for some hundred parameters; elsewhere as PyTorch chooses.
+        fused = True if job.device.type == "cuda" else None
+        self.optimizer = torch.optim.AdamW(groups, lr=options.lr, weight_decay=1e-2, fused=fused)
         total = options.epochs * self.steps
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, max_lr=options.lr, total_steps=total)
         self.records: list[dict[str, Any]] = []
+        if is_captured(options, job):
+            self.capture()
+
+    def capture(self) -> None:
+        """Makes CUDA graphs of the network's forward and backward in training. In evaluation it runs as it did."""
+        count, channels = min(self.batch, len(self.images.train.x)), self.images.train.x.shape[1]
+        crop = self.options.crop
+        sample = self.as_laid_out(torch.zeros(count, channels, crop, crop, device=self.job.device))
+        state = copy.deepcopy(self.model.state_dict())
+        with self.autocast():
+            torch.cuda.make_graphed_callables(self.model, (sample,))
+        # The runs before the capture changed the batch normalisation. (In place: the graphs hold addresses.)
+        self.model.load_state_dict(state)
+        # The graphs keep autograd's nodes of those runs, and their stream, with which each backward synchronises.
+        warnings.filterwarnings("ignore", message="The AccumulateGrad node's stream does not match")
+
+    def autocast(self) -> torch.autocast:
+        # A graph cannot be captured with the cache of casts, which serves no network that takes each weight once.
+        enabled = self.options.amp
+        return torch.autocast(self.job.device.type, torch.bfloat16, enabled=enabled, cache_enabled=False)
 
     def epoch(self) -> dict[str, Any]:
         """One pass over the training images. What is drawn follows from the seed and the epoch, but for the mixing's streams."""
         number, start = len(self.records) + 1, time.perf_counter()
-        # The same on every process: each takes its share of a batch that all have drawn.
-        generator = torch.Generator().manual_seed(self.options.seed * 1_000_003 + number)
         torch.manual_seed(self.options.seed * 1_000_003 + number * 1009 + self.job.rank)
         self.network.train()
-        order, losses = torch.randperm(len(self.images.train.x), generator=generator), []
-        for batch in order[: self.steps * self.batch].split(self.batch):
-            losses.append(self.step(batch, generator))
+        losses = [self.step(*drawn) for drawn in self.draw(number)]
         loss, processes = self.job.sum(torch.stack(losses).mean().item(), 1)
         correct, total = self.evaluate()
         seconds = time.perf_counter() - start
         return {"epoch": number, "loss": loss / processes, "accuracy": correct / total, "seconds": seconds}
 
-    def step(self, batch: Tensor, generator: torch.Generator) -> Tensor:
-        drawn = data.draw_crops(len(batch), self.images.train.x.shape[-1], self.options.crop, generator)
+    def draw(self, number: int) -> Iterator[tuple[Tensor, ...]]:
+        """The images of each step of an epoch, and their crops, on the device: sent at once, for the host waits for a copy."""
+        # The same on every process: each takes its share of a batch that all have drawn.
+        generator = torch.Generator().manual_seed(self.options.seed * 1_000_003 + number)
+        order = torch.randperm(len(self.images.train.x), generator=generator)[: self.steps * self.batch]
+        side, crop = self.images.train.x.shape[-1], self.options.crop
+        drawn = [(batch, *data.draw_crops(len(batch), side, crop, generator)) for batch in order.split(self.batch)]
         own = slice(self.job.rank * self.options.batch, (self.job.rank + 1) * self.options.batch)
-        x, y = (t[batch[own].to(self.job.device)] for t in self.images.train)
-        x = data.cut(x, [d[own] for d in drawn], self.options.crop, self.options.flip)
-        with torch.autocast(self.job.device.type, torch.bfloat16, enabled=self.options.amp):
+        return zip(*(torch.stack(kind)[:, own].to(self.job.device) for kind in zip(*drawn)))
+
+    def step(self, chosen: Tensor, *crops: Tensor) -> Tensor:
+        x, y = (t[chosen] for t in self.images.train)
+        x = data.cut(x, crops, self.options.crop, self.options.flip)
+        with self.autocast():
             if self.manifold is None:
                 x, target = self.mix.train()(x, y)
                 output = self.network(self.as_laid_out(x))
@@ -198,7 +230,7 @@ class Run:
 
 def identity(options: argparse.Namespace, job: Job) -> dict[str, Any]:
     """The arguments that a run must have in common with its checkpoint."""
-    free = ("out", "device", "threads", "root")
+    free = ("out", "device", "threads", "root", "eager")
     return {name: value for name, value in vars(options).items() if name not in free} | {"processes": job.world}
 
 
@@ -214,11 +246,16 @@ def replacing(path: Path) -> Iterator[Path]:
         raise OSError(f"{path} cannot be written: {error}") from error
 
 
-def train(options: argparse.Namespace, job: Job, console: Console) -> dict[str, Any]:
-    """Trains to the end, from wherever an earlier run came to; the result, which is written too."""
+def is_captured(options: argparse.Namespace, job: Job) -> bool:
+    """Whether the network's steps are CUDA graphs. A graph repeats one step, and manifold mixup blends in another layer each."""
+    return job.device.type == "cuda" and job.world == 1 and not (options.eager or options.compile or options.manifold)
+
+
+def train(options: argparse.Namespace, job: Job, console: Console, deadline: float) -> dict[str, Any] | None:
+    """Trains to the end, from wherever an earlier run came to, and writes the result; None where the deadline came first."""
     result = result_of(options, job)
-    if result is None:
-        images = data.load(options.data, options.root, options.size, options.limit).to(job.device)
+    if result is None and time.monotonic() < deadline:
+        images = load(options.data, options.root, options.size, options.limit).to(job.device)
         if options.crop + SHIFTS - 1 > images.test.x.shape[-1]:
             side = images.test.x.shape[-1]
             raise ValueError(f"--crop must leave {SHIFTS - 1} of the images' {side} pixels to shift it by, got {options.crop}")
@@ -227,20 +264,21 @@ def train(options: argparse.Namespace, job: Job, console: Console) -> dict[str, 
         run.resume()
         # Before anything is trained: a folder or a disk that cannot take it says so now.
         run.save()
-        go_on(run, console)
-        result = conclude(run) if job.writes else {}
+        go_on(run, console, deadline)
+        if job.writes and len(run.records) == options.epochs:
+            result = conclude(run)
         # Nobody leaves while another one is still at work.
         job.sum(0)
-    if job.writes:
+    if job.writes and result:
         line = "accuracy {accuracy:.2%}, deviation over shifts {deviation:.4f}, consistency {consistency:.2%}"
         console.print(line.format(**result), highlight=False)
     return result
 
 
-def go_on(run: Run, console: Console) -> None:
-    """The epochs that remain."""
+def go_on(run: Run, console: Console, deadline: float) -> None:
+    """The epochs that remain; after the deadline none begins."""
     board = tensorboard(run.options.out, len(run.records) + 1) if run.job.writes else None
-    while len(run.records) < run.options.epochs:
+    while len(run.records) < run.options.epochs and time.monotonic() < deadline:
         record = run.epoch()
         run.records.append(record)
         if board:
@@ -306,11 +344,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--width", type=positive, default=32, help="channels of the first convolution of cnn and resnet (default: %(default)s)")
     add("--antialias", action="store_true", help="regfast.antialias(model)")
     add("--rezero", action="store_true", help="gates in the residual blocks of --model resnet")
-    add("--mixup", type=alpha, default=0.0, metavar="ALPHA", help="MixUp of the images")
-    add("--cutmix", type=alpha, default=0.0, metavar="ALPHA", help="CutMix of the images; with --mixup, each every other time")
-    add("--manifold", type=alpha, default=0.0, metavar="ALPHA", help="manifold mixup, in place of the images' mixing")
+    add("--mixup", type=amount, default=0.0, metavar="ALPHA", help="MixUp of the images")
+    add("--cutmix", type=amount, default=0.0, metavar="ALPHA", help="CutMix of the images; with --mixup, each every other time")
+    add("--manifold", type=amount, default=0.0, metavar="ALPHA", help="manifold mixup, in place of the images' mixing")
     add("--flip", action="store_true", help="mirror every other image in training")
     add("--compile", action="store_true", help="torch.compile the network")
+    add("--eager", action="store_true", help="no CUDA graphs: launch every kernel of every step")
     add("--amp", action="store_true", help="automatic mixed precision, in bfloat16")
     add("--channels-last", action="store_true", help="innermost channels")
     add("--epochs", type=positive, default=20, help="(default: %(default)s)")
@@ -325,6 +364,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.manifold and (options.mixup or options.cutmix):
         parser.error("--manifold mixes the images too, at times: it takes the place of --mixup and --cutmix")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.exit(2, "--device cuda: PyTorch finds no CUDA device\n")
     return options
 
 
@@ -335,19 +376,28 @@ def positive(text: str) -> int:
     return number
 
 
-def alpha(text: str) -> float:
+def amount(text: str) -> float:
     number = float(text)
     if not 0 <= number < float("inf"):
         raise argparse.ArgumentTypeError(f"must be at least 0, got {number}")
     return number
 
 
-def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+def main(arguments: Sequence[str] | None = None, deadline: float = math.inf) -> dict[str, Any] | None:
+    """Trains as the command line says. After the deadline, of a job of one process, no epoch begins.
+
+    Args:
+        arguments: the command line; sys.argv's by default.
+        deadline: in seconds, as time.monotonic() counts them.
+
+    Returns:
+        The result; None where epochs are left for another call, and of a process that does not write.
+    """
     options = parse(arguments)
     torch.set_num_threads(options.threads)
     with job_of(options.device) as job:
         try:
-            return train(options, job, Console())
+            return train(options, job, Console(), deadline)
         except (ValueError, OSError) as error:
             raise SystemExit(f"error: {error}") from error
         except RuntimeError as error:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -56,6 +58,50 @@ def test_a_second_call_trains_no_more_and_says_the_same(written: list[Path], mon
     out = written[-1].parent
     chapter.main(["--seeds", "2", "--variants", *VARIANTS, "--out", str(out), "--", *SMALL])
     assert written[-1].read_text() == before
+
+
+def test_out_of_time_it_shows_what_has_finished_and_goes_on(
+    written: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A minute for three runs of two epochs each, of 25 seconds: one run and a half."""
+    seconds, epoch = [0], train.Run.epoch
+
+    def timed(self):
+        seconds[0] += 25
+        return epoch(self)
+
+    monkeypatch.setattr(train.Run, "epoch", timed)
+    clock = SimpleNamespace(monotonic=lambda: seconds[0], perf_counter=time.perf_counter)
+    for module in (train, chapter):
+        monkeypatch.setattr(module, "time", clock)
+    command = ["--minutes", "1", "--variants", *VARIANTS, "--out", str(tmp_path), "--", *SMALL]
+    *drawn, results = chapter.main(command)
+    assert len(drawn) == 6 and all(path.exists() for path in drawn)
+    text = results.read_text()
+    assert "| regular |" in text and "| anti-aliased |" not in text and "| manifold mixup |" not in text
+    assert "\nNot finished, and left out: anti-aliased, seed 0; manifold mixup, seed 0.\n" in text
+    assert capsys.readouterr().out.endswith("goes on:\n  anti-aliased, seed 0\n  manifold mixup, seed 0\n")
+    text = chapter.main(command)[-1].read_text()
+    assert all(f"| {variant} |" in text for variant in VARIANTS) and "Not finished" not in text
+    for variant in VARIANTS:
+        whole, broken = (torch.load(chapter.folder_of(out, variant, 0) / "shifts.pt") for out in (written[0].parent, tmp_path))
+        assert torch.equal(whole["probability"], broken["probability"])
+
+
+def test_with_nothing_finished_it_draws_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert chapter.main(["--minutes", "0", "--variants", "regular", "--out", str(tmp_path), "--", *SMALL]) == []
+    assert not list(tmp_path.iterdir())
+    assert "regular, seed 0" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", [("--device", "cuda"), ("--", "--device", "cuda")], ids=" ".join)
+def test_cuda_without_a_gpu_is_one_line(arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+    """So --device is the training script's, from before the -- and from after it."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as raised:
+        chapter.main(arguments)
+    assert raised.value.code == 2
+    assert capsys.readouterr().err == "--device cuda: PyTorch finds no CUDA device\n"
 
 
 def test_the_variants_are_the_chapter_s_and_the_blog_s() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import signal
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -115,6 +117,132 @@ def test_a_run_that_has_ended_says_the_same_again(tmp_path: Path, monkeypatch: p
     assert run(tmp_path) == first
     monkeypatch.setattr(train.Run, "shift_consistency", lambda *_: pytest.fail("it measured"))
     assert run(tmp_path) == first
+
+
+@pytest.fixture
+def epochs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The epochs that have been trained; their number is the time that a deadline is held against."""
+    begun: list[int] = []
+    epoch = train.Run.epoch
+
+    def counted(self):
+        begun.append(1)
+        return epoch(self)
+
+    monkeypatch.setattr(train.Run, "epoch", counted)
+    clock = SimpleNamespace(monotonic=lambda: len(begun), perf_counter=time.perf_counter)
+    monkeypatch.setattr(train, "time", clock)
+    return begun
+
+
+def test_after_the_deadline_no_epoch_begins_and_another_call_goes_on(tmp_path: Path, epochs: list[int]) -> None:
+    flags = ("--epochs", "3", "--mixup", "0.2")
+    whole = run(tmp_path / "whole", *flags)
+    command = [*SMALL, *flags, "--out", str(tmp_path / "broken")]
+    assert train.main(command, deadline=len(epochs)) is None
+    assert not (tmp_path / "broken").exists()
+    assert train.main(command, deadline=len(epochs) + 2) is None
+    assert len(lines(tmp_path / "broken")) == 2 and not (tmp_path / "broken" / "result.json").exists()
+    result = train.main(command)
+    assert len(epochs) == 6 and result["accuracy"] == whole["accuracy"] and result["deviation"] == whole["deviation"]
+    check_equal(*(torch.load(tmp_path / name / "checkpoint.pt")["model"] for name in ("whole", "broken")))
+    # A run that has ended says so at any time.
+    assert train.main(command, deadline=0) == result
+
+
+@pytest.mark.parametrize(
+    "device,world,flags,expected",
+    [
+        ("cuda", 1, (), True),
+        ("cuda", 1, ("--mixup", "1", "--amp", "--channels-last"), True),
+        ("cuda", 1, ("--manifold", "2"), False),
+        ("cuda", 1, ("--compile",), False),
+        ("cuda", 1, ("--eager",), False),
+        ("cuda", 2, (), False),
+        ("mps", 1, (), False),
+        ("cpu", 1, (), False),
+    ],
+)
+def test_where_the_steps_are_cuda_graphs(device: str, world: int, flags: tuple[str, ...], expected: bool) -> None:
+    assert train.is_captured(train.parse(flags), train.Job(0, world, torch.device(device))) is expected
+
+
+class Recorder:
+    """As torch.cuda.make_graphed_callables from outside: it runs the network first, and has a graph of its training alone."""
+
+    def __init__(self) -> None:
+        self.samples: list[torch.Tensor] = []
+        self.replays = 0
+
+    def __call__(self, model: torch.nn.Module, arguments: tuple[torch.Tensor]) -> torch.nn.Module:
+        (sample,) = arguments
+        assert model.training and not torch.is_autocast_cache_enabled()
+        self.samples.append(sample)
+        before, forward = copy.deepcopy(model.state_dict()), model.forward
+        for _ in range(3):
+            model(sample)
+        assert any(not torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+        def graphed(x: torch.Tensor) -> torch.Tensor:
+            if model.training:
+                assert x.shape == sample.shape and x.stride() == sample.stride() and x.dtype == sample.dtype
+                assert not torch.is_autocast_cache_enabled()
+                self.replays += 1
+            return forward(x)
+
+        model.forward = graphed
+        return model
+
+
+@pytest.mark.parametrize(
+    "flags", [("--antialias", "--mixup", "0.2"), ("--amp", "--channels-last"), ("--batch", "500")], ids=" ".join
+)
+def test_a_captured_network_trains_as_the_plain_one(
+    tmp_path: Path, flags: tuple[str, ...], epochs: list[int], monkeypatch
+) -> None:
+    """Bit for bit, so that the runs before the capture are forgotten; also from a checkpoint, and of less than a batch."""
+    from test_data import binary, pixels
+
+    binary(tmp_path, True, pixels(70), list(range(10)) * 7)
+    flags = ("--data", "cifar10", "--root", str(tmp_path), "--epochs", "3", *flags)
+    run(tmp_path / "plain", *flags)
+    recorder = Recorder()
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", recorder)
+    monkeypatch.setattr(train, "is_captured", lambda *_: True)
+    command = [*SMALL, *flags, "--out", str(tmp_path / "captured")]
+    assert train.main(command, deadline=len(epochs) + 1) is None
+    train.main(command)
+    assert len(recorder.samples) == 2
+    batch = min(train.parse(command).batch, 70)
+    layout = torch.channels_last if "--channels-last" in flags else torch.contiguous_format
+    for sample in recorder.samples:
+        assert sample.shape == (batch, 3, 24, 24) and sample.is_contiguous(memory_format=layout)
+    # In evaluation the network is the plain one.
+    assert recorder.replays == 3 * (70 // batch)
+    plain, captured = (torch.load(tmp_path / name / "checkpoint.pt") for name in ("plain", "captured"))
+    assert without_time(plain["records"]) == without_time(captured["records"])
+    check_equal(plain["model"], captured["model"])
+    check_equal(plain["optimizer"], captured["optimizer"])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA device is needed")
+def test_graphs_train_as_launches_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    flags = ("--device", "cuda", "--model", "resnet", "--antialias", "--rezero", "--mixup", "0.25", "--epochs", "2")
+    run(tmp_path / "graphs", *flags)
+    run(tmp_path / "launches", *flags, "--eager")
+    for graphs, launches in zip(lines(tmp_path / "graphs"), lines(tmp_path / "launches"), strict=True):
+        # The same kernels, but with workspaces of other sizes cuDNN may choose others, which round otherwise.
+        assert graphs["loss"] == pytest.approx(launches["loss"], rel=1e-3)
+
+
+def test_cuda_without_a_gpu_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as raised:
+        run(tmp_path / "out", "--device", "cuda")
+    assert raised.value.code == 2
+    assert capsys.readouterr().err == "--device cuda: PyTorch finds no CUDA device\n"
+    assert not (tmp_path / "out").exists()
 
 
 def check_equal(a, b) -> None:
