@@ -7,7 +7,7 @@ from torch import nn
 
 import regfast
 from peers import load
-from timing import AXES, IMAGES, compiled, compiled_reference, images, size
+from timing import AXES, IMAGES, compiled, images, size
 
 
 class Composite(nn.Module):
@@ -42,7 +42,6 @@ CONTESTANTS = {
     "composite compiled": compiled(Composite),
 }
 CONTESTANTS["regfast compiled"] = compiled(CONTESTANTS["regfast"])
-CONTESTANTS["reference compiled"] = compiled_reference(CONTESTANTS["regfast"])
 
 
 def floor(inputs, y):

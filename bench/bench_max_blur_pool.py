@@ -6,7 +6,7 @@ from torch import nn
 import bench_blur_pool
 import regfast
 from peers import load
-from timing import AXES, IMAGES, compiled, compiled_reference, images, size
+from timing import AXES, IMAGES, compiled, images, size
 
 
 def after_max(name):
@@ -38,7 +38,6 @@ CONTESTANTS = {
     "composite compiled": compiled(after_max("eager composite")),
 }
 CONTESTANTS["regfast compiled"] = compiled(CONTESTANTS["regfast"])
-CONTESTANTS["reference compiled"] = compiled_reference(CONTESTANTS["regfast"])
 
 
 def floor(inputs, y):

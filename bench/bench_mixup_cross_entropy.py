@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from peers import load
 from regfast.functional import mixup_cross_entropy
-from timing import CUDA, DIRECTIONS, DTYPES, FORMATS, compiled, compiled_reference, images, size
+from timing import CUDA, DIRECTIONS, DTYPES, FORMATS, compiled, images, size
 
 ROWS = [(65536, 1000), (4096, 32000)] if CUDA else [(1024, 1000)]
 MAPS = [(32, 21, 512, 512)] if CUDA else []
@@ -41,7 +41,6 @@ CONTESTANTS = {
     "two-term loss": lambda: two_terms,
     "regfast": lambda: regfast,
     "regfast compiled": compiled(lambda: regfast),
-    "reference compiled": compiled_reference(lambda: regfast),
     "torch, soft targets": lambda: soft_targets,
     "timm, soft targets": timm,
     "two-term loss compiled": compiled(lambda: two_terms),

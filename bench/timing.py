@@ -21,7 +21,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import regfast
 from peers import AbsentError
 
 CUDA = torch.cuda.is_available()
@@ -67,17 +66,6 @@ def compiled(make: Callable[..., Step], absent: str = "") -> Callable[..., Step]
 
 def compiled_network(make: Callable[..., Step]) -> Callable[..., Step]:
     return compiled(make, "" if CUDA else "a network takes minutes to compile for a CPU")
-
-
-def compiled_reference(make: Callable[..., Step]) -> Callable[..., Step]:
-    """regfast's PyTorch reference, compiled: on CUDA "regfast compiled" runs its kernels."""
-    make = compiled(make, "" if CUDA else 'without CUDA it is what "regfast compiled" is')
-
-    def made(*arguments: Any) -> Step:
-        step = make(*arguments)
-        return regfast.backend("reference")(lambda *inputs: step(*inputs))
-
-    return made
 
 
 def input_sets(nbytes: int, l2_bytes: int) -> int:
