@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import importlib.util
 import json
 import os
 import re
@@ -54,8 +55,8 @@ def test_parts_that_are_named_leave_what_they_found(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("timm") is None, reason="timm is not installed")
 def test_without_a_name_all_usual_parts_run(tmp_path):
-    pytest.importorskip("timm")
     assert gpu.main(["--device=cpu", f"--out={tmp_path}"]) == 0
     check_kernels_and_host(tmp_path)
     parts, report = results(tmp_path)
@@ -212,7 +213,7 @@ def row(direction: str, case: str = "2d k=2", **more) -> dict:
     return key | {"elements": 205520896, "floor": 512 * 10**6, "per_element": 7.4, "foretold_us": 126.0} | more
 
 
-# Of ncu's raw page: its own messages, a line of names, one of units, and a line a launch.
+# ncu's raw page: its own messages, a line of names, one of units, and a line a launch.
 NAMES = ["ID", "Process ID", "Kernel Name", "Context", "Block Size", *kernels.COUNTERS.values()]
 UNITS = ["", "", "", "", "", "ns", "%", "%", "%", "%", "register/thread", "inst", *["inst"] * len(kernels.REASONS)]
 STALLS = ["15.4", "0.1", "0.8", "0.5", "0", "0.2", "0.3", "n/a", "0.1"]
