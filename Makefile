@@ -36,8 +36,9 @@ test-oldest: .venv-oldest/.ready ## the core tests with torch 2.11 and triton 3.
 test-newest: .venv-newest/.ready ## the core tests with torch 2.15 and triton 3.9 (makes .venv-newest, 5 GB)
 	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest --numprocesses 2 -m "not slow" $(ARGS)
 
-bench: $(READY) ## time regfast against its peers
-	$(PYTHON) bench/run.py $(ARGS)
+bench: $(READY) ## time regfast against its peers (ARGS="-k blur_pool", and pytest-benchmark's options)
+	$(PYTHON) -m pytest bench --benchmark-autosave --benchmark-storage=out/benchmarks \
+		--benchmark-columns=median,iqr,rounds --benchmark-sort=name $(ARGS)
 
 docs: $(READY) ## build the documentation into out/site (warnings are errors)
 	$(PIP) --no-build-isolation --editable '.[docs]'

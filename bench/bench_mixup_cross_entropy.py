@@ -1,7 +1,73 @@
-"""The loss of mixed labels against its peers: `pytest bench/bench_mixup_cross_entropy.py`, or through run.py."""
+"""The loss of mixed labels against two cross entropies and against soft targets."""
 
-OPERATION = "mixup_cross_entropy"
+from itertools import product
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from peers import load
+from regfast.functional import mixup_cross_entropy
+from timing import CUDA, DIRECTIONS, DTYPES, FORMATS, compiled, images, size
+
+ROWS = [(65536, 1000), (4096, 32000)] if CUDA else [(1024, 1000)]
+MAPS = [(32, 21, 512, 512)] if CUDA else []
+LOGITS = [*product(ROWS, ["NC"]), *product(MAPS, FORMATS)]
 
 
-def test_mixup_cross_entropy(contest):
-    contest()
+def regfast(z, a, b, lam):
+    return mixup_cross_entropy(z, (a, b, lam))
+
+
+def two_terms(z, a, b, lam):
+    return lam * F.cross_entropy(z, a) + (1 - lam) * F.cross_entropy(z, b)
+
+
+def soft_targets(z, a, b, lam):
+    one_hot_a, one_hot_b = (F.one_hot(labels, z.shape[1]).to(z.dtype) for labels in (a, b))
+    target = lam * one_hot_a + (1 - lam) * one_hot_b
+    return F.cross_entropy(z, target.movedim(-1, 1))
+
+
+def timm():
+    """timm's of rows: its partner is the batch in reverse, and so is b."""
+    make_target = load("timm.data.mixup").mixup_target
+    loss = load("timm.loss").SoftTargetCrossEntropy()
+    return lambda z, a, b, lam: loss(z, make_target(a, z.shape[1], lam))
+
+
+# A function of the logits, two labels and lam.
+CONTESTANTS = {
+    "two-term loss": lambda: two_terms,
+    "regfast": lambda: regfast,
+    "regfast compiled": compiled(lambda: regfast),
+    "torch, soft targets": lambda: soft_targets,
+    "timm, soft targets": timm,
+    "two-term loss compiled": compiled(lambda: two_terms),
+    "soft targets compiled": compiled(lambda: soft_targets),
+}
+
+
+def draw(shape, format, dtype):
+    rows, classes, *positions = shape
+    z = images(shape, format, dtype)
+    a = torch.randint(classes, (rows, *positions), device=z.device)
+    return z, a, a.flip(0), torch.tensor(0.3, device=z.device)
+
+
+def floor(inputs, y):
+    """The logits and the labels; the backward writes as much, and keeps a log-sum-exp of a row."""
+    z, a, b, _ = inputs
+    rows = a.nbytes + b.nbytes + 4 * a.numel()
+    return (z.nbytes + rows, 2 * z.nbytes + rows)
+
+
+@pytest.mark.parametrize("contestant", CONTESTANTS)
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("shape", "format"), LOGITS, ids=size)
+def test_mixup_cross_entropy(benchmark, ready, shape, format, dtype, direction, contestant):
+    if contestant == "timm, soft targets" and shape in MAPS:
+        pytest.skip("timm's loss is of rows of logits")
+    step = CONTESTANTS[contestant]()
+    benchmark(ready(step, lambda: draw(shape, format, dtype), direction, floor))

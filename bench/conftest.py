@@ -1,126 +1,120 @@
-"""pytest-benchmark's side: the cases as parameters, and each contestant's rounds of an interleaved pass played back to it."""
+"""pytest-benchmark's side: groups, the clock on CUDA, and each row's figures in `extra_info`."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable
-from functools import partial
+import importlib.metadata
+import random
+from collections.abc import Callable, Iterator
+from functools import cache, partial
 from typing import Any
 
 import pytest
 import torch
-from contest import DIRECTIONS, DTYPES, FORMATS, Case, formats_of
-from contestants import OPERATIONS
-from measure import QUICK, USUAL, Rounds, measure
 
+import timing
+from regfast.info import devices, versions
+from timing import CUDA
 
-def some_of(allowed: tuple[str, ...]) -> Callable[[str], list[str]]:
-    """An option's type: names of `allowed`, separated by commas."""
-
-    def parse(text: str) -> list[str]:
-        names = text.split(",")
-        if not set(names) <= set(allowed):
-            raise ValueError(text)
-        return names
-
-    parse.__name__ = f"choice of {','.join(allowed)}"
-    return parse
-
-
-def shapes(text: str) -> list[tuple[int, ...]]:
-    return [tuple(map(int, shape.split("x"))) for shape in text.split(",")]
-
-
-def add_options(add: Callable[..., object]) -> None:
-    """The options that pytest and run.py share: both know argparse's arguments."""
-    add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
-    add("--quick", action="store_true", help="a tenth of the rounds, and only the first shape and arguments of each operation")
-    add("--seconds", type=float, help="what a case's rounds may take, if there are enough of them (default: 3, or 0.3 if quick)")
-    add("--dtypes", type=some_of(DTYPES), help="default: float32 on the CPU, bfloat16,float32 on CUDA")
-    add("--formats", type=some_of(tuple(FORMATS)), default=list(FORMATS), help="default: all that a shape has")
-    add("--directions", type=some_of(DIRECTIONS), help="default: those of an operation; on the CPU no backward alone")
-    add("--shapes", type=shapes, help="instead of the operation's own, those of its rank: 8x64x112x112,64x1000")
+PEERS = ("kornia", "timm", "torchvision", "antialiased-cnns", "mosaicml")
+# What the report is to say of the contestants without a time: [group, contestant, reason].
+MISSING: dict[str, list[list[str]]] = {"absent": [], "errors": []}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    add_options(parser.getgroup("regfast").addoption)
+    text = "draw the order of the contestants within each group"
+    parser.getgroup("benchmark").addoption("--shuffle", type=int, metavar="SEED", help=text)
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    if config.getoption("device") == "cuda" and not torch.cuda.is_available():
-        raise pytest.UsageError("--device=cuda: PyTorch finds no CUDA device")
+def group_of(item: pytest.Item) -> str:
+    """The item's name without its contestant."""
+    return item.name.removesuffix(f"-{item.callspec.params['contestant']}]") + "]"
 
 
-def cases(operation: str, config: pytest.Config) -> list[Case]:
-    row, cpu, quick = OPERATIONS[operation], config.getoption("device") == "cpu", config.getoption("quick")
-    least = 1 if quick or cpu else None
-    choices = itertools.product(
-        row.arguments[:least],
-        config.getoption("shapes") or row.shapes[config.getoption("device")][:least],
-        config.getoption("formats"),
-        config.getoption("dtypes") or (["float32"] if cpu else ["bfloat16", "float32"]),
-        config.getoption("directions") or [way for way in DIRECTIONS if not cpu or way != "backward"],
-    )
-    ranks = {len(shape) for shapes in row.shapes.values() for shape in shapes}
-    return [
-        case
-        for case in itertools.starmap(partial(Case, operation), choices)
-        if len(case.shape) in ranks and case.format in formats_of(case.shape) and case.direction in row.directions
-    ]
-
-
-def rounds(config: pytest.Config) -> Rounds:
-    usual, seconds = QUICK if config.getoption("quick") else USUAL, config.getoption("seconds")
-    return usual if seconds is None else usual._replace(seconds=seconds)
-
-
-class Tape:
-    """A clock that moves only when it is told to, so that pytest-benchmark reads off it times that were taken before."""
-
-    now = 0.0
-
-    def read(self) -> float:
-        return self.now
-
-    def advance(self, seconds: float) -> None:
-        self.now += seconds
-
-
-TAPE = Tape()
-
-
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "contestant" in metafunc.fixturenames:
-        operation = metafunc.module.OPERATION
-        params = [
-            pytest.param(case, name, id=f"{case}-{name}", marks=pytest.mark.benchmark(group=str(case), timer=TAPE.read))
-            for case in cases(operation, metafunc.config)
-            for name in OPERATIONS[operation].contestants
-        ]
-        metafunc.parametrize(("case", "contestant"), params)
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    groups = [group_of(item) for item in items]
+    for item, group in zip(items, groups):
+        options = dict(group=group, disable_gc=True)
+        if CUDA:
+            # In the timer's units, so that the seconds are those that the user asked for.
+            max_time = float(config.getoption("benchmark_max_time")) / timing.CALLS
+            options |= dict(timer=timing.device_timer, max_time=max_time)
+        item.add_marker(pytest.mark.benchmark(**options))
+    if config.getoption("shuffle") is not None:
+        random.Random(config.getoption("shuffle")).shuffle(items)
+        items.sort(key=lambda item: groups.index(group_of(item)))
 
 
 @pytest.fixture
-def contest(case: Case, contestant: str, request: pytest.FixtureRequest, record_property: Any) -> Callable[[], None]:
-    """Times the contestant in one pass with those of its case that were selected too, and reports its own rounds."""
+def ready(benchmark: Any, request: pytest.FixtureRequest) -> Iterator[Callable[..., timing.Run]]:
+    """Prepares a contestant's call (the arguments are those of `timing.Call`) for `benchmark`."""
+    torch.manual_seed(0)
+    info = benchmark.extra_info
 
-    def run() -> None:
-        params = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
-        selected = tuple(chosen["contestant"] for chosen in params if chosen.get("case") == case)
-        result = measure(case, selected, torch.device(request.config.getoption("device")), rounds(request.config))
-        row = result.row(contestant)
-        record_property("row", row)
-        if row["absent"]:
-            pytest.skip(f"{contestant}: {row['absent']}")
-        if row["error"]:
-            pytest.fail(f"{contestant}: {row['error']}", pytrace=False)
-        play(request.getfixturevalue("benchmark"), result.seconds[contestant], row)
+    def prepare(*arguments: Any, **more: Any) -> timing.Run:
+        call = timing.Call(*arguments, **more)
+        run, how = timing.choose(call) if CUDA else (partial(call, call.sets[0]), "cpu")
+        (contestants,) = (
+            mark.args[1]
+            for mark in request.node.iter_markers("parametrize")
+            if mark.args[0] == "contestant"
+        )
+        info.update(provenance(request.config), how=how, baseline=next(iter(contestants)))
+        info.update(figures(call, how, request.node.callspec.params["contestant"]))
+        return run
 
-    return run
+    yield prepare
+    if benchmark.stats and info.get("bytes"):
+        bandwidth = info["bytes"] / benchmark.stats.stats.median
+        info.update(gb_per_s=bandwidth / 1e9, of_copy=bandwidth / timing.copy_bandwidth())
 
 
-def play(benchmark: Any, seconds: list[float], row: dict[str, Any]) -> None:
-    figures = ("ratio", "bytes", "gb_per_s", "copy_gb_per_s", "of_copy")
-    benchmark.extra_info.update({figure: row[figure] for figure in figures if figure in row})
-    rounds = iter(seconds)
-    benchmark.pedantic(TAPE.advance, setup=lambda: ((next(rounds),), {}), rounds=len(seconds))
+def figures(call: timing.Call, how: str, contestant: str) -> dict[str, float]:
+    found: dict[str, float] = {"bytes": call.bytes} if call.bytes else {}
+    if CUDA:
+        found["host_us"] = 1e6 * call.host_seconds()
+        found["eager_us"] = 1e6 * timing.median_seconds(call.batch, timing.device_timer)
+    if how == "eager":
+        found["device_us"] = 1e6 * call.device_seconds()
+    if call.backward and CUDA:
+        found["peak_bytes"] = call.peak_bytes()
+    if call.backward and "compiled" not in contestant:
+        found["saved_bytes"] = call.saved_bytes()
+    return found
+
+
+@cache
+def provenance(config: pytest.Config) -> dict[str, str]:
+    found = {name: versions()[name] for name in ("torch", "triton", "regfast")}
+    commit = config.hook.pytest_benchmark_generate_commit_info(config=config)["id"]
+    device = list(devices().values())[1 if CUDA else 0]
+    return {"device": device, "commit": commit} | found
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Iterator[None]:
+    report = yield
+    if report.failed or report.skipped:
+        lines = call.excinfo.exconly().removeprefix("peers.AbsentError: ").splitlines()
+        row = [group_of(item), item.callspec.params["contestant"], lines[0]]
+        MISSING["absent" if report.skipped else "errors"].append(row)
+    return report
+
+
+def pytest_benchmark_update_json(output_json: dict[str, Any]) -> None:
+    output_json.update(MISSING)
+
+
+def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, Any]) -> None:
+    found = {package.name: package.version for package in importlib.metadata.distributions()}
+    machine_info["versions"] = versions() | {name: found[name] for name in PEERS if name in found}
+    machine_info["device"] = provenance(config)["device"]
+    if CUDA:
+        machine_info["check"] = timing.check()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if CUDA and not terminalreporter.config.option.collectonly:
+        found = timing.check()
+        trusted = "" if found["trusted"] else "NOT TRUSTED: "
+        terminalreporter.write_line(f"{trusted}{found}")

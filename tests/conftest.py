@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 from unittest.mock import patch
 
 import torch
@@ -12,6 +13,27 @@ if not torch.cuda.is_available():
 import pytest
 
 import regfast
+from regfast.ops import OPERATIONS
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """With `--dist loadgroup` a process has all tests of a sample, so that no two compile the same kernel.
+
+    (pytest-xdist's own groups are lost from pytest 9.2 on.) Tests of gigabytes have one process, too, or memory would not do.
+    """
+    if config.getoption("dist") != "loadgroup":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    sample = re.compile(rf"[\[-]((?:{'|'.join(OPERATIONS)})-.+)\]$")
+
+    class BySample(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            found = sample.search(nodeid)
+            return "gigabytes" if "past_two_to_the_31" in nodeid else found[1] if found else nodeid
+
+    return BySample(config, log)
 
 
 @pytest.fixture(scope="session")

@@ -1,225 +1,131 @@
-"""`make bench`, in small: that everybody it names is in its reports, with figures that follow from one another."""
+"""The benchmark: contestants compute the same, and a run's files and reports hold what they promise."""
 
 from __future__ import annotations
 
 import json
 import os
-import statistics
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
 pytest.importorskip("pytest_benchmark", reason="the bench extra is not installed")
-pytest.importorskip("matplotlib", reason="the bench extra is not installed")
+pytest.importorskip("tabulate", reason="the bench extra is not installed")
 
-BENCH = Path(__file__).parent.parent / "bench"
-CONTESTANTS = {"nn.MaxPool2d", "regfast", "eager composite", "no such library", "no such gradient"}
-GROUPS = {(format, direction) for format in ("NCHW", "NHWC") for direction in ("forward", "forward+backward")}
+import bench_blur_pool
+import bench_convolution
+import bench_manifold_mixup
+import bench_max_blur_pool
+import bench_mixup
+import bench_mixup_cross_entropy
+import bench_networks
+import bench_rezero
+import compare
+import timing
+from peers import AbsentError, load
 
-# run.py with two more contestants: one that nobody has, and one that raises while it is being timed.
-DRIVER = """
-import sys
+import regfast
 
-import torch
-from contestants import OPERATIONS
-from peers import load
-from run import main
-
-
-def no_such_gradient(case):
-    def pool(x):
-        if torch.is_grad_enabled():
-            raise ArithmeticError("no such gradient")
-        return torch.nn.functional.max_pool2d(x, *case.arguments)
-
-    return pool
+BENCH = Path(compare.__file__).parent
 
 
-contestants = OPERATIONS["max_blur_pool"].contestants
-contestants["no such library"] = lambda case: load("no_such_library")
-contestants["no such gradient"] = no_such_gradient
-sys.exit(main(sys.argv[1:]))
-"""
+def outputs_of(contestants: dict, arguments: tuple, inputs: tuple, module: Callable | None = None) -> dict:
+    """What each contestant that needs no compiler gives for the same inputs, and then its gradients.
 
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The folder of a run's reports, and what it printed."""
-    out = tmp_path_factory.mktemp("bench")
-    # Of pytest's variables, those of a pytest-xdist worker would switch pytest-benchmark off.
-    env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    path = os.pathsep.join(filter(None, (str(BENCH), env.get("PYTHONPATH"))))
-    toy = ["--device=cpu", "--quick", "--only=max_blur_pool", "--shapes=2x4x13x12", f"--out={out}"]
-    few = ["-k", "MaxPool2d or (regfast and not compiled) or eager or such"]
-    done = subprocess.run(
-        [sys.executable, "-c", DRIVER, *toy, *few],
-        env=env | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        cwd=BENCH.parent, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    return out, done.stdout
-
-
-@pytest.fixture(scope="module")
-def rows(run: tuple[Path, str]) -> list[dict]:
-    return json.loads((run[0] / "report.json").read_text())["rows"]
-
-
-def test_every_contestant_has_a_row_in_every_group(rows: list[dict]) -> None:
-    found = [(row["contestant"], row["format"], row["direction"]) for row in rows]
-    assert len(found) == len(set(found))
-    assert set(found) == {(name, *group) for name in CONTESTANTS for group in GROUPS}
-
-
-def test_whoever_cannot_be_timed_is_named_and_the_others_go_on(run: tuple[Path, str], rows: list[dict]) -> None:
-    timed = {(row["contestant"], row["direction"]) for row in rows if "median_ms" in row}
-    assert timed == {
-        (name, direction)
-        for name in CONTESTANTS - {"no such library"}
-        for direction in ("forward", "forward+backward")
-        if (name, direction) != ("no such gradient", "forward+backward")
-    }
-    assert "absent: no such library, max_blur_pool, 4 times: not installed: No module named 'no_such_library'" in run[1]
-    assert "error: no such gradient, max_blur_pool, 2 times: ArithmeticError: no such gradient" in run[1]
-
-
-def test_figures_follow_from_the_medians(rows: list[dict]) -> None:
-    for group in GROUPS:
-        timed = [row for row in rows if (row["format"], row["direction"]) == group and "median_ms" in row]
-        (baseline,) = (row["median_ms"] for row in timed if row["contestant"] == "nn.MaxPool2d")
-        for row in timed:
-            assert row["ratio"] == pytest.approx(row["median_ms"] / baseline)
-            assert row["gb_per_s"] == pytest.approx(row["bytes"] / row["median_ms"] / 1e6)
-            assert row["of_copy"] == pytest.approx(row["gb_per_s"] / row["copy_gb_per_s"])
-
-
-def test_bytes_are_those_of_the_design(rows: list[dict]) -> None:
-    x, y = 4 * 2 * 4 * 13 * 12, 4 * 2 * 4 * 6 * 6
-    for row in rows:
-        if "bytes" in row:
-            assert row["bytes"] == (x + y if row["direction"] == "forward" else (x + y) + (x + y + x))
-
-
-def test_pytest_benchmark_has_the_same_times(run: tuple[Path, str], rows: list[dict]) -> None:
-    kept = json.loads((run[0] / "pytest-benchmark.json").read_text())["benchmarks"]
-    timed = [row for row in rows if "median_ms" in row]
-    assert len(kept) == len(timed)
-    for benchmark, row in zip(kept, timed):
-        assert benchmark["params"]["contestant"] == row["contestant"]
-        assert row["direction"] in benchmark["group"]
-        assert benchmark["extra_info"]["ratio"] == row["ratio"]
-        assert len(benchmark["stats"]["data"]) == row["rounds"]
-        assert 1e3 * statistics.median(benchmark["stats"]["data"]) == pytest.approx(row["median_ms"])
-
-
-def test_reports_are_there(run: tuple[Path, str]) -> None:
-    out, printed = run
-    written = (out / "report.md").read_text()
-    for name in CONTESTANTS:
-        assert f"| {name} " in printed
-        assert f"| {name} " in written
-    assert (out / "max_blur_pool.png").read_bytes().startswith(b"\x89PNG")
-    assert {"date", "device", "torch"} <= json.loads((out / "report.json").read_text()).keys()
-
-
-@pytest.fixture
-def operations(monkeypatch: pytest.MonkeyPatch) -> dict:
-    monkeypatch.syspath_prepend(BENCH)
-    from contestants import OPERATIONS
-
-    return OPERATIONS
-
-
-def outputs_of(operations: dict, case: tuple, but: tuple[str, ...] = ()) -> dict[str, list[torch.Tensor]]:
-    """What each contestant gives for the same inputs, and the gradients of what it is differentiated by; `but` some."""
-    from contest import Case, leaves
-    from peers import AbsentError
-
-    case = Case(*case)
-    row, found = operations[case.operation], {}
-    inputs = row.inputs(case, torch.device("cpu"))
-    for name, make in row.contestants.items():
-        if name in but or "compiled" in name:
+    The arguments are the makers'; `module` makes a contestant's own network, which is an argument too.
+    """
+    found = {}
+    for name, make in contestants.items():
+        if "compiled" in name:
             continue
         own = tuple(t.clone().detach().requires_grad_(t.requires_grad) for t in inputs)
         try:
-            step = make(case)
+            networks = [module()] if module else []
+            step = make(*networks, *arguments)
         except AbsentError:
             continue
-        if isinstance(step, torch.nn.Module):
-            step = step.to(case.torch_dtype)
-        y = step(*own)
         torch.manual_seed(1)
-        gradients = torch.autograd.grad(y, leaves(step, own), torch.randn_like(y)) if y.requires_grad else ()
-        found[name] = [y.detach(), *gradients]
+        y = step(*own)
+        leaves = [t for t in own if t.requires_grad] + [p for network in networks for p in network.parameters()]
+        torch.manual_seed(1)
+        found[name] = [y.detach(), *(torch.autograd.grad(y, leaves, torch.randn_like(y)) if y.requires_grad else ())]
     assert {"regfast"} < found.keys()
     return found
 
 
-@pytest.mark.parametrize("operation", ["max_blur_pool", "blur_pool"])
-def test_poolings_compute_the_same(operation: str, operations: dict) -> None:
+@pytest.mark.parametrize(
+    ("bench", "window"),
+    [(bench_blur_pool, (3, 2)), (bench_max_blur_pool, (2, 2, 0)), (bench_max_blur_pool, (3, 2, 1))],
+)
+def test_poolings_compute_the_same(bench, window) -> None:
     """But for the baseline, which does not blur, and for the border, where each has its own mode."""
-    for arguments in operations[operation].arguments:
-        baseline = next(iter(operations[operation].contestants))
-        found = outputs_of(operations, (operation, arguments, (2, 3, 17, 16), "NCHW", "float32", "forward"), but=(baseline,))
-        for name, (y, _) in found.items():
-            assert y.shape == found["regfast"][0].shape, name
-            assert torch.allclose(y[..., 1:-1, 1:-1], found["regfast"][0][..., 1:-1, 1:-1], atol=1e-6), name
+    baseline, *names = bench.CONTESTANTS
+    contestants = {name: bench.CONTESTANTS[name] for name in names}
+    found = outputs_of(contestants, (3, *window), (timing.images((2, 3, 17, 16), "NCHW", "float32").cpu(),))
+    assert baseline.startswith("nn.")
+    for name, (y, _) in found.items():
+        assert y.shape == found["regfast"][0].shape, name
+        assert torch.allclose(y[..., 1:-1, 1:-1], found["regfast"][0][..., 1:-1, 1:-1], atol=1e-6), name
 
 
 @pytest.fixture
 def swapped(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever pairs a batch of two at random swaps them, as a flip and a roll do; and ManifoldMixup draws the others' lam."""
-    monkeypatch.syspath_prepend(BENCH)
-    import mixings
-
-    from regfast import manifold
-
+    """Random partners in a batch of two are swapped, as a flip and a roll swap them; every lam drawn is `LAM`."""
     monkeypatch.setattr(torch, "randperm", lambda n, **_: torch.arange(n).flip(0))
-    monkeypatch.setattr(manifold, "beta", lambda alpha, size, generator: torch.full(size, mixings.LAM))
+    monkeypatch.setattr(regfast.manifold, "beta", lambda alpha, size, generator: torch.full(size, bench_mixup.LAM))
+    monkeypatch.setattr("numpy.random.beta", lambda a, b: bench_mixup.LAM)
+    try:
+        transforms = load("torchvision.transforms.v2")
+    except AbsentError:
+        return
+    monkeypatch.setattr(transforms.MixUp, "make_params", lambda self, inputs: dict(lam=bench_mixup.LAM))
 
 
 @pytest.mark.parametrize("format", ["NCHW", "NHWC"])
-@pytest.mark.parametrize("operation", ["mixup", "mixup_uint8"])
-def test_blends_compute_the_same(operation: str, format: str, operations: dict, swapped: None) -> None:
+@pytest.mark.parametrize("bytes_in", [False, True], ids=["floats", "bytes"])
+def test_blends_compute_the_same(bytes_in: bool, format: str, swapped: None) -> None:
     """To rounding, which comes in another order where the images are normalised."""
-    found = outputs_of(operations, (operation, (), (2, 3, 13, 12), format, "float32", "forward"))
+    shape = (2, 3, 13, 12)
+    if bytes_in:
+        found = outputs_of(bench_mixup.BYTES_CONTESTANTS, ("float32",), bench_mixup.draw_bytes(shape, format))
+    else:
+        inputs = timing.images(shape, format, "float32"), *bench_mixup.partners(2)
+        found = outputs_of(bench_mixup.CONTESTANTS, (), inputs)
     assert not torch.allclose(found["regfast"][0], found["regfast"][0].flip(0))
     for name, outputs in found.items():
-        assert len(outputs) == len(found["regfast"]), name
-        for y, expected in zip(outputs, found["regfast"]):
+        for y, expected in zip(outputs, found["regfast"], strict=True):
             assert torch.allclose(y, expected, atol=2e-6), name
 
 
 @pytest.mark.parametrize(("shape", "format"), [((6, 10), "NC"), ((2, 5, 4, 3), "NCHW"), ((2, 5, 4, 3), "NHWC")])
-def test_losses_compute_the_same(shape: tuple[int, ...], format: str, operations: dict) -> None:
-    found = outputs_of(operations, ("mixup_cross_entropy", (), shape, format, "float32", "forward"))
+def test_losses_compute_the_same(shape: tuple[int, ...], format: str) -> None:
+    contestants = dict(bench_mixup_cross_entropy.CONTESTANTS)
+    if len(shape) > 2:
+        del contestants["timm, soft targets"]
+    found = outputs_of(contestants, (), bench_mixup_cross_entropy.draw(shape, format, "float32"))
     for name, (loss, gradient) in found.items():
         assert torch.allclose(loss, found["regfast"][0], atol=1e-6), name
         assert torch.allclose(gradient, found["regfast"][1], atol=1e-6), name
 
 
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
-def test_residuals_compute_the_same(activation: str, operations: dict) -> None:
-    found = outputs_of(operations, ("rezero", (activation,), (2, 3, 13, 12), "NHWC", "float32", "forward"))
+def test_residuals_compute_the_same(activation: str) -> None:
+    inputs = bench_rezero.draw((2, 3, 13, 12), "NHWC", "float32")
+    found = outputs_of(bench_rezero.CONTESTANTS, (activation,), inputs)
     for name, outputs in found.items():
         for y, expected in zip(outputs, found["regfast"], strict=True):
             assert torch.allclose(y, expected, rtol=1e-5, atol=1e-4), name
 
 
-@pytest.mark.parametrize("arguments", [(6, 3, 2, 1), (6, 1, 2, 0)], ids=str)
-def test_convolutions_compute_the_same(arguments: tuple, operations: dict) -> None:
+@pytest.mark.parametrize("window", [(6, 3, 2, 1), (6, 1, 2, 0)], ids=str)
+def test_convolutions_compute_the_same(window: tuple) -> None:
     """timm's, which blurs after as ours does; the plain one has the same size."""
-    case = ("convolution", arguments, (2, 4, 13, 12), "NCHW", "float64", "forward")
-    torch.manual_seed(0)
-    from contest import Case
-
     x, found = torch.randn(2, 4, 13, 12, dtype=torch.float64), {}
     for name in ("nn.Conv2d", "regfast", "timm"):
-        layer = operations["convolution"].contestants[name](Case(*case)).double()
+        layer = bench_convolution.CONTESTANTS[name](4, *window).double()
         (weight,) = (p for p in layer.parameters() if p.ndim == 4)
         torch.nn.init.constant_(weight, 0.25)
         found[name] = layer(x)
@@ -227,51 +133,219 @@ def test_convolutions_compute_the_same(arguments: tuple, operations: dict) -> No
     assert found["nn.Conv2d"].shape == found["regfast"].shape
 
 
-def test_networks_are_those_they_are_named_after(operations: dict) -> None:
+def test_networks_are_those_they_are_named_after() -> None:
     """timm's blurs and ours in their place compute the same; what is converted, and the plain one, have the same weights."""
-    from contest import Case
-
-    case = Case("resnet18", (), (2, 3, 32, 32), "NCHW", "float64", "forward")
     x, found, weights = torch.randn(2, 3, 32, 32, dtype=torch.float64), {}, {}
     for name in ("plain", "regfast", "regfast before", "timm", "timm with regfast's blur"):
-        network = operations["resnet18"].contestants[name](case).double()
+        torch.manual_seed(0)
+        network = bench_networks.CONTESTANTS[name]("resnet18").double().eval()
         with torch.no_grad():
             found[name], weights[name] = network(x), dict(network.named_parameters())
-        assert not network.network.training
-        network(x).sum().backward()
-        assert network.network.training
     assert torch.allclose(found["timm"], found["timm with regfast's blur"])
     assert not torch.allclose(found["plain"], found["regfast"])
     for name in ("regfast", "regfast before", "timm"):
         assert all(torch.equal(weights[name][key], value) for key, value in weights["plain"].items())
 
 
-@pytest.mark.parametrize("operation", ["manifold_mixup", "mixup_step"])
-def test_training_steps_compute_the_same(operation: str, operations: dict, swapped: None) -> None:
+def test_training_steps_compute_the_same(swapped: None) -> None:
     """In float64, because batch normalisation of the few pixels that are left at the end magnifies what rounding does.
 
     lam and the labels are rounded to float32 by some.
     """
-    (arguments,) = operations[operation].arguments
-    found = outputs_of(operations, (operation, arguments, (2, 3, 64, 64), "NCHW", "float64", "forward"))
+
+    def network() -> torch.nn.Module:
+        torch.manual_seed(0)
+        return bench_manifold_mixup.resnet18("NCHW", "float64")
+
+    inputs = bench_manifold_mixup.draw((2, 3, 64, 64), "NCHW", "float64")
+    found = outputs_of(bench_manifold_mixup.CONTESTANTS, (), inputs, network)
     for name, (loss, *gradients) in found.items():
         assert torch.allclose(loss, found["regfast"][0], rtol=1e-5), name
         for gradient, expected in zip(gradients, found["regfast"][1:], strict=True):
             assert torch.allclose(gradient, expected, rtol=1e-3, atol=1e-5 * expected.abs().max()), name
 
 
-def test_a_step_has_no_floor() -> None:
-    """Its row has a time and a ratio, and no fraction of a bandwidth."""
-    from contest import Case
-    from measure import COPY, Pass
-    from report import cells
-
-    case = Case("mixup_step", (), (4, 3, 32, 32), "NCHW", "float32", "forward+backward")
-    timed = {"seeds' code": [2.0], "regfast": [1.0], COPY: [1.0]}
-    row = Pass(case, "seeds' code", timed, {}, {}, 0, 10**9).row("regfast")
-    assert row["ratio"] == 0.5 and not {"of_copy", "bytes", "gb_per_s"} & row.keys()
-    assert cells(row)[-3:] == ["1000.000", "0.50", ""]
+def test_every_operation_has_its_file() -> None:
+    assert {f"bench_{name}.py" for name in regfast.ops.OPERATIONS} <= {file.name for file in BENCH.glob("bench_*.py")}
 
 
-def test_every_operation_has_its_file(operations: dict) -> None:
-    assert {file.stem.removeprefix("bench_") for file in BENCH.glob("bench_*.py")} == operations.keys()
+def test_bytes_are_those_that_must_move() -> None:
+    x, y = 4 * 2 * 4 * 13 * 12, 4 * 2 * 4 * 6 * 6
+
+    def draw() -> tuple:
+        return (timing.images((2, 4, 13, 12), "NCHW", "float32"),)
+
+    for direction, expected in (("forward", x + y), ("forward+backward", (x + y) + (x + y + x))):
+        layer = bench_max_blur_pool.CONTESTANTS["regfast"](4, 2, 2, 0)
+        assert timing.Call(layer, draw, direction, bench_max_blur_pool.floor).bytes == expected
+
+
+def test_what_autograd_keeps_is_counted() -> None:
+    """Of exp(x) * weight: the exponential, and not the input, the parameter or the output."""
+    weight = torch.nn.Parameter(torch.tensor(2.0))
+    call = timing.Call(
+        lambda x: x.exp() * weight,
+        lambda: (timing.images((3, 5), "NC", "float32"),),
+        "forward+backward",
+        parameters=[weight],
+    )
+    assert call.saved_bytes() == 4 * 3 * 5
+    assert [tuple(gradient.shape) for gradient in call(call.sets[0])] == [(3, 5), ()]
+
+
+def test_a_graph_goes_through_more_inputs_than_the_l2_holds() -> None:
+    l2 = 50 * 2**20
+    for nbytes in (1, 2**20, 10 * 2**20, l2, 10 * l2):
+        sets = timing.input_sets(nbytes, l2)
+        assert 2 <= sets <= timing.CALLS
+        assert sets * nbytes > l2 or sets == timing.CALLS
+    assert timing.input_sets(10 * 2**20, l2) == 6
+
+
+def test_what_cannot_be_captured_is_timed_with_its_host() -> None:
+    call = timing.Call(torch.relu, lambda: (torch.ones(2),), "forward")
+
+    def refuses(batch: Callable) -> Callable:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    assert timing.choose(call, refuses) == (call.batch, "eager")
+    assert timing.choose(call, lambda batch: print) == (print, "graph")
+
+
+def run(*command: str | Path) -> str:
+    """What a command prints, run as a user runs it: a pytest-xdist worker's variables switch pytest-benchmark off."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    path = os.pathsep.join(filter(None, (str(BENCH), env.get("PYTHONPATH"))))
+    done = subprocess.run(
+        [sys.executable, *map(str, command)],
+        env=env | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        cwd=BENCH.parent, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_a_file_runs_with_the_options_of_pytest_benchmark(tmp_path: Path) -> None:
+    file, few = "bench/bench_mixup_cross_entropy.py", ["-k", "(two-term or regfast) and not compiled"]
+    short = ["--benchmark-max-time=0.01", "--benchmark-min-rounds=2", f"--benchmark-storage={tmp_path}"]
+    run("-m", "pytest", file, *few, *short, "--benchmark-autosave", f"--benchmark-json={tmp_path / 'now.json'}")
+    recorded = json.loads((tmp_path / "now.json").read_text())
+    assert [(b["group"], b["params"]["contestant"]) for b in recorded["benchmarks"]] == [
+        (f"test_mixup_cross_entropy[1024x1000-NC-float32-{direction}]", contestant)
+        for direction in timing.DIRECTIONS
+        for contestant in ("two-term loss", "regfast")
+    ]
+    assert {"device", "versions"} <= recorded["machine_info"].keys()
+    for benchmark in recorded["benchmarks"]:
+        info, seconds = benchmark["extra_info"], benchmark["stats"]["median"]
+        assert {"device", "torch", "triton", "regfast", "commit"} <= info.keys()
+        assert (info["how"], info["baseline"]) == ("cpu", "two-term loss")
+        assert info["gb_per_s"] == pytest.approx(1e-9 * info["bytes"] / seconds)
+        assert ("saved_bytes" in info) == (benchmark["params"]["direction"] != "forward")
+        assert len(benchmark["stats"]["data"]) >= 2
+    printed = run("-m", "pytest", file, *few, *short, "--benchmark-compare", "--benchmark-group-by=param:direction")
+    assert "benchmark 'direction=forward': 4 tests" in printed
+    assert "(0001_" in printed and "(NOW)" in printed
+
+
+# A file of a new operation, with a contestant that is absent and one that raises while it is timed.
+TOY = """
+import pytest
+import torch
+from peers import load
+from timing import DIRECTIONS, images
+
+
+def no_such_gradient(x):
+    if torch.is_grad_enabled():
+        raise ArithmeticError("no such gradient")
+    return x.relu()
+
+
+CONTESTANTS = {
+    "nn.ReLU": torch.nn.ReLU,
+    "regfast": lambda: lambda x: x.relu(),
+    "no such library": lambda: load("no_such_library"),
+    "no such gradient": lambda: no_such_gradient,
+}
+
+
+@pytest.mark.parametrize("contestant", CONTESTANTS)
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_toy(benchmark, ready, direction, contestant):
+    benchmark(ready(CONTESTANTS[contestant](), lambda: (images((3, 5), "NC", "float32"),), direction))
+"""
+
+
+def test_absent_and_failing_contestants_are_named_and_the_others_go_on(tmp_path: Path) -> None:
+    """In a report of two passes."""
+    file = tmp_path / "bench_toy.py"
+    file.write_text(TOY)
+    short = ["--benchmark-max-time=0.001", "--benchmark-min-rounds=1", "-p", "conftest", f"--rootdir={tmp_path}"]
+    printed = run(BENCH / "compare.py", "--passes=2", f"--out={tmp_path}", file, *short)
+    rows = json.loads((tmp_path / "report.json").read_text())
+    timed = ["nn.ReLU", "regfast", "no such gradient"]
+    assert sorted((row["problem"], row["contestant"]) for row in rows) == sorted(
+        [("test_toy[forward]", name) for name in timed] + [("test_toy[forward+backward]", name) for name in timed[:2]]
+    )
+    assert all(row["passes"] == 2 and "of_copy" not in row for row in rows)
+    assert "absent: test_toy, no such library, not installed: No module named 'no_such_library' (4 times)" in printed
+    assert "errors: test_toy, no such gradient, ArithmeticError: no such gradient (2 times)" in printed
+
+
+def recorded(file: Path, seconds: dict[str, float], **more: object) -> str:
+    """A file as pytest-benchmark leaves it, of one problem with these medians."""
+    benchmarks = [
+        {
+            "group": "test_toy[forward]",
+            "params": {"contestant": name},
+            "extra_info": {"how": "cpu", "baseline": "plain", "of_copy": 0.25 / median, "saved_bytes": 2**20},
+            "stats": {"median": median},
+        }
+        for name, median in seconds.items()
+    ]
+    about = {"machine_info": {"device": "abacus", "versions": {"torch": "9"}}, "datetime": "2026-01-01T00:00:00"}
+    about |= {"commit_info": {"id": "c0ffee", "dirty": True}, "absent": [], "errors": []}
+    file.write_text(json.dumps(about | {"benchmarks": benchmarks} | more))
+    return str(file)
+
+
+def test_a_report_has_medians_of_passes_and_of_their_ratios(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """The ratios are 1/1, 6/2 and 4/4, whose median is not the medians' ratio, 4/2."""
+    passes = [
+        recorded(tmp_path / "1.json", {"regfast": 1.0, "plain": 1.0, "slow": 9.0}),
+        recorded(tmp_path / "2.json", {"plain": 2.0, "slow": 8.0, "regfast": 6.0}),
+        recorded(tmp_path / "3.json", {"slow": 7.0, "regfast": 4.0, "plain": 4.0}),
+    ]
+    assert compare.main(["--from", *passes, "--out", str(tmp_path)]) == 0
+    rows = json.loads((tmp_path / "report.json").read_text())
+    assert [(row["contestant"], row["seconds"], row["ratio"], row["of_copy"]) for row in rows] == [
+        ("plain", 2.0, 1.0, 0.125),
+        ("regfast", 4.0, 1.0, 0.0625),
+        ("slow", 8.0, 4.0, 0.25 / 8.0),
+    ]
+    printed = capsys.readouterr().out
+    assert printed.strip() == (tmp_path / "report.md").read_text().strip()
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines() if line.startswith("|")]
+    assert cells[0] == ["problem", "contestant", "how", "time, us", "ratio", "of copy", "saved, MiB"]
+    assert cells[2] == ["test_toy[forward]", "plain", "cpu", "2000000.0", "1.00", "12%", "1.00"]
+    assert cells[3][:3] == ["", "regfast", "cpu"]
+    for note in ("device: abacus", "versions: torch 9", "commit: c0ffee, with uncommitted changes", "passes: 3, 2026"):
+        assert note in printed
+
+
+def test_a_report_says_that_a_device_is_not_trusted_and_needs_no_baseline(tmp_path: Path, capsys) -> None:
+    check = {"check": {"trusted": False, "empty_kernel_us": 40.0}}
+    machine = {"device": "abacus", "versions": {}} | check
+    file = recorded(tmp_path / "1.json", {"regfast": 1.0}, machine_info=machine)
+    assert compare.main(["--from", file, "--out", str(tmp_path)]) == 0
+    assert "NOT TRUSTED: {'trusted': False, 'empty_kernel_us': 40.0}" in capsys.readouterr().out
+    assert "ratio" not in json.loads((tmp_path / "report.json").read_text())[0]
+
+
+@pytest.mark.parametrize(("contestant", "status"), [("kornia", 0), ("regfast", 1), ("regfast compiled", 1)])
+def test_the_status_is_bad_where_regfast_failed_or_nothing_ran(tmp_path: Path, contestant: str, status: int) -> None:
+    errors = [["test_toy[forward]", contestant, "ArithmeticError: no"]]
+    file = recorded(tmp_path / "1.json", {"plain": 1.0}, errors=errors)
+    assert compare.main(["--from", file, "--out", str(tmp_path)]) == status
+    assert compare.main(["--from", str(tmp_path / "none.json"), "--out", str(tmp_path)]) == 1

@@ -1,12 +1,14 @@
-"""Every kernel compiles, without a GPU, with no spill, no stack and wide loads; bench/compiled.csv keeps the figures.
+"""Every kernel compiles, without a GPU, with no spill, no stack and wide loads.
 
-The compiler runs in a process of its own, because this one may have given its kernels to the interpreter. A change of a
-figure that is meant goes into the table with `python bench/compiled.py --write`, where a reader of the commit sees it.
+tools/compiled.csv keeps the figures. A change that is meant goes into it with
+`python -m tools.compiled --write`, where a reader of the commit sees it. The compiler runs in a
+process of its own, because this one may have given its kernels to the interpreter.
 """
 
 from __future__ import annotations
 
 import csv
+import itertools
 import os
 import subprocess
 import sys
@@ -16,16 +18,25 @@ import pytest
 
 from regfast.ops import OPERATIONS
 
-SCRIPT = Path(__file__).parent.parent / "bench" / "compiled.py"
+pytest.importorskip("triton")
+
+from tools import assembly, compiled
+
+ROOT = Path(__file__).parent.parent
 
 
 def check(*arguments: str) -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, SCRIPT, *arguments], env=environment, capture_output=True, text=True)
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tools.compiled", *arguments]
+    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("cases", [["2d k=2", "2d (3, 2, 1)"], ["images in place", "rows smoothed"]], ids=["poolings", "mixup"])
+@pytest.mark.parametrize(
+    "cases",
+    [["2d k=2", "2d (3, 2, 1)"], ["images in place", "rows smoothed"]],
+    ids=["poolings", "mixup"],
+)
 def test_image_kernels_for_sm_90_are_as_the_table_says(cases: list[str]):
     check("--target", "sm_90", "--dtype", "bf16", "--only", *cases)
 
@@ -50,7 +61,7 @@ SASS = """
         /*0080*/                   BRA `(.L_x_3);
         /*0090*/                   NOP;
 """
-# Two loops, the inner one with a store that is skipped where no lane writes, and, behind the end, what
+# Two loops, the inner one with a store that is skipped where no lane writes. Behind the end is what
 # comes before the inner one where some lane reads.
 AMDGCN = """
 \ts_load_dword s0, s[4:5], 0x0
@@ -70,19 +81,19 @@ AMDGCN = """
 """
 
 
-@pytest.mark.parametrize(("text", "language", "expected"), [(SASS, "SASS", (6, 4, 2)), (AMDGCN, "AMDGCN", (4, 4, 4))])
-def test_a_turn_takes_the_shortest_way_through_the_main_loop(text: str, language: str, expected: tuple):
-    """The loop's instructions, those of a turn, and those around it: of a program, or of an outer loop's turn."""
-    import compiled
-
-    assert compiled.shortest(compiled.instructions(text, getattr(compiled, language))) == expected
+@pytest.mark.parametrize(
+    ("text", "pattern", "expected"),
+    [(SASS, assembly.SASS, (6, 4, 2)), (AMDGCN, assembly.AMDGCN, (4, 4, 4))],
+    ids=["SASS", "AMDGCN"],
+)
+def test_a_turn_takes_the_shortest_way_through_a_loop(text: str, pattern: str, expected: tuple):
+    """The loop's instructions, a turn's, and those around it, in the program or an outer loop."""
+    assert assembly.shortest(assembly.instructions(text, pattern)) == expected
 
 
 def test_without_a_loop_a_turn_is_the_program():
-    import compiled
-
     text = SASS.replace("BRA.U UP0, `(.L_x_1)", "NOP")
-    assert compiled.shortest(compiled.instructions(text, compiled.SASS)) == (0, 8, 0)
+    assert assembly.shortest(assembly.instructions(text, assembly.SASS)) == (0, 8, 0)
 
 
 @pytest.mark.parametrize(
@@ -102,21 +113,28 @@ def test_without_a_loop_a_turn_is_the_program():
     ],
 )
 def test_occupancy(target: str, registers: int, shared: int, num_warps: int, percent: int):
-    import compiled
-
     assert compiled.occupancy(target, registers, shared, num_warps) == percent
+
+
+def test_a_time_is_foretold_by_bytes_or_by_instructions():
+    """By hand, for 1e9 elements: 4.066e12 bytes and 20.87e12 lane instructions a second."""
+    # Two bytes are read and two written, which takes longer than few instructions.
+    assert compiled.foretold(8, 50, 10**9, 4 * 10**9) == pytest.approx(983.8e-6, rel=1e-4)
+    assert compiled.foretold(30, 12, 10**9, 4 * 10**9) == pytest.approx(1437.7e-6, rel=1e-4)
+    # With fewer warps half as many instructions are issued.
+    assert compiled.foretold(30, 11, 10**9, 4 * 10**9) == pytest.approx(2875.4e-6, rel=1e-4)
 
 
 @pytest.fixture(scope="module")
 def table() -> list[dict[str, str]]:
-    with SCRIPT.with_suffix(".csv").open(newline="") as file:
+    with compiled.TABLE.open(newline="") as file:
         return list(csv.DictReader(file))
 
 
 def test_the_table_is_whole_and_has_no_spill_and_no_stack(table: list[dict[str, str]]):
     assert {row["operation"] for row in table} == set(OPERATIONS)
     seconds = {("mixup", "order"), ("mixup_cross_entropy", "finish"), ("rezero", "finish")}
-    both = {(operation, direction) for operation in OPERATIONS for direction in ("forward", "backward")}
+    both = set(itertools.product(OPERATIONS, ("forward", "backward")))
     assert {(row["operation"], row["direction"]) for row in table} == both | seconds
     assert {row["target"] for row in table} == {"sm_80", "sm_90", "sm_100", "gfx942"}
     assert {row["dtype"] for row in table} == {"fp16", "bf16", "fp32"}
@@ -138,27 +156,28 @@ def lane_of(row: dict[str, str]) -> tuple[int, int, int]:
 
 
 def test_poolings_write_whole_vectors(table: list[dict[str, str]]):
-    """A lane's aligned vector is written at once: of channels where they are innermost, else of columns.
+    """A lane's aligned vector is written at once: channels where they are innermost, else columns.
 
-    Columns that are no aligned vector, of a width of 28 or 27, are exchanged by the threads: they write
-    one each, side by side.
+    Columns that are no aligned vector, in a width of 28 or 27, are exchanged by the threads: they
+    write one each, side by side.
     """
     for row in table:
         contiguous = row["format"] == "contiguous"
-        if "pool" not in row["operation"] or (contiguous and row["case"].startswith(("2d narrow", "2d odd"))):
+        narrow = row["case"].startswith(("2d narrow", "2d odd"))
+        if "pool" not in row["operation"] or (contiguous and narrow):
             continue
         _, columns, elements = lane_of(row)
         if contiguous:
-            # Every case has stride 2, but for the pass down a volume, whose columns are none of its own.
-            down = row["case"].startswith("3d") and (row["direction"] == "forward") == row["case"].endswith("second")
-            elements = columns if row["direction"] == "backward" or down else columns // 2
+            # A forward halves the columns, but for the pass down a volume.
+            halves = row["direction"] == "forward" and row["case"] != "3d second"
+            elements = columns // 2 if halves else columns
         # Between the two passes of a volume are float32 numbers.
         size = 32 if row["dtype"] == "fp32" or row["case"] == "3d first" else 16
         assert narrowest(row["stores"]) >= min((elements & -elements) * size, 128), row
 
 
-# Of a kernel for sm_90 in bfloat16, what an element may take at most in instructions, with contiguous
-# tensors and with channels last, and a thread in registers.
+# The limits for sm_90 in bfloat16: the instructions of an element, in contiguous tensors and with
+# channels last, and the registers of a thread.
 LIMITS = {
     ("max_blur_pool", "forward", "2d k=2"): (9, 9, 128),
     ("max_blur_pool", "forward", "2d (3, 2, 1)"): (11, 11, 128),
@@ -205,7 +224,7 @@ def cost(row: dict[str, str], width: int) -> float:
     [
         ("max_blur_pool", "2d k=2", "2d narrow k=2", 1.15),
         ("max_blur_pool", "2d (3, 2, 1)", "2d narrow (3, 2, 1)", 1.15),
-        # Of a blur's few instructions, what a lane does once a row is more.
+        # A blur has few instructions, and more of them are once a row.
         ("blur_pool", "2d", "2d narrow", 1.25),
     ],
 )
@@ -215,13 +234,15 @@ def test_narrow_images_cost_little_more(
     """28 columns, of which a lane has as many as divide them, against 112."""
     narrow_row, wide_row = (found[operation, direction, case, format] for case in (narrow, wide))
     assert cost(narrow_row, 28) <= ratio * cost(wide_row, 112)
-    assert int(narrow_row["registers"]) <= (168 if "(3, 2, 1)" in narrow and direction == "backward" else 128)
+    registers = 168 if "(3, 2, 1)" in narrow and direction == "backward" else 128
+    assert int(narrow_row["registers"]) <= registers
 
 
 def test_blends_read_and_write_whole_vectors(table: list[dict[str, str]]):
-    """A lane has 16 elements, or half as many of the twice as wide waves of a gfx942.
+    """A lane has 16 elements, or half as many in a gfx942's twice as wide waves.
 
-    Of bytes it reads as many at once as it writes, or all that it has where they are written in another order.
+    It reads as many bytes at once as it writes numbers, or all that it has where they are written
+    in another order.
     """
     for row in table:
         # The backward's first launch has a few numbers of the batch.
@@ -237,17 +258,18 @@ def test_blends_read_and_write_whole_vectors(table: list[dict[str, str]]):
 
 
 def test_residuals_read_and_write_whole_vectors(table: list[dict[str, str]]):
-    """Of whatever dtype, 16 elements a lane; half as many of the twice as wide waves of a gfx942."""
+    """A lane has 16 elements of any dtype, or half as many in a gfx942's twice as wide waves."""
     for row in table:
-        # (A finish reads a number of each program.)
+        # A finish reads a number of each program.
         if row["operation"] == "rezero" and row["direction"] != "finish":
-            bits = 16 // (2 if row["target"] == "gfx942" else 1) * (32 if row["dtype"] == "fp32" else 16)
-            # (A backward's program writes one number besides, its part of the gate's gradient; and alpha is one number.)
-            assert widest(row["stores"]) >= min(bits, 128) and widest(row["loads"]) >= min(bits, 128), row
+            elements = 16 // (2 if row["target"] == "gfx942" else 1)
+            bits = min(elements * (32 if row["dtype"] == "fp32" else 16), 128)
+            # Single numbers are alpha, and what a backward's program adds to the gate's gradient.
+            assert widest(row["stores"]) >= bits and widest(row["loads"]) >= bits, row
 
 
 def test_losses_read_vectors_along_a_row_of_classes_or_along_the_rows(table: list[dict[str, str]]):
-    """Or along a run of rows, of 21 innermost classes, an odd number, of which no row is aligned."""
+    """Or along a run of rows: with 21 classes innermost, an odd number, no row is aligned."""
     for row in table:
         if row["operation"] != "mixup_cross_entropy" or row["direction"] == "finish":
             continue

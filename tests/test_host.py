@@ -1,51 +1,56 @@
-"""tools/host.py on a run too short to mean anything: its rows, and that nothing is launched where there is no GPU."""
+"""tools/host.py on a run too short to mean anything: its rows, and that nothing is launched."""
 
 from __future__ import annotations
 
+import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
 
-import host
 import pytest
 
-SCRIPT = Path(__file__).parent.parent / "tools" / "host.py"
-NUMBERS = r"[\d.]+ / [\d.]+ / [\d.]+"
+pytest.importorskip("triton")
+
+from tools.host import BASE, BLEND, LIMITS, STATES
+
+ROOT = Path(__file__).parent.parent
 
 
-def test_every_row_has_its_ratios_and_its_limits_and_the_worst_comes_last():
-    pytest.importorskip("triton")
-    done = subprocess.run(
-        [sys.executable, SCRIPT, "--rounds", "1"], env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True
-    )
+def run(out: Path, *arguments: str) -> tuple[list[dict], list[str]]:
+    """The rows of a run, and the lines that it prints."""
+    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "tools.host", "--rounds", "1", "--out", str(out), *arguments]
+    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    base, *rows, last = done.stdout.splitlines()
-    assert re.fullmatch(rf"nn.MaxPool2d: {NUMBERS} us \(no grad / grad / forward \+ backward\)", base)
-    shares = {}
-    for row, (name, limits) in zip(rows, host.LIMITS.items(), strict=True):
-        found = re.fullmatch(rf"{re.escape(name)} +({NUMBERS}) +at most ({NUMBERS}) +([\d.]+)", row)
-        assert found, row
-        measured, allowed = ([float(number) for number in found.group(i).split(" / ")] for i in (1, 2))
-        assert allowed == list(limits)
-        # Each is rounded to a hundredth.
-        assert float(found.group(3)) == pytest.approx(max(m / a for m, a in zip(measured, allowed)), abs=0.02)
-        shares[name] = float(found.group(3))
-    name, share = re.fullmatch(r"worst: (.+) ([\d.]+)", last).groups()
-    assert float(share) == max(shares.values()) == shares[name]
+    return json.loads(out.read_text()), done.stdout.splitlines()
 
 
-def test_small_batches_on_the_cpu_have_their_ratios():
-    done = subprocess.run([sys.executable, SCRIPT, "--cpu", "--rounds", "1"], capture_output=True, text=True)
-    pooling, blend = done.stdout.splitlines()
-    assert re.match(rf"MaxPool2dAA\(2\) by nn.MaxPool2d\(2\) of \(2, 8, 16, 16\): {NUMBERS}", pooling)
-    assert re.match(rf"mixup by .* of \(8, 3, 32, 32\): {NUMBERS}", blend)
+def test_every_row_has_its_ratio_and_its_limit_and_the_worst_comes_last(tmp_path: Path):
+    rows, (*table, last) = run(tmp_path / "host.json")
+    found = [(row["operation"], row["state"]) for row in rows]
+    assert found == [(name, state) for name in (BASE, *LIMITS) for state in STATES]
+    base = {row["state"]: row["us"] for row in rows if row["operation"] == BASE}
+    limits = [limit for each in LIMITS.values() for limit in each]
+    assert [row["limit"] for row in rows] == [None] * len(STATES) + limits
+    for row, line in zip(rows, table[2:], strict=True):
+        assert row["ratio"] == pytest.approx(row["us"] / base[row["state"]]) and row["us"] > 0
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        limit = f"{row['limit']:.2f}" if row["limit"] else ""
+        numbers = f"{row['us']:.2f}", BASE, f"{row['ratio']:.2f}", limit
+        assert cells == [row["operation"], row["state"], *numbers]
+    worst = max((row for row in rows if row["limit"]), key=lambda row: row["ratio"] / row["limit"])
+    share = worst["ratio"] / worst["limit"]
+    assert last == f"worst: {worst['operation']}, {worst['state']}: {share:.2f} of its limit"
 
 
-def test_the_benchmark_has_every_operation():
-    from contestants import OPERATIONS
-
-    import regfast.ops
-
-    assert set(regfast.ops.OPERATIONS) <= set(OPERATIONS)
+def test_small_batches_on_the_cpu_are_compared_with_what_an_operation_replaces(tmp_path: Path):
+    rows, lines = run(tmp_path / "host.json", "--cpu")
+    us = {(row["operation"], row["state"]): row["us"] for row in rows}
+    replaced = {BASE: BASE, "MaxPool2dAA": BASE, BLEND: BASE, "mixup, lam a tensor": BLEND}
+    assert list(us) == [(name, state) for name in replaced for state in STATES]
+    for row in rows:
+        of = replaced[row["operation"]]
+        assert row["of"] == of and row["limit"] is None
+        assert row["ratio"] == pytest.approx(row["us"] / us[of, row["state"]])
+    assert not any(line.startswith("worst") for line in lines)

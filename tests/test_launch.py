@@ -15,7 +15,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import host
 import pytest
 import torch
 from samples import OPERATIONS, Operation
@@ -25,6 +24,8 @@ import regfast.ops
 from regfast.functional import blur_pool1d, mixup, mixup_cross_entropy, rezero
 
 pytest.importorskip("triton")
+
+from tools import host
 
 DRIVER = Path(__file__).parent / "noting_driver.py"
 
@@ -109,7 +110,7 @@ def launched(device, monkeypatch):
         make(self, *args)
 
     monkeypatch.setattr(Launch, "__call__", noted)
-    with host.as_on_cuda(device):
+    with host.as_on_cuda():
         yield made
 
 

@@ -1,10 +1,11 @@
-"""bench/traffic.py counts what a kernel asks of memory: exactly for kernels that one can count by hand, and the pooling's.
+"""tools/traffic.py counts what a kernel asks of memory: exactly, for kernels counted by hand.
 
-In processes of their own, because this one has given its kernels to the interpreter only where there is no GPU.
+It runs in processes of its own, because this one interprets kernels only where there is no GPU.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -13,19 +14,21 @@ from pathlib import Path
 
 import pytest
 
-BENCH = Path(__file__).parent.parent / "bench"
-SCRIPT = BENCH / "traffic.py"
-POOL = ["max_blur_pool", "--arguments=2,2,0"]
+ROOT = Path(__file__).parent.parent
+TRAFFIC = ["-m", "tools.traffic"]
+POOL = ["max_blur_pool", "--only=2d k=2"]
 
-# Counts launches of kernels of its own, and prints the figures by name. (A file, because the interpreter reads their source.)
+# Counts launches of kernels of its own, and prints the figures by name. It is a file, because the
+# interpreter reads the source of kernels.
 DRIVER = """
 import json
 
 import torch
-import traffic
 import triton
 import triton.language as tl
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
+
+from tools import traffic
 
 
 @triton.jit
@@ -60,12 +63,13 @@ def figures(kernel, grid, *args, l2=1 << 30):
     return {
         "names": dict.fromkeys(launch.names),
         "programs": len(launch.programs),
-        **{name: dict(zip(launch.names, values.tolist())) for name, values in launch.figures(l2).items()},
+        **{key: dict(zip(launch.names, each.tolist())) for key, each in launch.figures(l2).items()},
     }
 
 
 def hooked():
-    return [GridExecutor._init_args_hst, InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store]
+    builder = InterpreterBuilder
+    return [GridExecutor._init_args_hst, builder.create_masked_load, builder.create_masked_store]
 
 
 x, half = torch.arange(400.0), torch.ones(300, dtype=torch.bfloat16)
@@ -81,7 +85,8 @@ found = {
 }
 A, B, C, WRITE = 1, 2, 3, traffic.WRITE
 found["lru"] = list(traffic.misses([A, B, A, C, B], 2))
-found["written once"] = [key & ~WRITE for key in traffic.misses([A | WRITE, A | WRITE, A, B, B | WRITE], 2)]
+missed = traffic.misses([A | WRITE, A | WRITE, A, B, B | WRITE], 2)
+found["written once"] = [key & ~WRITE for key in missed]
 
 before = hooked()
 y = torch.zeros(300)
@@ -98,14 +103,35 @@ print(json.dumps(found))
 """
 
 
+FORMATS = ("contiguous", "channels_last")
+FORWARD = ["--format=contiguous", "--direction=forward"]
+
+
+def shape(*sizes: int) -> list[str]:
+    return ["--shape", *map(str, sizes)]
+
+
+# The poolings with one program for all rows of an image.
+ONE_PROGRAM = """
+import sys
+
+from tools import traffic
+from regfast.kernels.cuts import CUTS
+
+CUTS.update({kind: tuple(cut._replace(programs=1) for cut in cuts) for kind, cuts in CUTS.items()})
+sys.exit(traffic.main())
+"""
+
+
 def python(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    path = os.pathsep.join(filter(None, (str(BENCH), os.environ.get("PYTHONPATH"))))
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, *arguments], env=env, cwd=BENCH.parent, capture_output=True, text=True)
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
 
 
-def rows_of(out: Path, *arguments: str) -> list[dict]:
-    done = python(SCRIPT, *arguments, f"--out={out}")
+def rows_of(out: Path, *arguments: str, command: list[str | Path] = TRAFFIC) -> list[dict]:
+    done = python(*command, *arguments, f"--out={out}")
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(out.read_text())["rows"]
 
@@ -121,18 +147,21 @@ def counted(tmp_path_factory: pytest.TempPathFactory) -> dict:
 
 @pytest.fixture(scope="module")
 def blended(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
-    """The blend's rows for a batch of six, in random pairs: a cache of one sample holds a block of every sample, twice."""
-    return rows_of(tmp_path_factory.mktemp("blended") / "rows.json", "mixup", "--shape=6x16x32x48")
+    """The blend of six samples in random pairs: a cache of one sample holds two blocks of each."""
+    return rows_of(tmp_path_factory.mktemp("blended") / "rows.json", "mixup", "--only=images")
 
 
 @pytest.fixture(scope="module")
 def pooled(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
-    """The pooling's rows for a toy that a program an image covers, and that fills no whole number of lines."""
-    return rows_of(tmp_path_factory.mktemp("pooled") / "rows.json", *POOL, "--shape=2x2x14x62")
+    """The pooling of images that a program covers, and that fill no whole number of lines."""
+    return rows_of(tmp_path_factory.mktemp("pooled") / "rows.json", *POOL, *shape(2, 2, 14, 62))
 
 
 def test_copy_with_a_masked_tail(counted: dict) -> None:
-    """300 floats in blocks of 128: two blocks of four lines, and 44 floats on two lines. x's loads, then its stores; y's."""
+    """300 floats in blocks of 128: two blocks of four lines, and 44 floats on two lines.
+
+    A figure is of loads, then of stores.
+    """
     copy = counted["copy"]
     assert copy["programs"] == 3
     assert copy["elements"] == {"x_ptr": [300, 0], "y_ptr": [0, 300]}
@@ -148,21 +177,23 @@ def test_half_precision_has_half_the_bytes(counted: dict) -> None:
 
 
 def test_lines_are_those_of_the_storage(counted: dict) -> None:
-    """A view that begins in the middle of a line: its blocks lie on five, five and two lines, and share two of them."""
+    """A view from the middle of a line: its blocks have five, five and two lines, and share two."""
     assert counted["shifted"]["L2"]["x_ptr"] == [12 * 128, 0]
     assert counted["shifted"]["grid"]["x_ptr"] == [10 * 128, 0]
 
 
 def test_arguments_of_one_storage_are_one_tensor(counted: dict) -> None:
-    assert counted["in place"]["elements"] == {"x_ptr/y_ptr": [300, 300]}
-    assert counted["in place"]["grid"] == counted["in place"]["device"] == {"x_ptr/y_ptr": [1280, 1280]}
+    found = counted["in place"]
+    assert found["elements"] == {"x_ptr/y_ptr": [300, 300]}
+    assert found["grid"] == found["device"] == {"x_ptr/y_ptr": [1280, 1280]}
 
 
 def test_overlap_is_counted_by_program_and_once_over_the_grid(counted: dict) -> None:
-    """Four programs read two blocks of two lines each, and all but the outermost blocks are read by two."""
-    assert counted["overlap"]["elements"]["x_ptr"] == [512, 0]
-    assert counted["overlap"]["L2"]["x_ptr"] == counted["overlap"]["lines"]["x_ptr"] == [16 * 128, 0]
-    assert counted["overlap"]["device"]["x_ptr"] == counted["overlap"]["grid"]["x_ptr"] == [10 * 128, 0]
+    """Four programs read two blocks of two lines each, and the inner blocks are read by two."""
+    found = counted["overlap"]
+    assert found["elements"]["x_ptr"] == [512, 0]
+    assert found["L2"]["x_ptr"] == found["lines"]["x_ptr"] == [16 * 128, 0]
+    assert found["device"]["x_ptr"] == found["grid"]["x_ptr"] == [10 * 128, 0]
     assert counted["overlap, no cache"]["device"] == {"x_ptr": [16 * 128, 0], "y_ptr": [0, 8 * 128]}
 
 
@@ -174,7 +205,7 @@ def test_a_strided_load_touches_every_line_for_half_of_the_elements(counted: dic
 
 
 def test_programs_are_in_a_gpus_order(counted: dict) -> None:
-    """The two programs of a row come one after the other, so that a cache of two lines has the row for the second."""
+    """A row's two programs come one after the other: a cache of two lines has it for the second."""
     assert counted["rows"]["L2"]["x_ptr"] == [4 * 128, 0]
     assert counted["rows"]["device"]["x_ptr"] == [2 * 128, 0]
 
@@ -194,7 +225,7 @@ def test_the_interpreter_computes_the_same_and_is_restored(counted: dict) -> Non
 
 def test_every_format_and_direction_has_a_row(pooled: list[dict]) -> None:
     found = [(row["format"], row["direction"]) for row in pooled]
-    assert found == [(format, direction) for format in ("NCHW", "NHWC") for direction in ("forward", "backward")]
+    assert found == list(itertools.product(FORMATS, ("forward", "backward")))
 
 
 def test_the_pooling_moves_its_floor_and_no_more_than_lines_round_it_to(pooled: list[dict]) -> None:
@@ -207,54 +238,60 @@ def test_the_pooling_moves_its_floor_and_no_more_than_lines_round_it_to(pooled: 
 
 
 def test_the_pooling_loads_as_often_as_its_docstring_says(tmp_path: Path) -> None:
-    """But for what the border cuts off, and a program's warm-up adds: one program streams all rows here.
+    """But for what the border cuts off, and a program's warm-up adds: one program streams all rows.
 
     Its lanes are whole programs, because lanes beyond the last read what that one does.
     """
     n, c, h, w = 8, 16, 32, 64
-    rows = rows_of(tmp_path / "rows.json", *POOL, f"--shape={n}x{c}x{h}x{w}", "--candidates", "programs=1")
-    for row in (row for row in rows if not row["pinned"]):
+    driver = tmp_path / "driver.py"
+    driver.write_text(ONE_PROGRAM)
+    rows = rows_of(tmp_path / "rows.json", *POOL, *shape(n, c, h, w), command=[driver])
+    for row in rows:
         x, forward = n * c * h * w, row["direction"] == "forward"
-        # The columns of a lane: a vector of 16 bytes, and half as many for a forward of many channels.
-        group = 4 if forward and row["format"] == "NHWC" else 8
-        assert row["loads"] / x == pytest.approx(1 + 2 / group if forward else 1.25 + 3 / group, rel=0.08)
+        # A lane has a vector of 16 bytes, and in a forward of many channels half as many columns.
+        group = 4 if forward and row["format"] == "channels_last" else 8
+        loads = 1 + 2 / group if forward else 1.25 + 3 / group
+        assert row["loads"] / x == pytest.approx(loads, rel=0.08)
         assert row["stores"] == (x / 4 if forward else x)
 
 
 def test_a_blend_reads_each_sample_from_memory_once(blended: list[dict]) -> None:
-    """Though it asks for each twice, with programs of the whole batch in between, and the batch is six times the cache."""
+    """It asks for each twice, with programs of all samples between, and has a sixth for a cache."""
     batch = 2 * 6 * 16 * 32 * 48
-    assert [(row["format"], row["direction"]) for row in blended] == [
-        (format, direction) for format in ("NCHW", "NHWC") for direction in ("forward", "backward")
-    ]
+    found = [(row["format"], row["direction"]) for row in blended]
+    assert found == list(itertools.product(FORMATS, ("forward", "backward")))
     for row in blended:
         assert row["floor"] == 2 * batch and row["l2"] == 2 * batch // 6
-        # Beside the batch there are a few numbers of index and lam, which every program asks for.
+        # Every program asks for a few numbers of index and lam too.
         assert row["loads"] == pytest.approx(2 * row["inputs"], rel=0.005)
-        # The backward first sorts the samples by their partner: a launch that writes these numbers.
+        # The backward first sorts the samples by their partner, and writes their order.
         order = 2 * 6 + 1 if row["direction"] == "backward" else 0
         assert row["stores"] == row["inputs"] + order
         assert row["device"] == pytest.approx(row["floor"], rel=0.01)
         assert row["L2"] == pytest.approx(1.5 * row["floor"], rel=0.05)
 
 
-def test_a_cache_too_small_for_a_block_of_every_sample_is_seen(blended: list[dict], tmp_path: Path) -> None:
-    """Partners are then read anew: three passes in place of two, but for those who come close after one another."""
-    arguments = ["mixup", "--shape=6x16x32x48", "--format=NCHW", "--direction=forward", "--l2=0.1"]
+def test_a_cache_too_small_for_a_block_of_every_sample_is_seen(tmp_path: Path) -> None:
+    """Partners are read anew: three passes in place of two, but for partners close to another."""
+    arguments = ["mixup", "--only=images", *FORWARD, "--l2=0.1"]
     (row,) = rows_of(tmp_path / "rows.json", *arguments)
     assert 1.2 * row["floor"] < row["device"] <= row["L2"]
 
 
 def test_bytes_are_blended_and_normalised_in_one_pass(tmp_path: Path) -> None:
-    """One byte is read an element, and two are written; the backward is left out, for there is none."""
-    (row,) = rows_of(tmp_path / "rows.json", "mixup_uint8", "--shape=2x3x32x64", "--format=NCHW")
+    """One byte is read an element, and two are written. There is no backward."""
+    arguments = ["mixup", "--only=uint8", *shape(2, 3, 32, 64), "--format=contiguous"]
+    (row,) = rows_of(tmp_path / "rows.json", *arguments)
     assert row["direction"] == "forward" and row["floor"] == 3 * 2 * 3 * 32 * 64
     assert row["device"] == pytest.approx(row["floor"], rel=0.05)
 
 
 def test_a_loss_moves_its_three_passes(tmp_path: Path) -> None:
-    """And two statistics a row, where the floor has one; four sums of each program, which has a row; a loss and denominators."""
-    for row in rows_of(tmp_path / "rows.json", "mixup_cross_entropy", "--shape=32x1000", "--l2=8"):
+    """Besides it has two statistics a row, where the floor has one; four sums of each program,
+    which has a row; a loss and two denominators.
+    """
+    arguments = ["mixup_cross_entropy", "--only=rows", *shape(32, 1000), "--l2=8"]
+    for row in rows_of(tmp_path / "rows.json", *arguments):
         rows, classes = 32, 1000
         passes = 1 if row["direction"] == "forward" else 2
         assert row["floor"] == passes * 2 * rows * classes + (8 + 8 + 4) * rows
@@ -266,44 +303,33 @@ def test_a_loss_moves_its_three_passes(tmp_path: Path) -> None:
 def test_a_gated_residual_moves_three_tensors_each_way(tmp_path: Path) -> None:
     """And the gate; in the backward a number of each program besides.
 
-    That is its part of the gate's gradient, and of the finish, which is one program, their sum.
+    That is its part of the gate's gradient, and from the finish, which is one program, their sum.
     """
-    for row in rows_of(tmp_path / "rows.json", "rezero", "--shape=2x3x32x64"):
+    arguments = ["rezero", "--only=gate relu", *shape(2, 3, 32, 64)]
+    for row in rows_of(tmp_path / "rows.json", *arguments):
         assert row["floor"] == 3 * 2 * 2 * 3 * 32 * 64
         assert row["device"] == pytest.approx(row["floor"], rel=0.03)
         parts = row["programs"] if row["direction"] == "backward" else 0
         assert row["stores"] == row["inputs"] + parts
 
 
-def test_candidates_are_ranked_with_the_pinned_cut(tmp_path: Path) -> None:
-    """Fewer rows a program are more programs, and more that two of them read."""
-    # A program has lanes of both samples: a cache of one would not hold what two programs share.
-    toy = ["--shape=2x2x32x12", "--format=NCHW", "--direction=forward", "--l2=2"]
-    candidates = [f"rows={rows},programs=1" for rows in (2, 16, 8)]
-    best, *others = rows_of(tmp_path / "rows.json", *POOL, *toy, "--candidates", *candidates)
-    assert [row["cut"].split(",")[4] for row in (best, *others)] == ["rows=16", "rows=8", "rows=16", "rows=2"]
-    # The pinned cut streams four rows a program here, because a device wants more programs than sixteen rows make.
-    assert [row["pinned"] for row in (best, *others)] == [False, False, True, False]
-    assert [row["programs"] for row in (best, *others)] == [1, 2, 4, 8]
-    for better, worse in zip((best, *others), others):
-        assert better["L1"] < worse["L1"] and better["L2"] < worse["L2"] and better["stores"] == worse["stores"]
+def test_rare_cases_are_counted_where_they_are_named(tmp_path: Path) -> None:
+    toy = ["max_blur_pool", *shape(1, 2, 8, 8), *FORWARD]
+    usual = rows_of(tmp_path / "usual.json", *toy)
+    assert [row["case"] for row in usual] == ["2d k=2", "2d (3, 2, 1)"]
+    narrow = rows_of(tmp_path / "narrow.json", *toy, "--only", "2d narrow*")
+    assert [row["case"] for row in narrow] == ["2d narrow k=2", "2d narrow (3, 2, 1)"]
 
 
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
         (["avg_pool"], "invalid choice: 'avg_pool'"),
-        ([*POOL, "--candidates", "rows"], "'rows' is not of the form columns=8/14,rows=4"),
-        (
-            [*POOL, "--candidates", "depth=4"],
-            "depth=4: the fields of a cut are columns, vector, held, unroll, rows, num_warps, programs",
-        ),
-        ([*POOL, "--candidates", "num_warps=3"], "num_warps=3: "),
-        (["mixup", "--candidates", "rows=4"], "rows=4: no launcher asks for a cut"),
-        (["mixup_step"], "invalid choice: 'mixup_step'"),
+        (["mixup_uint8"], "invalid choice: 'mixup_uint8'"),
+        (["mixup", "--only", "2d k=2"], "the options choose no case"),
     ],
 )
 def test_what_is_not_there_is_named(arguments: list[str], complaint: str) -> None:
-    done = python(SCRIPT, *arguments, "--shape=1x2x8x8", "--format=NCHW", "--direction=forward")
+    done = python(*TRAFFIC, *arguments, *shape(1, 2, 8, 8), *FORWARD)
     assert done.returncode == 2, done.stdout + done.stderr
     assert complaint in done.stderr

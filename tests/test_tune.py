@@ -1,4 +1,4 @@
-"""bench/tune.py, in small: every candidate is compiled, what spills is never launched, and the figures are of what ran."""
+"""tools/tune.py in small: what spills is never launched, and the best cut is one that ran."""
 
 from __future__ import annotations
 
@@ -10,74 +10,66 @@ from pathlib import Path
 
 import pytest
 
-BENCH = Path(__file__).parent.parent / "bench"
-
-# tune.py on the pooling whose backward is the largest of the benchmark's. The processes that compile import the main module
-# anew, so that this has to be a file.
-DRIVER = """
-import os
-import runpy
-import sys
-
-if __name__ == "__main__":
-    # As tune.py does where there is no GPU, and before anything imports Triton.
-    os.environ["TRITON_INTERPRET"] = "1"
-    from contestants import OPERATIONS
-
-    OPERATIONS["max_blur_pool"].arguments[:] = [(3, 2, 1)]
-    runpy.run_path(sys.argv.pop(1), run_name="__main__")
-"""
+ROOT = Path(__file__).parent.parent
 
 
-def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
-    path = os.pathsep.join(filter(None, (str(BENCH), str(BENCH.parent), os.environ.get("PYTHONPATH"))))
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    env |= {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run([sys.executable, *command], env=env, cwd=BENCH.parent, capture_output=True, text=True)
+    env |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "tools.tune", *arguments]
+    return subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")
 def row(tmp_path_factory: pytest.TempPathFactory) -> dict:
-    """The one class of a sweep over two cuts, one of which spills for sm_90."""
+    """The row of a sweep over two cuts of the largest backward. One of them spills for sm_90."""
     out = tmp_path_factory.mktemp("tune")
-    driver = out / "driver.py"
-    driver.write_text(DRIVER)
-    chosen = ["--formats=NHWC", "--directions=backward", "--dtypes=bfloat16", f"--out={out}"]
-    cuts = ["--try", "columns=2,8", "vector=4", "unroll=1", "rows=4", "num_warps=4"]
-    done = run(driver, BENCH / "tune.py", "max_blur_pool", *chosen, *cuts)
+    chosen = ["--format", "channels_last", "--direction", "backward", "--dtype", "bf16"]
+    fields = ["columns=2,8", "vector=4", "unroll=1", "rows=16", "num_warps=4"]
+    done = run("2d (3, 2, 1)", *chosen, "--try", *fields, "--out", str(out))
     assert done.returncode == 0, done.stdout + done.stderr
-    (row,) = json.loads((out / "tune-max_blur_pool.json").read_text())["rows"]
-    assert row["best"] in done.stdout and row["best"] in (out / "tune-max_blur_pool.md").read_text()
+    (row,) = json.loads((out / "tune.json").read_text())
+    assert row["best"] in done.stdout and row["best"] in (out / "tune.md").read_text()
     return row
 
 
 def test_what_spills_is_not_launched(row: dict) -> None:
     few, many = sorted(row["candidates"], key=lambda each: each["registers"])
     assert few["launched"] and few["spills"] == 0 and few["median_ms"] > 0
-    assert not many["launched"] and many["spills"] > 0 and "median_ms" not in many
+    assert not many["launched"] and many["spills"] > 0 and many["median_ms"] is None
 
 
 def test_the_best_is_of_what_ran_and_the_pinned_cut_is_beside_it(row: dict) -> None:
-    from regfast.kernels.cuts import CUTS
+    from regfast.kernels.cuts import CUTS, Cut
 
-    # Of 16-bit numbers with innermost channels.
-    cut = CUTS["backward"][1]
-    others = f"held={cut.held},unroll=1,rows=4,num_warps=4,programs={cut.programs}"
-    assert row["best"] == f"columns=2,vector=4,{others}"
+    assert row["best"] == str(Cut((2,), 4, 0, 1, 16, 4))
+    # The cut for 16-bit numbers with innermost channels.
+    assert row["pinned"] == str(CUTS["backward"][1])
     assert row["median_ms"] > 0 and row["pinned_ms"] > 0
-    columns = "/".join(map(str, cut.columns))
-    assert row["pinned"].startswith(f"columns={columns},vector={cut.vector},held={cut.held},unroll={cut.unroll},")
+
+
+def test_a_sweep_without_a_candidate_that_fits_is_named(tmp_path: Path) -> None:
+    fields = ["columns=8", "vector=8", "unroll=1", "rows=16", "num_warps=4"]
+    chosen = ["--format", "channels_last", "--direction", "forward", "--dtype", "bf16"]
+    done = run("2d", *chosen, "--try", *fields, "--out", str(tmp_path))
+    assert done.returncode == 1
+    assert (
+        "blur_pool forward 2d channels last bf16 sm_90: no candidate is without spills"
+        in done.stdout
+    )
 
 
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (["mixup"], "invalid choice: 'mixup'"),
-        (["blur_pool", "--try", "depth=4"], "'depth' is not one of columns, vector, unroll, rows, num_warps"),
-        (["blur_pool", "--try", "rows"], "'rows' is not of the form rows=8,16"),
+        (["images"], "invalid choice: 'images'"),
+        (["2d", "--dtype", "fp8"], "invalid choice: 'fp8'"),
+        (["2d", "--try", "depth=4"], "'depth=4' is not as rows=8,16"),
+        (["2d", "--try", "rows"], "'rows' is not as rows=8,16: rows, columns, vector, unroll, num"),
+        (["1d", "--format", "channels_last"], "no case of ['1d'] has a format of"),
     ],
 )
 def test_what_is_not_there_is_named(arguments: list[str], complaint: str) -> None:
-    done = run(BENCH / "tune.py", *arguments)
+    done = run(*arguments)
     assert done.returncode == 2
     assert complaint in done.stderr

@@ -1,26 +1,29 @@
-"""The instructions of a compiled kernel: the shortest way through its main loop, and how wide its accesses are."""
+"""The instructions of a compiled kernel: the shortest way through its main loop, its accesses."""
 
 from __future__ import annotations
 
 import re
 from typing import NamedTuple
 
-# An instruction: the condition that it is under, its name, its first operands, and the label that it
-# branches to if it does. Of a label there is the name alone.
-SASS = r"^\s+(?:/\*[0-9a-f]+\*/\s+)?(@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)([^;\n]*?)(?:`\((\.L\w+)\))?\s*;|^(\.L\w+):"
+# An instruction: its condition, its name, its first operands, and the label that it may branch to.
+# A label has its name alone, in the last group.
+SASS = (
+    r"^\s+(?:/\*[0-9a-f]+\*/\s+)?(@!?U?P\w+\s+)?"
+    r"([A-Z][A-Z0-9_.]*)([^;\n]*?)(?:`\((\.L\w+)\))?\s*;|^(\.L\w+):"
+)
 AMDGCN = r"^\s+()([a-z][a-z0-9_]+)()(?:[ \t]+(\.LBB\w+))?|^(\.L\w+):"
 ENDS = ("EXIT", "s_endpgm")
 
 
 class Instruction(NamedTuple):
-    """An instruction of an assembly: its name, and the places of those that may follow it."""
+    """An instruction's name, and the places of the instructions that may follow it."""
 
     name: str
     following: list[int]
 
 
 def instructions(text: str, pattern: str) -> list[Instruction]:
-    """Every instruction of an assembly."""
+    """Every instruction of an assembly, which `pattern` matches: SASS or AMDGCN."""
     found: list[tuple[str, str, bool]] = []
     labels: dict[str, int] = {}
     for match in re.finditer(pattern, text, flags=re.M):
@@ -32,7 +35,7 @@ def instructions(text: str, pattern: str) -> list[Instruction]:
     listed = []
     for i, (name, target, always) in enumerate(found):
         to = labels.get(target)
-        # Where an AMD GPU skips what no lane does, one does it.
+        # An AMD GPU skips what no lane does; here some lane does it.
         goes = name == "s_branch" or (always and name == "BRA")
         goes = goes or (name == "s_cbranch_execnz" and to is not None and to > i)
         following = [to] if to is not None and name != "s_cbranch_execz" else []
@@ -51,7 +54,7 @@ class Loop(NamedTuple):
 
 
 def loops_of(found: list[Instruction]) -> list[Loop]:
-    """The loops of a program. (A jump backwards to what cannot come to it again is none.)"""
+    """The loops of a program. A jump backwards to what does not reach it again is no loop."""
     before: list[list[int]] = [[] for _ in found]
     for i, one in enumerate(found):
         for following in one.following:
@@ -68,10 +71,10 @@ def loops_of(found: list[Instruction]) -> list[Loop]:
             if i not in places and i >= first:
                 places.add(i)
                 waiting += before[i]
-        # What comes after the first instruction, and to the last.
+        # Only what the first instruction reaches.
         places &= distances(found, {first}, places).keys()
         last = turned & places
-        # (A program ends with a jump to itself.)
+        # A jump to itself, with which a program ends, is no loop.
         if last and len(places) > 1:
             loops[first] = Loop(first, last, places)
     return list(loops.values())
@@ -80,7 +83,7 @@ def loops_of(found: list[Instruction]) -> list[Loop]:
 def distances(
     found: list[Instruction], starts: set[int], within: set[int] | None = None
 ) -> dict[int, int]:  # fmt: skip
-    """How many instructions are taken at least from `starts` to each that is reached, perhaps `within` a part."""
+    """The fewest steps from `starts` to each place that is reached, perhaps only `within` some."""
     steps, waiting = dict.fromkeys(starts, 0), list(starts)
     for i in waiting:
         for following in found[i].following:
@@ -91,11 +94,11 @@ def distances(
 
 
 class Way(NamedTuple):
-    """The instructions of a main loop, those of a turn of it, and those taken around it: once a turn of
-    the loop that it is in, or else once a program.
+    """The instructions of a main loop, those of a turn of it, and those taken around it.
 
-    A turn takes the shortest way through, on which no border is and nothing rare. Without a loop, a turn
-    is the whole program.
+    `around` counts one turn of the enclosing loop, or without one the program. A turn takes the
+    shortest way through, which meets no border and nothing rare. Without a loop, a turn is the
+    whole program.
     """
 
     loop: int
@@ -124,7 +127,7 @@ def shortest(found: list[Instruction]) -> Way:
 
 
 def sass_bits(ops: list[str], kind: str) -> list[int]:
-    """The width of every access of a kind; one that names none is of 32 bits."""
+    """The width in bits of every access of a kind; one that names no width has 32."""
     named = [re.search(r"\.[US]?(8|16|64|128)\b", op) for op in ops if op.startswith(kind)]
     return [int(width.group(1)) if width else 32 for width in named]
 

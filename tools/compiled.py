@@ -1,16 +1,16 @@
-"""What the compiler makes of every kernel, with no GPU: registers, spills, the loop's instructions, and how wide accesses are.
+"""Compiles every kernel without a GPU: registers, spills, instructions, and how wide accesses are.
 
     python -m tools.compiled [--target sm_90 ...] [--dtype bf16 ...] [--only '2d k=2' ...] [--write]
 
 Each launch of `ENTRIES` is recorded from the operation's own launcher, on tensors that are never
 read: what is compiled is what a GPU would be given, the same blocks, the same specialisation on
-alignment. There are the registers, spills and the stack; the occupancy, in percent, that registers
-and shared memory leave; the instructions, those of the main loop, those of a turn of it on its
-shortest way, and how many of these an element takes; and how wide accesses are.
+alignment. The figures are the registers, spills and the stack; the occupancy, in percent, that
+registers and shared memory leave; the instructions, those of the main loop, those of a turn of it
+on its shortest way, and how many of these an element takes; and how wide accesses are.
 
-Without --write the figures are compared with compiled.csv beside this file, and a kernel that spills,
-has a stack or differs from its row is named and makes the exit status 1; with it they become the
-table. (Not to be run under TRITON_INTERPRET=1, which leaves nothing to compile.)
+Without --write the figures are compared with compiled.csv beside this file. A kernel that spills,
+has a stack or differs from its row is named, and the exit status is 1. With --write the figures
+become the table. Under TRITON_INTERPRET=1 nothing can be compiled.
 """
 
 from __future__ import annotations
@@ -41,13 +41,16 @@ from .assembly import AMDGCN, SASS, Way, instructions, sass_bits, shortest, widt
 from .problems import PROBLEMS, Problem, Work
 
 TABLE = Path(__file__).with_suffix(".csv")
-# Whose figures the table has. Of another Triton's kernels, only spills and stacks are complained of.
+# The Triton of the table's figures. With another one, only spills and stacks are complained of.
 TRITON = "3.7.1"
+# An H200: the bytes a second of a device copy, measured, and the instructions a second that the
+# lanes of 132 multiprocessors can issue, of 4 warps each a clock.
+COPY, SLOTS = 4.28e12, 132 * 4 * 32 * 1.9e9
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 DTYPES = ("fp16", "bf16", "fp32")
 TYPES = {
-    torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64", torch.uint8: "u8",
-    torch.int32: "i32", torch.int64: "i64",
+    torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64",
+    torch.uint8: "u8", torch.int32: "i32", torch.int64: "i64",
 }  # fmt: skip
 
 
@@ -65,7 +68,7 @@ def kind_of(name: str) -> Target:
 
 
 class Recorded(NamedTuple):
-    """A launch that was not made: the kernel, its arguments and its options."""
+    """A launch that was recorded and not made: the kernel, its arguments and its options."""
 
     kernel: Any
     args: tuple
@@ -73,7 +76,7 @@ class Recorded(NamedTuple):
 
     @property
     def values(self) -> dict[str, Any]:
-        """The kernel's arguments by name, constants too."""
+        """The kernel's arguments by name, with the constants."""
         names = self.kernel.arg_names
         return dict(zip(names, self.args)) | {k: v for k, v in self.options.items() if k in names}
 
@@ -99,7 +102,7 @@ def record(call: Callable[[], Any], target: str = "sm_90") -> list[Recorded]:
 
 
 def source_of(launch: Recorded) -> tuple[ASTSource, dict[str, Any]]:
-    """The source and compiler options of one launch, specialised as Triton's launcher would: on None, 1 and multiples of 16."""
+    """A launch's source and options, specialised as by Triton: on None, 1 and multiples of 16."""
     kernel, _, options = launch
     values = launch.values
     signature, constants, attributes = {}, {}, {}
@@ -111,7 +114,7 @@ def source_of(launch: Recorded) -> tuple[ASTSource, dict[str, Any]]:
             signature[param.name] = "*" + TYPES[value.dtype]
             attributes[(param.num,)] = [["tt.divisibility", 16]]
         elif param.annotation == "fp64":
-            # Of a number that is no integer the type alone counts.
+            # Triton specialises on integers alone.
             signature[param.name] = "fp64"
         elif value == 1 and not param.do_not_specialize:
             signature[param.name], constants[param.name] = "constexpr", value
@@ -123,16 +126,18 @@ def source_of(launch: Recorded) -> tuple[ASTSource, dict[str, Any]]:
     return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes), rest
 
 
-def tool(name: str) -> str:
-    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
+def output_of(tool: str, *arguments: str) -> str:
+    """What one of the NVIDIA tools that Triton brings along prints."""
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
+    return subprocess.run([path, *arguments], capture_output=True, text=True, check=True).stdout
 
 
 def nvidia_figures(cubin: bytes) -> tuple[dict[str, int | str], Way]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage = subprocess.run([tool("cuobjdump"), "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-        sass = subprocess.run([tool("nvdisasm"), "-c", file.name], capture_output=True, text=True, check=True).stdout
+        usage = output_of("cuobjdump", "-res-usage", file.name)
+        sass = output_of("nvdisasm", "-c", file.name)
     figure = dict(re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage))
     found = instructions(sass, SASS)
     ops = [one.name for one in found]
@@ -144,14 +149,14 @@ def nvidia_figures(cubin: bytes) -> tuple[dict[str, int | str], Way]:
 
 
 def amd_figures(text: str) -> tuple[dict[str, int | str], Way]:
-    """Spills are those of vector registers, to memory. (Scalar registers spill into lanes of vector registers.)"""
-    counts = {name: int(count) for name, count in re.findall(r"\.(\w+):\s+(\d+)$", text, flags=re.M)}
+    """Spills are vector registers in memory; scalar ones spill into lanes of vector registers."""
+    counts = {name: int(count) for name, count in re.findall(r"\.(\w+):\s+(\d+)$", text, re.M)}
     found = instructions(text, AMDGCN)
     ops = [one.name for one in found]
     bits = {"dword": 32, "dwordx2": 64, "dwordx3": 96, "dwordx4": 128}
     loads, stores = (
-        [bits.get(width, 16) for op in ops for width in re.findall(rf"^(?:global|buffer)_{kind}_(\w+)", op)]
-        for kind in ("load", "store")
+        [bits.get(match[1], 16) for op in ops if (match := re.match(pattern, op))]
+        for pattern in (r"(?:global|buffer)_load_(\w+)", r"(?:global|buffer)_store_(\w+)")
     )
     return dict(
         registers=counts["vgpr_count"], stack=counts["private_segment_fixed_size"],
@@ -161,10 +166,10 @@ def amd_figures(text: str) -> tuple[dict[str, int | str], Way]:
 
 
 def occupancy(target: str, registers: int, shared: int, num_warps: int) -> int:
-    """The warps that an SM has of a kernel, or the waves that a SIMD has, in percent of the most."""
+    """The warps of a kernel that a multiprocessor has, or waves a SIMD, in percent of the most."""
     if target.startswith("gfx"):
         waves = min(8, 512 // (-(-registers // 8) * 8))
-        # Of a workgroup on four SIMDs.
+        # A workgroup is spread over four SIMDs.
         blocks = min(4 * waves // num_warps, 64 * 1024 // max(shared, 1))
         return 100 * blocks * num_warps // (4 * 8)
     # A quarter of the registers, and of the warps, is each scheduler's. A block has 1 KiB of shared
@@ -174,8 +179,18 @@ def occupancy(target: str, registers: int, shared: int, num_warps: int) -> int:
     return 100 * min(32, warps // num_warps, memory // (shared + 1024)) * num_warps // 64
 
 
+def foretold(per_element: float, occupancy: float, elements: int, floor: int) -> float:
+    """The seconds that an H200 is foretold to take: tools/notes.md has the model and its errors.
+
+    A kernel takes `per_element` instructions, has `occupancy` percent of a multiprocessor's warps,
+    and must move `floor` bytes of device memory. The model knows nothing of the L2.
+    """
+    bandwidth, slots = 0.95 * COPY, 0.65 * SLOTS / (2 if occupancy < 12 else 1)
+    return max(floor / bandwidth, per_element * elements / slots)
+
+
 def figures(launch: Recorded, target: str, work: Work | None = None) -> dict[str, int | str]:
-    """What the compiler makes of a launch; without `work` nothing is said of an element."""
+    """What the compiler makes of a launch. Without `work` the figures of an element are empty."""
     source, rest = source_of(launch)
     compiled = triton.compile(source, target=target_of(target), options=rest)
     amd = target.startswith("gfx")
@@ -183,8 +198,8 @@ def figures(launch: Recorded, target: str, work: Work | None = None) -> dict[str
     found, way = amd_figures(assembly) if amd else nvidia_figures(assembly)
     shared = compiled.metadata.shared
     found |= dict(
-        shared=shared, occupancy=occupancy(target, int(found["registers"]), shared, rest["num_warps"]),
-        loop=way.loop, executed=way.executed,
+        shared=shared, loop=way.loop, executed=way.executed,
+        occupancy=occupancy(target, int(found["registers"]), shared, rest["num_warps"]),
         elements="x".join(f"{size:g}" for size in work.lane) if work else "",
         per_element=f"{work.per_element(way):.2f}" if work else "",
     )  # fmt: skip
@@ -192,7 +207,7 @@ def figures(launch: Recorded, target: str, work: Work | None = None) -> dict[str
 
 
 class Entry(NamedTuple):
-    """One launch of an operation: which kernel, on what."""
+    """One launch: a kernel of an operation, on the tensors of a case in a format."""
 
     operation: str
     direction: str
@@ -204,7 +219,7 @@ class Entry(NamedTuple):
         return PROBLEMS[self.operation, self.case]
 
     def record(self, dtype: torch.dtype, target: str) -> Recorded:
-        """What the launcher would give a GPU of the target."""
+        """The launch that a GPU of the target would be given."""
         calls, kernel = self.problem.calls(dtype, self.channels_last), f"_{self.direction}_kernel"
         both = [call for call in (calls.forward, calls.backward) if call is not None]
         launches = [launch for call in both for launch in record(call, target)]
@@ -237,7 +252,7 @@ def row_of(entry: Entry, dtype: torch.dtype, target: str) -> dict[str, str]:
     """A row of the table: what was compiled, and its figures."""
     launch = entry.record(dtype, target)
     threads = launch.options["num_warps"] * target_of(target).warp_size
-    # A second launch has a few numbers, and no elements.
+    # The others, "order" and "finish", take a few numbers.
     has_elements = entry.direction in ("forward", "backward")
     work = entry.problem.work(launch.values, threads) if has_elements else None
     key = dict(zip(KEYS, entry.key(dtype, target)))
@@ -245,23 +260,18 @@ def row_of(entry: Entry, dtype: torch.dtype, target: str) -> dict[str, str]:
 
 
 Job = tuple[Entry, torch.dtype, str]
+Table = dict[tuple[str, ...], dict[str, str]]
 
 
 def jobs_for(targets: Iterable[str], dtypes: Iterable[str], only: Iterable[str]) -> list[Job]:
-    """What is compiled, of the cases that a pattern matches."""
-    chosen = [entry for entry in ENTRIES if any(fnmatchcase(entry.case, pattern) for pattern in only)]
+    """The entries with a case that a pattern of `only` matches, for all targets and dtypes."""
+    chosen = [entry for entry in ENTRIES if any(fnmatchcase(entry.case, each) for each in only)]
     types = [dtype for dtype, name in TYPES.items() if name in dtypes]
     return [job for job in itertools.product(chosen, types, targets) if job[0].is_for(*job[1:])]
 
 
-def rows_for(jobs: list[Job]) -> list[dict[str, str]]:
-    """The rows of the jobs."""
-    with ProcessPoolExecutor(2) as processes:
-        return list(processes.map(row_of, *zip(*jobs)))
-
-
-def complaints(rows: list[dict[str, str]], table: dict[tuple[str, ...], dict[str, str]]) -> list[str]:
-    """What is wrong with the rows, or not as the table has it, if that is of this Triton."""
+def complaints(rows: list[dict[str, str]], table: Table) -> list[str]:
+    """The rows with a spill or a stack, or with other figures than the table has of this Triton."""
     found, comparable = [], triton.__version__ == TRITON
     for row in rows:
         key = tuple(row[name] for name in KEYS)
@@ -274,31 +284,35 @@ def complaints(rows: list[dict[str, str]], table: dict[tuple[str, ...], dict[str
     return found
 
 
-def read_table() -> dict[tuple[str, ...], dict[str, str]]:
+def read_table() -> Table:
     with TABLE.open(newline="") as file:
         return {tuple(row[name] for name in KEYS): row for row in csv.DictReader(file)}
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--target", nargs="+", choices=TARGETS, default=TARGETS)
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=DTYPES)
-    parser.add_argument("--only", nargs="+", metavar="CASE", default=["*"], help="cases, or patterns of them")
-    parser.add_argument("--write", action="store_true", help="make the figures the table")
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    add = parser.add_argument
+    add("--target", nargs="+", choices=TARGETS, default=TARGETS)
+    add("--dtype", nargs="+", choices=DTYPES, default=DTYPES)
+    add("--only", nargs="+", metavar="CASE", default=["*"], help="cases, or patterns of them")
+    add("--write", action="store_true", help="make the figures the table")
     arguments = parser.parse_args()
-    rows = rows_for(jobs_for(arguments.target, arguments.dtype, arguments.only))
+    jobs = jobs_for(arguments.target, arguments.dtype, arguments.only)
+    with ProcessPoolExecutor(2) as processes:
+        rows = list(processes.map(row_of, *zip(*jobs)))
     if arguments.write:
         table = read_table() if TABLE.exists() else {}
         table |= {tuple(row[name] for name in KEYS): row for row in rows}
-        # In this order, and no others: none of before a figure was added.
-        keys = [entry.key(dtype, target) for entry, dtype, target in jobs_for(TARGETS, DTYPES, ["*"])]
+        # In the order of ENTRIES, without rows of an older table: other cases, or other figures.
+        keys = [entry.key(*rest) for entry, *rest in jobs_for(TARGETS, DTYPES, ["*"])]
         with TABLE.open("w", newline="") as file:
             writer = csv.DictWriter(file, (*KEYS, *FIGURES), lineterminator="\n")
             writer.writeheader()
-            known = [table[key] for key in keys if key in table]
-            writer.writerows(row for row in known if row.keys() == rows[0].keys())
+            writer.writerows(r for k in keys if (r := table.get(k, {})).keys() == rows[0].keys())
     found = complaints(rows, read_table())
-    print(*found, f"{len(rows)} kernels compiled with triton {triton.__version__}, {len(found)} to look at", sep="\n")
+    print(*found, sep="\n", end="\n" * bool(found))
+    print(f"{len(rows)} kernels compiled with triton {triton.__version__}, {len(found)} to look at")
     return 1 if found else 0
 
 

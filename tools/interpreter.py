@@ -1,4 +1,4 @@
-"""Triton's interpreter, right in what it gets wrong and fast in what makes it slow: for tests, and tools that use it."""
+"""Corrections to Triton's interpreter that make it right and fast, for the tests and the tools."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 
 def _minimum(builder: Any, a: TensorHandle, b: TensorHandle) -> TensorHandle:
-    """The minimum of NaN and a number is the number, as on a GPU and in tl.minimum's documentation. (Until 3.8 it is NaN.)"""
+    """The minimum of NaN and a number: the number, as tl.minimum says. Before 3.8 it is NaN."""
     return builder.binary_op(a, b, np.fmin)
 
 
 def _maximum(builder: Any, a: TensorHandle, b: TensorHandle) -> TensorHandle:
-    """The maximum likewise, but where NaN is to be propagated, which is another function."""
+    """The maximum that propagates no NaN; the one that does is another function."""
     return builder.binary_op(a, b, np.fmax)
 
 
@@ -28,7 +28,7 @@ _splat = InterpreterBuilder.create_splat
 
 
 def _splatted(builder: Any, ret_ty: Any, arg: TensorHandle) -> TensorHandle:
-    """A block of one condition is a block of conditions. (In 3.9 one of integers, which no load takes for its mask.)"""
+    """A block of conditions from one; in 3.9 it is of integers, which no load takes for a mask."""
     if arg.data.dtype == np.bool_:
         arg = TensorHandle(arg.data, tl.int1)
     return _splat(builder, ret_ty, arg)
@@ -36,18 +36,20 @@ def _splatted(builder: Any, ret_ty: Any, arg: TensorHandle) -> TensorHandle:
 
 @contextlib.contextmanager
 def mended() -> Iterator[None]:
-    """Within the block the interpreter is mended.
+    """Corrects the interpreter within the block.
 
-    A launch puts the interpreter's functions into Triton's modules, and so does each call of one jit function by another within
-    it, which takes most of a launch's time. Once for each module is enough, until the launch takes them out again.
+    A launch puts the interpreter's functions into Triton's modules, and so does each call of one
+    jit function by another within it, which takes most of a launch's time. Once for each module is
+    enough, until the launch takes them out again.
     """
     put_in, done, modules_of = interpreter._patch_lang, set(), {}
 
     def once(function):
         names = function.__globals__
         if id(names) not in modules_of:
-            # With the names, so that no others are ever found under their id.
-            modules_of[id(names)] = frozenset(id(value) for value in names.values() if inspect.ismodule(value)), names
+            modules = frozenset(id(value) for value in names.values() if inspect.ismodule(value))
+            # The names are kept, so that their id is never that of others.
+            modules_of[id(names)] = modules, names
         modules, _ = modules_of[id(names)]
         if modules in done:
             return None

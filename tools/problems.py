@@ -24,26 +24,28 @@ Call = Callable[[], Any]
 
 
 class Work(NamedTuple):
-    """The elements of one turn of a kernel's main loop, or of a kernel without a loop.
+    """The elements that a thread takes in one turn of its main loop, or without a loop in all.
 
-    `lane` is the elements of a thread: their number, or a pooling's rows, columns and channels. The
-    instructions around the loop run once in `turns` turns, and are not counted where these are many.
+    `lane` is their number, or a pooling's rows, columns and channels. The instructions around the
+    loop run once in `turns` turns, and are not counted where these are many.
     """
 
     lane: tuple[float, ...]
     turns: float = math.inf
 
     def per_element(self, way: Way) -> float:
-        """The instructions of an element."""
+        """The instructions that an element takes."""
         return (way.executed + way.around / self.turns) / math.prod(self.lane)
 
 
 class Calls(NamedTuple):
-    """An operation's launchers on one set of tensors: a call and its least bytes for each direction."""
+    """An operation's launchers on one set of tensors; `backward` is None where there is none.
+
+    `floor` are the bytes that each must read and write, `elements` the number of the input's.
+    """
 
     forward: Call
     backward: Call | None
-    # The bytes that the forward and the backward must read and write, and the elements of the input.
     floor: tuple[int, int]
     elements: int
 
@@ -51,12 +53,12 @@ class Calls(NamedTuple):
 class Problem(NamedTuple):
     """An operation on tensors of a size.
 
-    `directions` are the kernels that it is compiled for: a forward or a backward may launch a second
-    one, "order" or "finish". `formats` says whether channels are innermost. `make` takes a shape, a
+    `directions` are the kernels that are compiled: a forward or a backward may launch a second one,
+    "order" or "finish". `formats` says whether channels are innermost. `make` takes a shape, a
     dtype, a format and a device, and draws the tensors (without data on "meta"). `work` takes a
     launch's arguments by name, and the threads of a program. `toy` is a shape of some ten programs.
-    Where a direction launches one kernel several times, `launch` says which is meant. A `rare`
-    problem is compiled for fewer targets and dtypes.
+    Where a direction launches one kernel several times, `launch` is the number of the one that is
+    compiled. A `rare` problem is compiled for fewer targets and dtypes.
     """
 
     directions: tuple[str, ...]
@@ -113,7 +115,7 @@ POOLINGS: dict[tuple[str, str], Callable[[Tensor, Tensor, Window], Tensor]] = {
 
 
 def pooled(values: dict[str, Any], threads: int) -> Work:
-    """A turn is a group of rows of a lane's columns and channels, all of x or of its gradient."""
+    """A turn is a group of rows of a lane's columns and channels, in x or in its gradient."""
     return Work((values["H"].group, values["W"].group, values["ACCESS"].vector))
 
 
@@ -139,15 +141,14 @@ def pooling(
 
 
 def activated(window: Window) -> Problem:
-    """Images rectified in the pooling's pass. A blur of rectified images takes the same kernels."""
+    """Images rectified in the pooling's pass. A blur that rectifies takes the same kernels."""
     return pooling("max_blur_pool", window._replace(activation="relu"), IMAGE, rare=True)
 
 
 def blended(values: dict[str, Any], threads: int) -> Work | None:
     """A forward's turn is a block of a sample, a backward's a block of a sample's partner.
 
-    The index is a permutation, so that a sample has one partner. In place a turn is a pair of samples
-    or nothing.
+    The index is a permutation: a sample has one partner. In place turns differ: there is no count.
     """
     if values.get("IN_PLACE"):
         return None
@@ -161,8 +162,9 @@ def blend(
     read: torch.dtype | None = None, from_contiguous: bool = False, boxes: bool = False,
     in_place: bool = False, directions: tuple[str, ...] = ("forward",),
 ) -> Problem:  # fmt: skip
-    """MixUp of images: read in another dtype and normalised, or in another format, or in place with
-    a number for lam; or CutMix with a lam a sample.
+    """MixUp of images, in place with a number for lam, or with `boxes` CutMix with a lam a sample.
+
+    Images of another dtype, `read`, are normalised.
     """
 
     def make(shape: Shape, dtype: torch.dtype, channels_last: bool, device: str) -> Calls:
@@ -170,12 +172,12 @@ def blend(
         memory_format = torch.channels_last if channels_last else torch.contiguous_format
         x = draw(shape, read or dtype, device, channels_last and not from_contiguous)
         host = "cpu" if device == "meta" else device
-        # A flip in place, which must be an involution.
-        pairs = torch.arange(n, device=host).flip(0)
-        index = pairs if in_place else torch.randperm(n, device=host)
+        # In place the index must be an involution.
+        flip = torch.arange(n, device=host).flip(0)
+        index = flip if in_place else torch.randperm(n, device=host)
         lam = 0.5 if in_place else torch.rand(n if boxes else (), device=host)
-        box = torch.tensor([[1, 9, 2, 30]], device=host).expand(n, 4) if boxes else None
-        scale, shift = (None, None) if read is None else torch.rand((2, c), device=host)
+        box = torch.tensor([[1, 9, 2, 30]], device=host).repeat(n, 1) if boxes else None
+        scale, shift = (torch.rand(c, device=host) if read else None for _ in range(2))
         g = draw(shape, dtype, device, channels_last)
         out = x if in_place else None
         args = index, lam, box, scale
@@ -197,7 +199,7 @@ def of_rows(values: dict[str, Any], threads: int) -> Work:
         # A backward's program has one tile.
         turns = blocks
     else:
-        # A forward's rows end side by side after so many tiles, or a tile is no more than a turn.
+        # A forward's rows end side by side after so many tiles, or a tile is one turn.
         turns = values["turns"] if values["TURNS"] > 1 else math.inf
     return Work((values["ROWS"] * values["classes"] / blocks / threads,), turns)
 
@@ -214,7 +216,7 @@ def loss(
         z = draw(shape, dtype, device, channels_last)
         a, b = (draw((n, *positions), torch.int64, device, high=c) for _ in range(2))
         weight, smoothing = (torch.rand(c, device=host), 0.1) if smoothed else (None, 0.0)
-        lam, g = torch.rand((2,), device=host).unbind()
+        lam, g = (torch.rand((), device=host) for _ in range(2))
         inputs, options = (z, a, b, lam, weight), (-100, "mean", smoothing)
 
         def forward() -> tuple[Tensor, Tensor]:
@@ -222,13 +224,13 @@ def loss(
 
         meta = device == "meta"
         statistics = torch.empty(2 * a.numel() + 2) if meta else forward()[1]
-        of_rows = a.nbytes + b.nbytes + 4 * a.numel()
+        labels = a.nbytes + b.nbytes + 4 * a.numel()
         return Calls(
             forward,
             lambda: mixup_cross_entropy.mixup_cross_entropy_backward(
                 g, *inputs, statistics, *options
             ),
-            (z.nbytes + of_rows, 2 * z.nbytes + of_rows),
+            (z.nbytes + labels, 2 * z.nbytes + labels),
             z.numel(),
         )
 
@@ -246,7 +248,7 @@ def residual(
     activation: str, form: str = "gate", branch: torch.dtype | None = None,
     directions: tuple[str, ...] = ("forward", "backward"),
 ) -> Problem:  # fmt: skip
-    """A stream and its branch, perhaps in another dtype. The kernels are the same in both formats."""
+    """A stream and a branch, perhaps of another dtype. The kernels are the same in both formats."""
 
     def make(shape: Shape, dtype: torch.dtype, channels_last: bool, device: str) -> Calls:
         x, f = draw(shape, dtype, device), draw(shape, branch or dtype, device)

@@ -1,113 +1,77 @@
-"""Commands that run one after the other, each in a share of the time left; what becomes of one is nothing to the others."""
+"""Commands that run one after the other, each in its share of the time that is left."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
+import re
 import signal
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
-from xml.etree import ElementTree
+from typing import Any, NamedTuple
 
-# Seconds for an interrupted step to write what it has.
-GRACE = 10
+# Seconds for an interrupted command to write what it has: pytest-xdist waits ten for its processes.
+GRACE = 15
 
 
-@dataclass
-class Step:
-    """A command, and what became of it. `share` is of the time left: about its seconds on an H100, as estimated.
+class Step(NamedTuple):
+    """A command; `share` is about its seconds on an H200.
 
-    The part that it belongs to is the name's first word. `results` is the file it writes, JSON or JUnit's XML. A log that
-    contains `unable` says that this machine cannot do it, which is no failure.
+    A command whose program is None is absent; one whose log matches `unable` cannot run on this
+    machine. "{seconds}" in it becomes the time after which it should end by itself.
     """
 
     name: str
-    command: Sequence[str | Path]
+    command: Sequence[str | Path | None]
     share: float
-    results: Path | None = None
-    environment: dict[str, str] = field(default_factory=dict)
-    unable: str = ""
-    status: str = "not reached"
-    seconds: float = 0
-    limit: float = 0
-    last_lines: list[str] = field(default_factory=list)
-
-    @property
-    def part(self) -> str:
-        return self.name.split("-")[0]
-
-    @property
-    def troubled(self) -> bool:
-        return self.status in ("failed", "timed out")
-
-    def read(self) -> Any:
-        """What the results' file holds: None where there is none, or half of one."""
-        if self.results is None or not self.results.exists():
-            return None
-        if self.results.suffix == ".json":
-            return json.loads(self.results.read_text())
-        try:
-            (suite,) = ElementTree.parse(self.results).getroot().iter("testsuite")
-        except ElementTree.ParseError:
-            return None
-        return {outcome: int(suite.attrib[outcome]) for outcome in ("tests", "failures", "errors", "skipped")}
+    environment: Mapping[str, str] = {}
+    unable: str = "(?!)"
 
 
-def run_all(steps: list[Step], minutes: float, out: Path, environment: dict[str, str]) -> Iterator[Step]:
-    """Runs the steps that are not absent, in `minutes` together, and yields each as it ends. Their logs go into `out`."""
+def run_all(
+    steps: Sequence[Step], minutes: float, log: Path, environment: Mapping[str, str]
+) -> Iterator[dict[str, Any]]:
+    """Runs the steps, in `minutes` together, and yields what became of each: its name, its status,
+    its seconds and the end of its output. All output goes into `log`.
+    """
     deadline = time.monotonic() + 60 * minutes - GRACE
-    for step in steps:
-        # An earlier run's.
-        if step.results is not None:
-            step.results.unlink(missing_ok=True)
     for index, step in enumerate(steps):
-        if step.status == "absent":
-            continue
-        to_come = sum(other.share for other in steps[index:] if other.status != "absent")
-        step.limit = max(deadline - time.monotonic(), 0) * step.share / to_come
-        run(step, out / f"{step.name}.log", environment)
-        yield step
+        start = time.monotonic()
+        shares = sum(other.share for other in steps[index:] if other.command[0])
+        limit = max(deadline - start, 0) * step.share / max(shares, step.share)
+        with log.open("a+") as output:
+            begin = output.tell()
+            given = {**environment, **step.environment}
+            status = run(step, limit, output, given) if limit >= 1 else "cut"
+            output.seek(begin)
+            text = output.read()
+        if status == "failed" and re.search(step.unable, text):
+            status = "absent"
+        found = {"name": step.name, "status": status, "seconds": time.monotonic() - start}
+        yield found | {"ending": text.strip().splitlines()[-30:]}
 
 
-def run(step: Step, log: Path, environment: dict[str, str]) -> None:
-    """Runs a step in its own group of processes, which ends with it, or at its limit."""
-    start = time.monotonic()
-    with log.open("w") as output:
-        command, environment = list(map(str, step.command)), environment | step.environment
-        streams = dict(stdout=output, stderr=subprocess.STDOUT)
-        try:
-            process = subprocess.Popen(command, env=environment, start_new_session=True, **streams)
-        except OSError as error:
-            step.status, step.last_lines = "failed", [str(error)]
-            return
-        try:
-            step.status = "ok" if process.wait(step.limit) == 0 else "failed"
-        except subprocess.TimeoutExpired:
-            step.status = "timed out"
-            interrupt(process)
-        finally:
-            # What it left behind; and the step itself, if this process is being stopped.
-            signal_group(process, signal.SIGKILL)
-            process.wait()
-    step.seconds = time.monotonic() - start
-    text = log.read_text(errors="replace")
-    step.last_lines = text.strip().splitlines()[-20:]
-    if step.status == "failed" and step.unable and step.unable in text:
-        step.status = "absent"
-
-
-def interrupt(process: subprocess.Popen[bytes]) -> None:
-    """Asks a step to end as a terminal would. pytest and run.py then write what they have."""
-    signal_group(process, signal.SIGINT)
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(GRACE)
-
-
-def signal_group(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, number)
+def run(step: Step, limit: float, output: Any, environment: Mapping[str, str]) -> str:
+    """Runs a step in its own group of processes. Returns "ok", "failed", "cut" or "absent"."""
+    program, *words = step.command
+    if program is None:
+        return "absent"
+    seconds = f"{max(limit - GRACE / 2, 1):.0f}"
+    command = [program, *(str(word).replace("{seconds}", seconds) for word in words)]
+    streams = dict(stdout=output, stderr=subprocess.STDOUT)
+    process = subprocess.Popen(command, env=environment, start_new_session=True, **streams)
+    try:
+        return "failed" if process.wait(limit) else "ok"
+    except subprocess.TimeoutExpired:
+        # pytest then writes what it has. Interrupted themselves, its workers would not answer it.
+        process.send_signal(signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE)
+        return "cut"
+    finally:
+        # And the processes that it left behind.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
