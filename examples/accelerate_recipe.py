@@ -24,7 +24,9 @@ def main(epochs: int = 3) -> float:
     images = data.load("digits")
     mean, std = images.statistics()
     model = models.make("cnn", channels=1, classes=10, width=16, antialias=True)
-    train, test = (DataLoader(TensorDataset(*split), 64, shuffle=True) for split in (images.train, images.test))
+    train, test = (
+        DataLoader(TensorDataset(*split), 64, shuffle=True) for split in (images.train, images.test)
+    )
     accelerator = Accelerator()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     model, optimizer, train, test = accelerator.prepare(model, optimizer, train, test)

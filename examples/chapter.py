@@ -69,16 +69,25 @@ def read(folders: Sequence[Path]) -> list[tuple[list[dict[str, Any]], dict[str, 
     """Of each run, its epochs and its result."""
     lines = [(folder / "metrics.jsonl").read_text().splitlines() for folder in folders]
     return [
-        (list(map(json.loads, line)), json.loads((folder / "result.json").read_text())) for line, folder in zip(lines, folders)
+        (list(map(json.loads, line)), json.loads((folder / "result.json").read_text()))
+        for line, folder in zip(lines, folders)
     ]
 
 
-def draw(out: Path, folders: dict[str, list[Path]], left: Sequence[str], images: data.Dataset, command: str) -> list[Path]:
+def draw(
+    out: Path,
+    folders: dict[str, list[Path]],
+    left: Sequence[str],
+    images: data.Dataset,
+    command: str,
+) -> list[Path]:
     """The figures and the table of what has finished; the table names what is left."""
     runs = {variant: read(own) for variant, own in folders.items()}
     by_epoch, by_time = {}, {}
     for variant, own in runs.items():
-        by_epoch[variant] = [([r["epoch"] for r in epochs], [r["accuracy"] for r in epochs]) for epochs, _ in own]
+        by_epoch[variant] = [
+            ([r["epoch"] for r in epochs], [r["accuracy"] for r in epochs]) for epochs, _ in own
+        ]
         by_time[variant] = [(elapsed(epochs), [r["accuracy"] for r in epochs]) for epochs, _ in own]
     results = {variant: [result for _, result in own] for variant, own in runs.items()}
 
@@ -94,8 +103,12 @@ def draw(out: Path, folders: dict[str, list[Path]], left: Sequence[str], images:
     ]
     written = [
         figures.curves(out / "accuracy.png", f"Accuracy by epoch: {where}", "epoch", by_epoch),
-        figures.curves(out / "accuracy-time.png", f"Accuracy by time: {where}", "seconds of training", by_time),
-        figures.measures(out / "consistency.png", "How much a prediction moves with its image", panels),
+        figures.curves(
+            out / "accuracy-time.png", f"Accuracy by time: {where}", "seconds of training", by_time
+        ),
+        figures.measures(
+            out / "consistency.png", "How much a prediction moves with its image", panels
+        ),
         shifts(out / "shifts.png", folders, images),
         figures.densities(out / "beta.png"),
         figures.zebra(out / "zebra.png"),
@@ -116,17 +129,32 @@ def elapsed(epochs: Sequence[dict[str, Any]]) -> list[float]:
 
 def shifts(path: Path, folders: dict[str, list[Path]], images: data.Dataset) -> Path:
     """Three images at the ranks in the order of how much shifts move the predictions, all variants counting alike."""
-    kept = {variant: torch.load(own[0] / "shifts.pt")["probability"] for variant, own in folders.items()}
-    order = torch.stack([probability.std(1, correction=0) for probability in kept.values()]).mean(0).argsort(stable=True)
+    kept = {
+        variant: torch.load(own[0] / "shifts.pt")["probability"] for variant, own in folders.items()
+    }
+    order = (
+        torch.stack([probability.std(1, correction=0) for probability in kept.values()])
+        .mean(0)
+        .argsort(stable=True)
+    )
     chosen = order[[int(rank * (len(order) - 1)) for rank in RANKS]]
     names = [str(images.classes[int(label)]) for label in images.test.y[chosen]]
     title = "The probability of the true class as the image moves by up to seven pixels"
-    return figures.shifts(path, title, {variant: p[chosen] for variant, p in kept.items()}, images.test.x[chosen], names)
+    return figures.shifts(
+        path,
+        title,
+        {variant: p[chosen] for variant, p in kept.items()},
+        images.test.x[chosen],
+        names,
+    )
 
 
 def table(results: dict[str, list[dict[str, Any]]]) -> str:
     """Mean and spread over seeds, in Markdown."""
-    lines = ["| | accuracy | deviation over shifts | consistency | seconds | seeds |", "| --- | --- | --- | --- | --- | --- |"]
+    lines = [
+        "| | accuracy | deviation over shifts | consistency | seconds | seeds |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
     for variant, own in results.items():
         forms = {"accuracy": ".2%", "deviation": ".4f", "consistency": ".2%", "seconds": ".0f"}
         cells = [spread([result[key] for result in own], form) for key, form in forms.items()]
@@ -156,15 +184,29 @@ def main(arguments: Sequence[str]) -> list[Path]:
     own, rest = list(arguments), []
     if "--" in own:
         own, rest = own[: own.index("--")], own[own.index("--") + 1 :]
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=train.positive, default=1, help="runs of each variant (default: %(default)s)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
-        "--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME", help=", ".join(VARIANTS)
+        "--seeds",
+        type=train.positive,
+        default=1,
+        help="runs of each variant (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--variants",
+        nargs="+",
+        choices=VARIANTS,
+        default=list(VARIANTS),
+        metavar="NAME",
+        help=", ".join(VARIANTS),
     )
     parser.add_argument("--device", help="of train.py")
     help = "begin no epoch after so many; the same command goes on (default: no end)"
     parser.add_argument("--minutes", type=train.amount, default=math.inf, help=help)
-    parser.add_argument("--out", type=Path, default=Path("out/chapter"), help="(default: %(default)s)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("out/chapter"), help="(default: %(default)s)"
+    )
     options = parser.parse_args(own)
     if options.device:
         rest = [*rest, "--device", options.device]

@@ -42,7 +42,9 @@ class Dataset(NamedTuple):
     test: Split
 
     def to(self, device: torch.device) -> Dataset:
-        train, test = (Split(split.x.to(device), split.y.to(device)) for split in (self.train, self.test))
+        train, test = (
+            Split(split.x.to(device), split.y.to(device)) for split in (self.train, self.test)
+        )
         return self._replace(train=train, test=test)
 
     def statistics(self) -> tuple[list[float], list[float]]:
@@ -52,17 +54,23 @@ class Dataset(NamedTuple):
         return mean.tolist(), std.clamp(min=1e-3).tolist()
 
 
-def load(name: str, root: Path | None = None, size: int = SIZE, limit: int | None = None) -> Dataset:
+def load(
+    name: str, root: Path | None = None, size: int = SIZE, limit: int | None = None
+) -> Dataset:
     """The data set `name`: "digits", or what lies in `root`: "cifar10", "cifar100", "folder". Of each split the first `limit`."""
     if name == "digits":
         data = _digits(size)
     elif root is None:
-        raise DataError(f"--data {name} needs --root, the folder that it lies in: nothing is downloaded")
+        raise DataError(
+            f"--data {name} needs --root, the folder that it lies in: nothing is downloaded"
+        )
     elif not root.is_dir():
         raise DataError(f"--root {root}: there is no such folder")
     else:
         data = _folder(root, size) if name == "folder" else _cifar(name, root)
-    train, test = (Split(split.x[:limit].contiguous(), split.y[:limit]) for split in (data.train, data.test))
+    train, test = (
+        Split(split.x[:limit].contiguous(), split.y[:limit]) for split in (data.train, data.test)
+    )
     return data._replace(train=train, test=test)
 
 
@@ -71,11 +79,20 @@ def _digits(size: int) -> Dataset:
 
     digits = load_digits()
     x = torch.from_numpy(digits.images).float().unsqueeze(1) * (255 / 16)
-    x = F.interpolate(x, size=(size, size), mode="bilinear", align_corners=False).round().to(torch.uint8)
+    x = (
+        F.interpolate(x, size=(size, size), mode="bilinear", align_corners=False)
+        .round()
+        .to(torch.uint8)
+    )
     y = torch.from_numpy(digits.target).long()
     # The set is ordered by writer, so the last images are in hands that training has not seen.
     held_out = len(x) // 5
-    return Dataset("digits", "0123456789", Split(x[:-held_out], y[:-held_out]), Split(x[-held_out:], y[-held_out:]))
+    return Dataset(
+        "digits",
+        "0123456789",
+        Split(x[:-held_out], y[:-held_out]),
+        Split(x[-held_out:], y[-held_out:]),
+    )
 
 
 def _cifar(name: str, root: Path) -> Dataset:
@@ -84,9 +101,15 @@ def _cifar(name: str, root: Path) -> Dataset:
     forms: list[tuple[str, Callable[[Path], tuple[Split, Split]]]] = [
         ("cifar-10-batches-py" if ten else "cifar-100-python", lambda _: _torchvision(name, root)),
         ("data_batch_1.bin" if ten else "train.bin", lambda _: _binary(root, ten)),
-        ("cifar-10-batches-bin" if ten else "cifar-100-binary", lambda folder: _binary(folder, ten)),
+        (
+            "cifar-10-batches-bin" if ten else "cifar-100-binary",
+            lambda folder: _binary(folder, ten),
+        ),
         ("train*.parquet", lambda _: (_parquet(root, "train", ten), _parquet(root, "test", ten))),
-        ("plain_text" if ten else "cifar100", lambda folder: (_parquet(folder, "train", ten), _parquet(folder, "test", ten))),
+        (
+            "plain_text" if ten else "cifar100",
+            lambda folder: (_parquet(folder, "train", ten), _parquet(folder, "test", ten)),
+        ),
     ]
     for pattern, read in forms:
         found = sorted(root.glob(pattern))
@@ -95,7 +118,9 @@ def _cifar(name: str, root: Path) -> Dataset:
             return Dataset(name, CIFAR10 if ten else tuple(map(str, range(100))), train, test)
     names = sorted(path.name for path in root.iterdir())
     held = ", ".join([*names[:8], "..."] if len(names) > 8 else names) or "nothing"
-    raise DataError(f"{root} holds no {name}: none of {', '.join(pattern for pattern, _ in forms)}, but {held}")
+    raise DataError(
+        f"{root} holds no {name}: none of {', '.join(pattern for pattern, _ in forms)}, but {held}"
+    )
 
 
 def _torchvision(name: str, root: Path) -> tuple[Split, Split]:
@@ -110,7 +135,9 @@ def _torchvision(name: str, root: Path) -> tuple[Split, Split]:
             split = kind(str(root), train=train, download=False)
         except Exception as error:
             raise DataError(f"{root}: torchvision cannot read {name}: {error}") from error
-        splits.append(Split(torch.from_numpy(split.data).permute(0, 3, 1, 2), torch.tensor(split.targets)))
+        splits.append(
+            Split(torch.from_numpy(split.data).permute(0, 3, 1, 2), torch.tensor(split.targets))
+        )
     return splits[0], splits[1]
 
 
@@ -127,7 +154,9 @@ def _binary(folder: Path, ten: bool) -> tuple[Split, Split]:
                 raise DataError(f"{path} is missing")
             raw = np.fromfile(path, np.uint8)
             if not len(raw) or len(raw) % (labels + 3072):
-                raise DataError(f"{path} has {len(raw)} bytes, which is no number of records of {labels + 3072}: it is cut off")
+                raise DataError(
+                    f"{path} has {len(raw)} bytes, which is no number of records of {labels + 3072}: it is cut off"
+                )
             table = raw.reshape(-1, labels + 3072)
             for row, number in enumerate(table[:, labels - 1].tolist()):
                 _check_label(f"{path}, record {row}", number, ten)
@@ -154,8 +183,17 @@ def _parquet(folder: Path, split: str, ten: bool) -> Split:
             raise DataError(f"{path} is no readable parquet file: {error}") from error
         image = _column(path, table.column_names, ("img", "image"))
         label = _column(path, table.column_names, ("label" if ten else "fine_label",))
-        for row, (cell, number) in enumerate(zip(table[image].to_pylist(), table[label].to_pylist())):
-            images.append(_decode(f"{path}, row {row}", cell["bytes"] if isinstance(cell, dict) else cell, SIZE, exact=True))
+        for row, (cell, number) in enumerate(
+            zip(table[image].to_pylist(), table[label].to_pylist())
+        ):
+            images.append(
+                _decode(
+                    f"{path}, row {row}",
+                    cell["bytes"] if isinstance(cell, dict) else cell,
+                    SIZE,
+                    exact=True,
+                )
+            )
             _check_label(f"{path}, row {row}", number, ten)
             labels.append(number)
     return Split(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), torch.tensor(labels))
@@ -176,21 +214,30 @@ def _column(path: Path, columns: Sequence[str], names: Sequence[str]) -> str:
 
 def _folder(root: Path, size: int) -> Dataset:
     """root/train/CLASS/*.png and root/test (or val)/CLASS/*.png, scaled and cut to squares of `size`."""
-    train, test = root / "train", next((root / name for name in ("test", "val") if (root / name).is_dir()), root / "test")
+    train, test = (
+        root / "train",
+        next((root / name for name in ("test", "val") if (root / name).is_dir()), root / "test"),
+    )
     for folder in (train, test):
         if not folder.is_dir():
-            raise DataError(f"{folder} is missing: images lie in {root}/train/CLASS and {root}/test/CLASS")
+            raise DataError(
+                f"{folder} is missing: images lie in {root}/train/CLASS and {root}/test/CLASS"
+            )
     classes = _classes(train)
     unknown = [name for name in _classes(test) if name not in classes]
     if not classes:
         raise DataError(f"{train} has no folders of classes")
     if unknown:
         raise DataError(f"{test} has classes that {train} lacks: {', '.join(unknown)}")
-    return Dataset(root.name, classes, *(_read_folder(folder, classes, size) for folder in (train, test)))
+    return Dataset(
+        root.name, classes, *(_read_folder(folder, classes, size) for folder in (train, test))
+    )
 
 
 def _classes(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    return sorted(
+        path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")
+    )
 
 
 def _read_folder(folder: Path, classes: Sequence[str], size: int) -> Split:
@@ -203,7 +250,10 @@ def _read_folder(folder: Path, classes: Sequence[str], size: int) -> Split:
     # Each class in turn, so that the first images, all that a limit leaves, have every class.
     found.sort()
     images = [_decode(str(path), path.read_bytes(), size, exact=False) for _, _, path in found]
-    return Split(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), torch.tensor([label for _, label, _ in found]))
+    return Split(
+        torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2),
+        torch.tensor([label for _, label, _ in found]),
+    )
 
 
 def _images(folder: Path) -> Iterator[Path]:
@@ -224,7 +274,9 @@ def _decode(where: str, encoded: Any, size: int, exact: bool) -> np.ndarray:
     except Exception as error:
         raise DataError(f"{where}: this is no readable image: {error}") from error
     if exact and image.size != (size, size):
-        raise DataError(f"{where}: the image must have {size}x{size} pixels, got {image.size[0]}x{image.size[1]}")
+        raise DataError(
+            f"{where}: the image must have {size}x{size} pixels, got {image.size[0]}x{image.size[1]}"
+        )
     return np.asarray(ImageOps.fit(image, (size, size)))
 
 
@@ -237,7 +289,9 @@ def _in_bytes(image: Any) -> Any:
         # The high byte, which is what PIL keeps of 16-bit colours.
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode in ("I", "F"):
-        raise ValueError(f"its pixels are 32-bit {'integers' if image.mode == 'I' else 'floats'}, whose range is unknown")
+        raise ValueError(
+            f"its pixels are 32-bit {'integers' if image.mode == 'I' else 'floats'}, whose range is unknown"
+        )
     return image
 
 
@@ -251,7 +305,10 @@ def cut(images: Tensor, drawn: Sequence[Tensor], crop: int, flip: bool) -> Tenso
     """A crop of each image, where it was drawn."""
     top, left, mirrored = (d.to(images.device).unsqueeze(1) for d in drawn)
     offset = torch.arange(crop, device=images.device)
-    rows, columns = top + offset, left + (torch.where(mirrored, crop - 1 - offset, offset) if flip else offset)
+    rows, columns = (
+        top + offset,
+        left + (torch.where(mirrored, crop - 1 - offset, offset) if flip else offset),
+    )
     sample = torch.arange(len(images), device=images.device)
     # The channels last, because the indexed dimensions must be neighbours to stay where they are.
     crops = images.permute(0, 2, 3, 1)[sample[:, None, None], rows[:, :, None], columns[:, None, :]]

@@ -38,7 +38,9 @@ def curves(path: Path, title: str, xlabel: str, lines: Curves) -> Path:
         for (name, seeds), colour in zip(lines.items(), _colours()):
             x = np.mean([x for x, _ in seeds], axis=0)
             y = np.array([y for _, y in seeds])
-            axes.plot(x, y.mean(0), color=colour, linewidth=2.2, label=f"{name}  {y[:, -1].mean():.1%}")
+            axes.plot(
+                x, y.mean(0), color=colour, linewidth=2.2, label=f"{name}  {y[:, -1].mean():.1%}"
+            )
             axes.fill_between(x, y.min(0), y.max(0), color=colour, alpha=0.18, linewidth=0)
             settled += [y[:, y.shape[1] // 4 :].min(), y.max()]
         # The first quarter may rise from below the frame: the difference is in the rest.
@@ -47,7 +49,13 @@ def curves(path: Path, title: str, xlabel: str, lines: Curves) -> Path:
         axes.set_xlabel(xlabel)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.yaxis.set_major_formatter(PercentFormatter(1))
-        axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.02, 0.5), labelcolor="linecolor", handlelength=0)
+        axes.legend(
+            frameon=False,
+            loc="center left",
+            bbox_to_anchor=(1.02, 0.5),
+            labelcolor="linecolor",
+            handlelength=0,
+        )
         _plain(axes)
     return path
 
@@ -65,12 +73,27 @@ def measures(path: Path, title: str, panels: Sequence[Measure]) -> Path:
     variants = list(panels[0].values)
     with _figure(path, (2.4 + 4.2 * len(panels), 0.5 * len(variants) + 1.9), title) as figure:
         grid = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-        figure.subplots_adjust(left=0.17, right=0.97, top=1 - 0.75 / figure.get_figheight(), bottom=0.85 / figure.get_figheight())
+        figure.subplots_adjust(
+            left=0.17,
+            right=0.97,
+            top=1 - 0.75 / figure.get_figheight(),
+            bottom=0.85 / figure.get_figheight(),
+        )
         for axes, panel in zip(grid, panels):
             for place, (variant, colour) in enumerate(zip(variants, _colours())):
                 seeds = panel.values[variant]
-                axes.plot(seeds, [place] * len(seeds), "o", color=colour, markersize=7, alpha=0.6, markeredgewidth=0)
-                axes.plot(np.mean(seeds), place, "|", color=colour, markersize=20, markeredgewidth=3)
+                axes.plot(
+                    seeds,
+                    [place] * len(seeds),
+                    "o",
+                    color=colour,
+                    markersize=7,
+                    alpha=0.6,
+                    markeredgewidth=0,
+                )
+                axes.plot(
+                    np.mean(seeds), place, "|", color=colour, markersize=20, markeredgewidth=3
+                )
             axes.set_xlabel(panel.label)
             axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
             if panel.percent:
@@ -81,19 +104,35 @@ def measures(path: Path, title: str, panels: Sequence[Measure]) -> Path:
     return path
 
 
-def shifts(path: Path, title: str, probabilities: Mapping[str, Tensor], images: Tensor, names: Sequence[str]) -> Path:
+def shifts(
+    path: Path,
+    title: str,
+    probabilities: Mapping[str, Tensor],
+    images: Tensor,
+    names: Sequence[str],
+) -> Path:
     """The true class's probability at every shift of a few images, a heat map a variant. `probabilities` are (images, shifts)."""
     columns = 1 + len(probabilities)
     with _figure(path, (2.1 * columns, 2.2 * len(images) + 0.9), title) as figure:
-        grid = figure.subplots(len(images), columns, squeeze=False, gridspec_kw={"wspace": 0.12, "hspace": 0.28})
-        figure.subplots_adjust(left=0.03, right=0.97, top=1 - 1.0 / figure.get_figheight(), bottom=0.02)
+        grid = figure.subplots(
+            len(images), columns, squeeze=False, gridspec_kw={"wspace": 0.12, "hspace": 0.28}
+        )
+        figure.subplots_adjust(
+            left=0.03, right=0.97, top=1 - 1.0 / figure.get_figheight(), bottom=0.02
+        )
         for row, image, label in zip(range(len(images)), images, names):
             grid[row, 0].imshow(image.permute(1, 2, 0).numpy(), cmap="gray", vmin=0, vmax=255)
             grid[row, 0].set_title(label, fontsize=11, loc="left")
-            for axes, (name, probability), colour in zip(grid[row, 1:], probabilities.items(), _colours()):
+            for axes, (name, probability), colour in zip(
+                grid[row, 1:], probabilities.items(), _colours()
+            ):
                 side = round(probability.shape[1] ** 0.5)
-                axes.imshow(probability[row].view(side, side).numpy(), cmap="cividis", vmin=0, vmax=1)
-                axes.set_title(f"{name}\n± {probability[row].std(correction=0):.3f}", color=colour, fontsize=10)
+                axes.imshow(
+                    probability[row].view(side, side).numpy(), cmap="cividis", vmin=0, vmax=1
+                )
+                axes.set_title(
+                    f"{name}\n± {probability[row].std(correction=0):.3f}", color=colour, fontsize=10
+                )
         for axes in grid.flat:
             axes.set_axis_off()
     return path
@@ -105,7 +144,13 @@ def densities(path: Path, alphas: Sequence[float] = (0.1, 0.25, 1.0, 2.0)) -> Pa
         axes = figure.add_axes((0.09, 0.14, 0.86, 0.68))
         lam = np.linspace(0.005, 0.995, 400)
         for alpha, colour in zip(alphas, _colours()):
-            axes.plot(lam, stats.beta(alpha, alpha).pdf(lam), color=colour, linewidth=2.2, label=rf"$\alpha$ = {alpha:g}")
+            axes.plot(
+                lam,
+                stats.beta(alpha, alpha).pdf(lam),
+                color=colour,
+                linewidth=2.2,
+                label=rf"$\alpha$ = {alpha:g}",
+            )
         axes.set_ylim(0, 4)
         axes.set_xlabel(r"$\lambda$, the share of an image itself; its partner has the rest")
         axes.set_ylabel("density")
@@ -116,13 +161,18 @@ def densities(path: Path, alphas: Sequence[float] = (0.1, 0.25, 1.0, 2.0)) -> Pa
 
 def stripes(side: int) -> Tensor:
     """Black and white stripes that grow ever finer, (1, 1, side, side)."""
-    across, down = torch.meshgrid(torch.linspace(0, 1, side), torch.linspace(0, 1, side), indexing="xy")
+    across, down = torch.meshgrid(
+        torch.linspace(0, 1, side), torch.linspace(0, 1, side), indexing="xy"
+    )
     phase = 4 * across + 9 * across**2 + 5 * down
     return torch.sin(2 * torch.pi * phase * side / 256).gt(0).float()[None, None]
 
 
 def pooled(image: Tensor, factor: int) -> dict[str, Tensor]:
-    layers = {f"nn.MaxPool2d({factor})": nn.MaxPool2d(factor), f"MaxPool2dAA({factor})": regfast.MaxPool2dAA(factor)}
+    layers = {
+        f"nn.MaxPool2d({factor})": nn.MaxPool2d(factor),
+        f"MaxPool2dAA({factor})": regfast.MaxPool2dAA(factor),
+    }
     return {name: layer(image) for name, layer in layers.items()}
 
 
@@ -132,7 +182,9 @@ def zebra(path: Path, side: int = 256, factor: int = 4) -> Path:
     with _figure(path, (9.6, 4.0), f"Stripes pooled {factor} times: aliased, and not") as figure:
         grid = figure.subplots(1, 3)
         figure.subplots_adjust(left=0.02, right=0.98, top=0.78, bottom=0.02, wspace=0.06)
-        for axes, (name, shown) in zip(grid, [("the stripes", image), *pooled(image, factor).items()]):
+        for axes, (name, shown) in zip(
+            grid, [("the stripes", image), *pooled(image, factor).items()]
+        ):
             axes.imshow(shown[0, 0].numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
             axes.set_title(name, fontsize=11, loc="left")
             axes.set_axis_off()

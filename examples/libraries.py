@@ -27,7 +27,9 @@ def load(name: str) -> ModuleType:
         raise ImportError(f"{name} does not import: {error} (pip install {package})") from error
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ImportError(f"{name} does not import beside torch {torch.__version__}: {reason}") from error
+        raise ImportError(
+            f"{name} does not import beside torch {torch.__version__}: {reason}"
+        ) from error
 
 
 @cache

@@ -18,7 +18,9 @@ import regfast
 try:
     from lightning import LightningModule, Trainer
 except ImportError as error:
-    raise SystemExit(f"this example needs Lightning: pip install 'regfast[lightning]' ({error})") from error
+    raise SystemExit(
+        f"this example needs Lightning: pip install 'regfast[lightning]' ({error})"
+    ) from error
 
 
 class MixedClassifier(LightningModule):
@@ -31,7 +33,12 @@ class MixedClassifier(LightningModule):
     """
 
     def __init__(
-        self, model: torch.nn.Module, mean: list[float], std: list[float], alpha: float = 0.25, manifold: bool = False
+        self,
+        model: torch.nn.Module,
+        mean: list[float],
+        std: list[float],
+        alpha: float = 0.25,
+        manifold: bool = False,
     ) -> None:
         super().__init__()
         self.model = model
@@ -65,7 +72,9 @@ def main(**trainer: Any) -> dict[str, Tensor]:
     model = MixedClassifier(models.make("cnn", 1, 10, width=16, antialias=True), mean, std)
     train, test = (TensorDataset(*split) for split in (images.train, images.test))
     runner = Trainer(**({"max_epochs": 3} | trainer))
-    runner.fit(model, DataLoader(train, batch_size=64, shuffle=True), DataLoader(test, batch_size=64))
+    runner.fit(
+        model, DataLoader(train, batch_size=64, shuffle=True), DataLoader(test, batch_size=64)
+    )
     return runner.callback_metrics
 
 

@@ -13,15 +13,27 @@ def cnn(channels: int, classes: int, width: int) -> nn.Sequential:
     layers: list[nn.Module] = []
     for out in (width, 2 * width, 4 * width):
         for _ in range(2):
-            layers += [nn.Conv2d(channels, out, 3, padding=1, bias=False), nn.BatchNorm2d(out), nn.ReLU()]
+            layers += [
+                nn.Conv2d(channels, out, 3, padding=1, bias=False),
+                nn.BatchNorm2d(out),
+                nn.ReLU(),
+            ]
             channels = out
         layers.append(nn.MaxPool2d(2))
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes))
+    return nn.Sequential(
+        *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes)
+    )
 
 
-def resnet(channels: int, classes: int, width: int, rezero: bool, blocks: int = 28) -> nn.Sequential:
+def resnet(
+    channels: int, classes: int, width: int, rezero: bool, blocks: int = 28
+) -> nn.Sequential:
     """The chapter's residual network: 28 blocks of two convolutions in three stages, a pooling after the first two."""
-    layers: list[nn.Module] = [nn.Conv2d(channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+    layers: list[nn.Module] = [
+        nn.Conv2d(channels, width, 3, padding=1, bias=False),
+        nn.BatchNorm2d(width),
+        nn.ReLU(),
+    ]
     channels = width
     for block in range(blocks):
         stage = 3 * block // blocks
@@ -29,10 +41,20 @@ def resnet(channels: int, classes: int, width: int, rezero: bool, blocks: int = 
         channels = width << stage
         if stage < 2 and 3 * (block + 1) // blocks > stage:
             layers.append(nn.MaxPool2d(2))
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes))
+    return nn.Sequential(
+        *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes)
+    )
 
 
-def make(name: str, channels: int, classes: int, *, width: int = 32, rezero: bool = False, antialias: bool = False) -> nn.Module:
+def make(
+    name: str,
+    channels: int,
+    classes: int,
+    *,
+    width: int = 32,
+    rezero: bool = False,
+    antialias: bool = False,
+) -> nn.Module:
     """A network by name: "cnn", "resnet", "timm:NAME" or "torchvision:NAME"; anti-aliased if asked for.
 
     `width` is that of the first two's first convolution.
@@ -51,7 +73,9 @@ def make(name: str, channels: int, classes: int, *, width: int = 32, rezero: boo
     elif library in ("timm", "torchvision") and kind:
         model = _of_library(library, kind, channels, classes)
     else:
-        raise ValueError(f"--model must be cnn, resnet, timm:NAME or torchvision:NAME, got {name!r}")
+        raise ValueError(
+            f"--model must be cnn, resnet, timm:NAME or torchvision:NAME, got {name!r}"
+        )
     return regfast.antialias(model) if antialias else model
 
 
@@ -66,5 +90,7 @@ def _of_library(library: str, kind: str, channels: int, classes: int) -> nn.Modu
     if kind not in module.models.list_models(module.models):
         raise ValueError(f"{name}: torchvision has no such classifier")
     if channels != 3:
-        raise ValueError(f"{name}: torchvision's models take images of 3 channels, and these have {channels}")
+        raise ValueError(
+            f"{name}: torchvision's models take images of 3 channels, and these have {channels}"
+        )
     return module.models.get_model(kind, num_classes=classes)

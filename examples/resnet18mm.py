@@ -29,7 +29,9 @@ class Resnet18MM(nn.Module):
         super().__init__()
         from torchvision.models import resnet18
 
-        self.manifold = regfast.ManifoldMixup(resnet18(num_classes=num_classes, **kwargs), alpha=alpha)
+        self.manifold = regfast.ManifoldMixup(
+            resnet18(num_classes=num_classes, **kwargs), alpha=alpha
+        )
 
     def forward(self, x: Tensor, mixup: bool = False) -> tuple[Tensor, Tensor | None, float | None]:
         """(output, index, lam) of images (B, 3, H, W): the loss is lam * loss(output, y) + (1 - lam) * loss(output, y[index]).
@@ -68,7 +70,9 @@ def main() -> None:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        print(f"step {step}: loss {loss:.3f}, mixed before block {model.last_k} with lam {model.last_lam:.2f}")
+        print(
+            f"step {step}: loss {loss:.3f}, mixed before block {model.last_k} with lam {model.last_lam:.2f}"
+        )
 
 
 if __name__ == "__main__":

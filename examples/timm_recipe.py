@@ -27,7 +27,9 @@ try:
     import timm.optim
     import timm.scheduler
 except ImportError as error:
-    raise SystemExit(f"this example needs timm and torchvision: pip install timm ({error})") from error
+    raise SystemExit(
+        f"this example needs timm and torchvision: pip install timm ({error})"
+    ) from error
 
 
 class Toy(Dataset[tuple[Any, int]]):
@@ -55,7 +57,9 @@ def make_model(name: str, classes: int, pretrained: bool) -> nn.Module:
     return regfast.fuse(model) if blurred else regfast.antialias(model)
 
 
-def make_loader(data: Any, training: bool, options: argparse.Namespace, config: dict[str, Any]) -> DataLoader[Any]:
+def make_loader(
+    data: Any, training: bool, options: argparse.Namespace, config: dict[str, Any]
+) -> DataLoader[Any]:
     names = ("input_size", "interpolation", "crop_pct")
     prefetcher = timm.data.create_loader(
         data,
@@ -76,14 +80,20 @@ def train(options: argparse.Namespace) -> list[float]:
     if options.toy:
         train_data, test_data, classes = Toy(), Toy(), len(Toy.classes)
     else:
-        train_data, test_data = (timm.data.create_dataset("", options.root, split) for split in ("train", "validation"))
+        train_data, test_data = (
+            timm.data.create_dataset("", options.root, split) for split in ("train", "validation")
+        )
         classes = len(train_data.reader.class_to_idx)
-    model = make_model(options.model, classes, options.pretrained).to(device, memory_format=torch.channels_last)
+    model = make_model(options.model, classes, options.pretrained).to(
+        device, memory_format=torch.channels_last
+    )
     size = {"input_size": (3, options.size, options.size)} if options.size else {}
     config = timm.data.resolve_data_config(size, model=model)
     train_loader = make_loader(train_data, True, options, config)
     test_loader = make_loader(test_data, False, options, config)
-    mix = regfast.MixUp(options.mixup, cutmix_alpha=options.cutmix, mean=config["mean"], std=config["std"])
+    mix = regfast.MixUp(
+        options.mixup, cutmix_alpha=options.cutmix, mean=config["mean"], std=config["std"]
+    )
     criterion = regfast.MixupCrossEntropyLoss(label_smoothing=0.1)
     optimizer = timm.optim.create_optimizer_v2(model, opt="adamw", lr=options.lr, weight_decay=0.05)
     scheduler, _ = timm.scheduler.create_scheduler_v2(optimizer, num_epochs=options.epochs)
@@ -111,25 +121,37 @@ def train(options: argparse.Namespace) -> list[float]:
 
 
 def main(arguments: Sequence[str] | None = None) -> list[float]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("root", type=Path, nargs="?", help="a folder with train/CLASS/* and validation/CLASS/*")
-    add("--toy", action="store_true", help="made-up images and a small model in place of the folder")
+    add(
+        "--toy", action="store_true", help="made-up images and a small model in place of the folder"
+    )
     add("--model", help="any of timm's (default: resnet50, or resnet18 with --toy)")
     add("--pretrained", action="store_true", help="begin with timm's weights")
-    add("--size", type=int, help="of the images, in pixels (default: the model's, or 32 with --toy)")
+    add(
+        "--size", type=int, help="of the images, in pixels (default: the model's, or 32 with --toy)"
+    )
     add("--epochs", type=int, default=5, help="(default: %(default)s)")
     add("--batch", type=int, default=128, help="(default: %(default)s; 16 with --toy)")
     add("--lr", type=float, default=1e-3, help="(default: %(default)s)")
     add("--mixup", type=float, default=0.2, metavar="ALPHA", help="(default: %(default)s)")
     add("--cutmix", type=float, default=1.0, metavar="ALPHA", help="(default: %(default)s)")
     add("--workers", type=int, default=4, help="of the loader (default: %(default)s; 0 with --toy)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)")
+    add(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="(default: %(default)s)",
+    )
     options = parser.parse_args(arguments)
     if options.toy:
         options.size, options.batch, options.workers = options.size or 32, 16, 0
     elif options.root is None or not (options.root / "train").is_dir():
-        parser.error(f"a folder with train/ and validation/ is needed, or --toy, got {options.root}")
+        parser.error(
+            f"a folder with train/ and validation/ is needed, or --toy, got {options.root}"
+        )
     options.model = options.model or ("resnet18" if options.toy else "resnet50")
     return train(options)
 

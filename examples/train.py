@@ -75,7 +75,9 @@ class Job(NamedTuple):
 @contextmanager
 def job_of(device: str | None) -> Iterator[Job]:
     """The process group that torchrun has made variables for, or a job of one."""
-    rank, local, world = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+    rank, local, world = (
+        int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+    )
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     own = torch.device(device, local) if device == "cuda" else torch.device(device)
     if own.type == "cuda":
@@ -83,7 +85,9 @@ def job_of(device: str | None) -> Iterator[Job]:
     if world == 0:
         yield Job(0, 1, own)
         return
-    dist.init_process_group("nccl" if own.type == "cuda" else "gloo", timeout=datetime.timedelta(minutes=5))
+    dist.init_process_group(
+        "nccl" if own.type == "cuda" else "gloo", timeout=datetime.timedelta(minutes=5)
+    )
     try:
         yield Job(rank, world, own)
         # Right after a collective, gloo (of torch 2.13) aborts one process in three or four as it closes its connections.
@@ -107,16 +111,26 @@ class Run:
         self.network = torch.compile(network) if options.compile else network
         mean, std = images.statistics()
         self.mix = regfast.MixUp(options.mixup, cutmix_alpha=options.cutmix, mean=mean, std=std)
-        self.manifold = regfast.ManifoldMixup(self.network, alpha=options.manifold) if options.manifold else None
+        self.manifold = (
+            regfast.ManifoldMixup(self.network, alpha=options.manifold)
+            if options.manifold
+            else None
+        )
         self.criterion = regfast.MixupCrossEntropyLoss()
-        groups = regfast.parameter_groups(self.model) if options.rezero else [{"params": list(self.model.parameters())}]
+        groups = (
+            regfast.parameter_groups(self.model)
+            if options.rezero
+            else [{"params": list(self.model.parameters())}]
+        )
         self.batch = options.batch * job.world
         self.steps = max(len(images.train.x) // self.batch, 1)
         # On CUDA a few launches for some hundred parameters; elsewhere as PyTorch chooses.
         fused = True if job.device.type == "cuda" else None
         self.optimizer = torch.optim.AdamW(groups, lr=options.lr, weight_decay=1e-2, fused=fused)
         total = options.epochs * self.steps
-        self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, max_lr=options.lr, total_steps=total)
+        self.schedule = torch.optim.lr_scheduler.OneCycleLR(
+            self.optimizer, max_lr=options.lr, total_steps=total
+        )
         self.records: list[dict[str, Any]] = []
         if is_captured(options, job):
             self.capture()
@@ -137,7 +151,9 @@ class Run:
     def autocast(self) -> torch.autocast:
         # A graph cannot be captured with the cache of casts, which serves no network that takes each weight once.
         enabled = self.options.amp
-        return torch.autocast(self.job.device.type, torch.bfloat16, enabled=enabled, cache_enabled=False)
+        return torch.autocast(
+            self.job.device.type, torch.bfloat16, enabled=enabled, cache_enabled=False
+        )
 
     def epoch(self) -> dict[str, Any]:
         """One pass over the training images. What is drawn follows from the seed and the epoch, but for the mixing's streams."""
@@ -148,15 +164,25 @@ class Run:
         loss, processes = self.job.sum(torch.stack(losses).mean().item(), 1)
         correct, total = self.evaluate()
         seconds = time.perf_counter() - start
-        return {"epoch": number, "loss": loss / processes, "accuracy": correct / total, "seconds": seconds}
+        return {
+            "epoch": number,
+            "loss": loss / processes,
+            "accuracy": correct / total,
+            "seconds": seconds,
+        }
 
     def draw(self, number: int) -> Iterator[tuple[Tensor, ...]]:
         """The images of each step of an epoch, and their crops, on the device; one copy, because the host waits for each."""
         # The same on every process: each takes its share of a batch that all have drawn.
         generator = torch.Generator().manual_seed(self.options.seed * 1_000_003 + number)
-        order = torch.randperm(len(self.images.train.x), generator=generator)[: self.steps * self.batch]
+        order = torch.randperm(len(self.images.train.x), generator=generator)[
+            : self.steps * self.batch
+        ]
         side, crop = self.images.train.x.shape[-1], self.options.crop
-        drawn = [(batch, *data.draw_crops(len(batch), side, crop, generator)) for batch in order.split(self.batch)]
+        drawn = [
+            (batch, *data.draw_crops(len(batch), side, crop, generator))
+            for batch in order.split(self.batch)
+        ]
         own = slice(self.job.rank * self.options.batch, (self.job.rank + 1) * self.options.batch)
         return zip(*(torch.stack(kind)[:, own].to(self.job.device) for kind in zip(*drawn)))
 
@@ -186,14 +212,18 @@ class Run:
         x, y = (t[self.job.rank :: self.job.world] for t in self.images.test)
         correct = 0.0
         for part, labels in zip(x.split(512), y.split(512)):
-            logits = self.model(self.as_laid_out(self.mix(data.centre_crop(part, self.options.crop))))
+            logits = self.model(
+                self.as_laid_out(self.mix(data.centre_crop(part, self.options.crop)))
+            )
             correct += (logits.argmax(1) == labels).sum().item()
         return self.job.sum(correct, len(x))
 
     def shift_consistency(self, count: int) -> regfast.metrics.ShiftConsistency:
         """Measure the first `count` test images at 64 shifts."""
         side = self.options.crop + SHIFTS - 1
-        whole, labels = self.mix.eval()(data.centre_crop(self.images.test.x[:count], side), self.images.test.y[:count])
+        whole, labels = self.mix.eval()(
+            data.centre_crop(self.images.test.x[:count], side), self.images.test.y[:count]
+        )
         return regfast.metrics.shift_consistency(self.model, whole, labels, crop=self.options.crop)
 
     @property
@@ -205,7 +235,11 @@ class Run:
         # Each process draws its own mixtures.
         streams = self.job.gather([mixer.get_extra_state() for mixer in self.mixers])
         if self.job.writes:
-            state = {"arguments": identity(self.options, self.job), "records": self.records, "streams": streams}
+            state = {
+                "arguments": identity(self.options, self.job),
+                "records": self.records,
+                "streams": streams,
+            }
             for name in ("model", "optimizer", "schedule"):
                 state[name] = getattr(self, name).state_dict()
             with replacing(self.options.out / "checkpoint.pt") as part:
@@ -222,8 +256,12 @@ class Run:
         arguments = identity(self.options, self.job)
         changed = [name for name, value in state["arguments"].items() if arguments[name] != value]
         if changed:
-            told = ", ".join(f"{name}={state['arguments'][name]}, now {arguments[name]}" for name in changed)
-            raise ValueError(f"{path} is of a run with other arguments ({told}): give them again, or another --out")
+            told = ", ".join(
+                f"{name}={state['arguments'][name]}, now {arguments[name]}" for name in changed
+            )
+            raise ValueError(
+                f"{path} is of a run with other arguments ({told}): give them again, or another --out"
+            )
         for name in ("model", "optimizer", "schedule"):
             getattr(self, name).load_state_dict(state[name])
         for mixer, stream in zip(self.mixers, state["streams"][self.job.rank]):
@@ -234,7 +272,9 @@ class Run:
 def identity(options: argparse.Namespace, job: Job) -> dict[str, Any]:
     """The arguments that a run must have in common with its checkpoint."""
     free = ("out", "device", "threads", "root", "eager")
-    return {name: value for name, value in vars(options).items() if name not in free} | {"processes": job.world}
+    return {name: value for name, value in vars(options).items() if name not in free} | {
+        "processes": job.world
+    }
 
 
 def folder_of(options: argparse.Namespace, job: Job) -> Path:
@@ -267,10 +307,16 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def is_captured(options: argparse.Namespace, job: Job) -> bool:
     """Whether the network's steps are CUDA graphs. A graph repeats one step, and manifold mixup blends in another layer each."""
-    return job.device.type == "cuda" and job.world == 1 and not (options.eager or options.compile or options.manifold)
+    return (
+        job.device.type == "cuda"
+        and job.world == 1
+        and not (options.eager or options.compile or options.manifold)
+    )
 
 
-def train(options: argparse.Namespace, job: Job, console: Console, deadline: float) -> dict[str, Any] | None:
+def train(
+    options: argparse.Namespace, job: Job, console: Console, deadline: float
+) -> dict[str, Any] | None:
     """Trains to the end, from wherever an earlier run came to, and writes the result; None where the deadline came first."""
     if job.writes:
         print(f"folder: {options.out}", flush=True)
@@ -279,7 +325,9 @@ def train(options: argparse.Namespace, job: Job, console: Console, deadline: flo
         images = load(options.data, options.root, options.size, options.limit).to(job.device)
         if options.crop + SHIFTS - 1 > images.test.x.shape[-1]:
             side = images.test.x.shape[-1]
-            raise ValueError(f"--crop must leave {SHIFTS - 1} of the images' {side} pixels to shift it by, got {options.crop}")
+            raise ValueError(
+                f"--crop must leave {SHIFTS - 1} of the images' {side} pixels to shift it by, got {options.crop}"
+            )
         run = Run(options, job, images)
         options.out.mkdir(parents=True, exist_ok=True)
         run.resume()
@@ -357,39 +405,86 @@ def tensorboard(out: Path, epoch: int) -> Any:
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("--data", choices=("digits", "cifar10", "cifar100", "folder"), default="digits")
     add("--root", type=Path, help="where the data lie")
-    add("--size", type=positive, default=data.SIZE, help="of a folder's images, in pixels (default: %(default)s)")
-    add("--crop", type=positive, default=24, help="what a network sees of an image, in pixels (default: %(default)s)")
+    add(
+        "--size",
+        type=positive,
+        default=data.SIZE,
+        help="of a folder's images, in pixels (default: %(default)s)",
+    )
+    add(
+        "--crop",
+        type=positive,
+        default=24,
+        help="what a network sees of an image, in pixels (default: %(default)s)",
+    )
     add("--limit", type=positive, help="use only the first so many images of each split")
-    add("--model", default="cnn", help="cnn, resnet, timm:NAME or torchvision:NAME (default: %(default)s)")
-    add("--width", type=positive, default=32, help="channels of the first convolution of cnn and resnet (default: %(default)s)")
+    add(
+        "--model",
+        default="cnn",
+        help="cnn, resnet, timm:NAME or torchvision:NAME (default: %(default)s)",
+    )
+    add(
+        "--width",
+        type=positive,
+        default=32,
+        help="channels of the first convolution of cnn and resnet (default: %(default)s)",
+    )
     add("--antialias", action="store_true", help="regfast.antialias(model)")
     add("--rezero", action="store_true", help="gates in the residual blocks of --model resnet")
     add("--mixup", type=amount, default=0.0, metavar="ALPHA", help="MixUp of the images")
-    add("--cutmix", type=amount, default=0.0, metavar="ALPHA", help="CutMix of the images; with --mixup, each every other time")
-    add("--manifold", type=amount, default=0.0, metavar="ALPHA", help="manifold mixup, in place of the images' mixing")
+    add(
+        "--cutmix",
+        type=amount,
+        default=0.0,
+        metavar="ALPHA",
+        help="CutMix of the images; with --mixup, each every other time",
+    )
+    add(
+        "--manifold",
+        type=amount,
+        default=0.0,
+        metavar="ALPHA",
+        help="manifold mixup, in place of the images' mixing",
+    )
     add("--flip", action="store_true", help="mirror every other image in training")
     add("--compile", action="store_true", help="torch.compile the network")
     add("--eager", action="store_true", help="no CUDA graphs: launch every kernel of every step")
     add("--amp", action="store_true", help="automatic mixed precision, in bfloat16")
     add("--channels-last", action="store_true", help="innermost channels")
     add("--epochs", type=positive, default=20, help="(default: %(default)s)")
-    add("--batch", type=positive, default=64, help="images a step and process (default: %(default)s)")
+    add(
+        "--batch",
+        type=positive,
+        default=64,
+        help="images a step and process (default: %(default)s)",
+    )
     add("--lr", type=float, default=3e-3, help="the greatest learning rate (default: %(default)s)")
     add("--seed", type=int, default=0)
     add("--device", choices=("cpu", "cuda", "mps"), help="default: cuda where there is one")
     # One by default: networks this small gain little from more, and results do not depend on the machine's core count.
     add("--threads", type=positive, default=1, help="CPU threads (default: %(default)s)")
-    add("--shift-images", type=positive, default=512, help="test images that are shifted in the end (default: %(default)s)")
+    add(
+        "--shift-images",
+        type=positive,
+        default=512,
+        help="test images that are shifted in the end (default: %(default)s)",
+    )
     add("--out", type=Path, help="(default: out/train/DATA-MODEL-FLAGS)")
     options = parser.parse_args(arguments)
     if options.manifold and (options.mixup or options.cutmix):
-        parser.error("--manifold mixes the images too, at times: it takes the place of --mixup and --cutmix")
+        parser.error(
+            "--manifold mixes the images too, at times: it takes the place of --mixup and --cutmix"
+        )
     if options.device and not torch.get_device_module(options.device).is_available():
-        parser.exit(2, f"--device {options.device}: PyTorch finds no {options.device.upper()} device\n")
+        parser.exit(
+            2, f"--device {options.device}: PyTorch finds no {options.device.upper()} device\n"
+        )
     return options
 
 
@@ -407,7 +502,9 @@ def amount(text: str) -> float:
     return number
 
 
-def main(arguments: Sequence[str] | None = None, deadline: float = math.inf) -> dict[str, Any] | None:
+def main(
+    arguments: Sequence[str] | None = None, deadline: float = math.inf
+) -> dict[str, Any] | None:
     """Trains as the command line says. After the deadline, of a job of one process, no epoch begins.
 
     Args:
@@ -433,7 +530,9 @@ def main(arguments: Sequence[str] | None = None, deadline: float = math.inf) -> 
             if job.world == 1:
                 raise
             reason = f"another process of this job has died ({str(error).strip().splitlines()[0]})"
-            raise SystemExit(f"process {job.rank}: {reason}; start the job again to go on") from error
+            raise SystemExit(
+                f"process {job.rank}: {reason}; start the job again to go on"
+            ) from error
 
 
 if __name__ == "__main__":

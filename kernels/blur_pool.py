@@ -32,21 +32,29 @@ def blur_pool(x: torch.Tensor, window: Window) -> torch.Tensor:
     x = with_format(x, channels_last)
     kinds = kinds_of(x)
     key = ("blur_pool", window, x.shape, x.device, kinds)
-    shapes, of_slices, down_slices = LAUNCHES.get(key) or keep(key, _prepare_volumes(x, window, kinds[-1]))
+    shapes, of_slices, down_slices = LAUNCHES.get(key) or keep(
+        key, _prepare_volumes(x, window, kinds[-1])
+    )
     between, y = _empty_volumes(x, *shapes, channels_last)
     of_slices(x, between)
     down_slices(between, y)
     return y
 
 
-def blur_pool_backward(g: torch.Tensor, shape: torch.Size, stride: tuple[int, ...], window: Window) -> torch.Tensor:
+def blur_pool_backward(
+    g: torch.Tensor, shape: torch.Size, stride: tuple[int, ...], window: Window
+) -> torch.Tensor:
     """The gradient of an input of a blur, of such a shape and strides, in its memory format, from that of the output."""
     # By the input: of an output that is small the format may be ambiguous.
-    channels_last = window.rank == 3 and is_channels_last(torch.empty_strided(shape, stride, device="meta"))
+    channels_last = window.rank == 3 and is_channels_last(
+        torch.empty_strided(shape, stride, device="meta")
+    )
     g = with_format(g, channels_last) if window.rank == 3 else g
     kinds = kinds_of(g)
     key = ("blur_pool_backward", window, shape, stride, g.device, kinds)
-    prepared = LAUNCHES.get(key) or keep(key, _prepare_backward(g, shape, stride, window, kinds[-1]))
+    prepared = LAUNCHES.get(key) or keep(
+        key, _prepare_backward(g, shape, stride, window, kinds[-1])
+    )
     if window.rank < 3:
         strides, launch = prepared
         dx = g.new_empty_strided(shape, strides)
@@ -76,7 +84,9 @@ def _prepare_backward(
     return (torch.Size(between), shape), down_slices, of_slices
 
 
-def _prepare_volumes(x: torch.Tensor, window: Window, misaligned: int) -> tuple[tuple[Any, ...], Launch, Launch]:
+def _prepare_volumes(
+    x: torch.Tensor, window: Window, misaligned: int
+) -> tuple[tuple[Any, ...], Launch, Launch]:
     """The shapes of what is between two passes and of the output, and the launches that fill them."""
     channels_last, shape = is_channels_last(x), torch.Size(output_shape(window, x.shape))
     planes, slices = _passes(window)

@@ -45,24 +45,48 @@ COLUMNS = (8, 10, 12, 14, 18)
 BORDERS = Cut((4,), 2, 24, 1, num_warps=8)
 CUTS = {
     # Of 16-bit numbers with innermost columns, with innermost channels; of wider ones, the same.
-    "forward": (Cut((*COLUMNS, 20, 22, 24, 26), 1, 72, 2), Cut((4,), 4, 72, 2), Cut((4,), 1, 72, 2), Cut((4,), 4, 72, 1)),
-    "backward": (Cut(COLUMNS, 1, 44, 1, num_warps=8), Cut((8, 4), 2, 40, 1), Cut((4,), 1, 24, 1), Cut((4,), 1, 24, 1)),
+    "forward": (
+        Cut((*COLUMNS, 20, 22, 24, 26), 1, 72, 2),
+        Cut((4,), 4, 72, 2),
+        Cut((4,), 1, 72, 2),
+        Cut((4,), 4, 72, 1),
+    ),
+    "backward": (
+        Cut(COLUMNS, 1, 44, 1, num_warps=8),
+        Cut((8, 4), 2, 40, 1),
+        Cut((4,), 1, 24, 1),
+        Cut((4,), 1, 24, 1),
+    ),
     # The backward where weights depend on the border, which each lane holds its own of.
     "borders": (
         BORDERS._replace(columns=COLUMNS, vector=1, held=22),
         BORDERS._replace(held=40),
         *(BORDERS._replace(vector=1),) * 2,
     ),
-    "blur": (Cut((*COLUMNS, 20, 22, 24, 26), 1, 72, 1), Cut((4,), 4, 72, 2), Cut((4,), 1, 72, 1), Cut((4,), 4, 72, 1)),
-    "blur backward": (Cut(COLUMNS, 1, 72, 1), Cut((8, 4), 2, 72, 1), Cut((4,), 1, 72, 1), Cut((8, 4), 2, 72, 1)),
+    "blur": (
+        Cut((*COLUMNS, 20, 22, 24, 26), 1, 72, 1),
+        Cut((4,), 4, 72, 2),
+        Cut((4,), 1, 72, 1),
+        Cut((4,), 4, 72, 1),
+    ),
+    "blur backward": (
+        Cut(COLUMNS, 1, 72, 1),
+        Cut((8, 4), 2, 72, 1),
+        Cut((4,), 1, 72, 1),
+        Cut((8, 4), 2, 72, 1),
+    ),
 }
 
 
-def _outputs_for(cut: Cut, window: Window, width: int, outputs: int, vector: int, lane_vector: int) -> int:
+def _outputs_for(
+    cut: Cut, window: Window, width: int, outputs: int, vector: int, lane_vector: int
+) -> int:
     """The outputs of a row that a lane has: such that its row has the fewest windows and accesses."""
     s, k = window.stride[1], window.kernel_size[1]
     choices = [max(columns // s, 1) for columns in cut.columns]
-    fitting = [own for own in choices if (own * s + k - 1) * k * lane_vector <= cut.held] or [min(choices)]
+    fitting = [own for own in choices if (own * s + k - 1) * k * lane_vector <= cut.held] or [
+        min(choices)
+    ]
 
     def cost(own: int) -> float:
         loads = own * s // math.gcd(own * s, width, vector)
@@ -99,7 +123,10 @@ def prepare(
     channels_last = inputs[0].is_channels_last
     if kind == "backward" and axis_of(window, 1, width, 1).weighs_borders:
         kind = "borders"
-    cut, alignment = CUTS[kind][2 * (itemsize > 2) + channels_last], max(alignment_of(misaligned) // itemsize, 1)
+    cut, alignment = (
+        CUTS[kind][2 * (itemsize > 2) + channels_last],
+        max(alignment_of(misaligned) // itemsize, 1),
+    )
     vector, dense, most = 1, False, 1
     if channels_last:
         vector = min(cut.vector, alignment)
@@ -155,7 +182,11 @@ def check_window(x: torch.Tensor, window: Window) -> Window:
             count positions in 32 bits, could not count twice over.
     """
     if not window.is_of_images:
-        raise ValueError(f"the kernels take windows of signals and images without dilation, got {window}")
+        raise ValueError(
+            f"the kernels take windows of signals and images without dilation, got {window}"
+        )
     if max(x.shape[2:]) >= 2**30:
-        raise ValueError(f"the kernels take spatial sizes below 2^30, got {tuple(x.shape[2:])}: take backend 'reference'")
+        raise ValueError(
+            f"the kernels take spatial sizes below 2^30, got {tuple(x.shape[2:])}: take backend 'reference'"
+        )
     return as_image(window, None, 0) if window.rank == 1 else window

@@ -46,7 +46,16 @@ def program_of(rows, rows_a_program):
 
 
 @triton.jit
-def lane_of(lanes, channels, groups, outputs, block, OUTPUTS: tl.constexpr, LANES: tl.constexpr, ACCESS: tl.constexpr):
+def lane_of(
+    lanes,
+    channels,
+    groups,
+    outputs,
+    block,
+    OUTPUTS: tl.constexpr,
+    LANES: tl.constexpr,
+    ACCESS: tl.constexpr,
+):
     """Image, first channel and first of OUTPUTS outputs of every lane of a tile, and whether it exists: (LANES, 1) each.
 
     Lanes beyond the last do as that one does, and write nothing. If all of every lane is to be in the image, the last lane of
@@ -99,7 +108,15 @@ def place(index, stride, ACCESS: tl.constexpr):
 
 
 @triton.jit
-def places_of(column, FIRST: tl.constexpr, COUNT: tl.constexpr, width, stride_w, W: tl.constexpr, ACCESS: tl.constexpr):
+def places_of(
+    column,
+    FIRST: tl.constexpr,
+    COUNT: tl.constexpr,
+    width,
+    stride_w,
+    W: tl.constexpr,
+    ACCESS: tl.constexpr,
+):
     """Where the elements that stand for a lane's columns FIRST, ... are, from its own first one, `column`."""
     places = ()
     for i in tl.static_range(FIRST, FIRST + COUNT):
@@ -137,7 +154,9 @@ def load_columns(
 
 
 @triton.jit
-def load_outputs(image, row, exists, before, room, W: tl.constexpr, ACCESS: tl.constexpr, ACC: tl.constexpr):
+def load_outputs(
+    image, row, exists, before, room, W: tl.constexpr, ACCESS: tl.constexpr, ACC: tl.constexpr
+):
     """A row of an output's gradient at the readers of a lane's windows, a tile each; zeros where there is no such output.
 
     Of a lane's own first one there are `before` outputs before it, and `room` from it on.
@@ -145,7 +164,9 @@ def load_outputs(image, row, exists, before, room, W: tl.constexpr, ACCESS: tl.c
     FIRST: tl.constexpr = W.first
     READERS: tl.constexpr = W.readers
     # A lane's own outputs are vectors if its windows are read by all of them.
-    VECTOR: tl.constexpr = ACCESS.out_columns if W.first <= 0 and W.first + W.readers >= W.outputs else 1
+    VECTOR: tl.constexpr = (
+        ACCESS.out_columns if W.first <= 0 and W.first + W.readers >= W.outputs else 1
+    )
     ptr, stride_h, stride_w = image
     down = place(row, stride_h, ACCESS)
     columns = ()
@@ -156,15 +177,21 @@ def load_outputs(image, row, exists, before, room, W: tl.constexpr, ACCESS: tl.c
         if i >= W.outputs or not ACCESS.whole:
             inside = inside & (room > i)
         if VECTOR == 1 or i < 0 or i >= W.outputs:
-            columns = columns + (tl.load(ptr + down + place(i, stride_w, ACCESS), mask=inside, other=0.0).to(ACC),)
+            columns = columns + (
+                tl.load(ptr + down + place(i, stride_w, ACCESS), mask=inside, other=0.0).to(ACC),
+            )
         elif i % VECTOR == 0:
             vector = (ptr + down + i)[:, :, None] + tl.arange(0, VECTOR)[None, None, :]
-            columns = columns + split(tl.load(vector, mask=inside[:, :, None], other=0.0).to(ACC), VECTOR)
+            columns = columns + split(
+                tl.load(vector, mask=inside[:, :, None], other=0.0).to(ACC), VECTOR
+            )
     return columns
 
 
 @triton.jit
-def _store_run(row, columns, FIRST: tl.constexpr, COUNT: tl.constexpr, exists, room, ACCESS: tl.constexpr):
+def _store_run(
+    row, columns, FIRST: tl.constexpr, COUNT: tl.constexpr, exists, room, ACCESS: tl.constexpr
+):
     """Writes COUNT of a lane's columns, which are one after the other in memory."""
     i = FIRST + tl.arange(0, COUNT)[None, None, :]
     inside = exists[:, :, None]
@@ -186,7 +213,15 @@ def store_columns(image, row, columns, exists, room, ACCESS: tl.constexpr):
         # together, and not each its own piece of every sector of the cache.
         for log in tl.static_range(4, -1, -1):
             if OWN & (1 << log):
-                _store_run(ptr + down, columns, OWN >> (log + 1) << (log + 1), 1 << log, exists, room, ACCESS)
+                _store_run(
+                    ptr + down,
+                    columns,
+                    OWN >> (log + 1) << (log + 1),
+                    1 << log,
+                    exists,
+                    room,
+                    ACCESS,
+                )
     else:
         for i in tl.static_range(OWN):
             inside = exists

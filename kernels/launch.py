@@ -49,12 +49,33 @@ class Launch:
     those that it was prepared for: of the same dtypes, and aligned to 16 bytes where `aligned` says so.
     """
 
-    __slots__ = ("device", "grid", "handle", "hooks", "kernel", "numbers", "options", "repeatable", "rest")
+    __slots__ = (
+        "device",
+        "grid",
+        "handle",
+        "hooks",
+        "kernel",
+        "numbers",
+        "options",
+        "repeatable",
+        "rest",
+    )
 
     def __init__(
-        self, kernel: Any, programs: int, numbers: tuple[int, ...], device: torch.device, aligned: bool, **options: Any
+        self,
+        kernel: Any,
+        programs: int,
+        numbers: tuple[int, ...],
+        device: torch.device,
+        aligned: bool,
+        **options: Any,
     ) -> None:
-        self.kernel, self.grid, self.numbers, self.options = kernel, (programs, 1, 1), numbers, options
+        self.kernel, self.grid, self.numbers, self.options = (
+            kernel,
+            (programs, 1, 1),
+            numbers,
+            options,
+        )
         self.device = device.index if device.type == "cuda" else None
         # A handle takes every argument by its place, constants too.
         self.rest = (*numbers, *(options[name] for name in kernel.arg_names if name in options))
@@ -67,7 +88,9 @@ class Launch:
         if self.device is not None and self.device != torch.cuda.current_device():
             with torch.cuda.device(self.device):
                 self(*args)
-        elif self.handle is None or self.hooks or _runtime.debug or _compilation.instrumentation_mode:
+        elif (
+            self.handle is None or self.hooks or _runtime.debug or _compilation.instrumentation_mode
+        ):
             if not self.grid[0]:
                 return
             compiled = self.kernel[self.grid](*args, *self.numbers, **self.options)
@@ -130,9 +153,15 @@ class Layout(NamedTuple):
 
     def is_cut(self, axis: int, count: int) -> bool:
         """Whether the tensor is cut into vectors of `count` successive elements along an axis."""
-        others = (stride for dim, stride in enumerate(self.strides) if dim != axis and self.shape[dim] > 1)
+        others = (
+            stride for dim, stride in enumerate(self.strides) if dim != axis and self.shape[dim] > 1
+        )
         dense = self.strides[axis] == 1 or self.shape[axis] == 1
-        return dense and self.shape[axis] % count == 0 and all(stride % count == 0 for stride in others)
+        return (
+            dense
+            and self.shape[axis] % count == 0
+            and all(stride % count == 0 for stride in others)
+        )
 
     def is_flat(self, channels_last: bool) -> bool:
         """Whether a sample's elements, in the order of the format, are a run in memory."""
@@ -181,4 +210,6 @@ def target_of(device: torch.device) -> Target:
     if device.type != "cuda" or knobs.runtime.interpret:
         return Target(32, False)
     found = torch.cuda.get_device_properties(device)
-    return Target(found.warp_size, torch.version.hip is None and (found.major, found.minor) >= (9, 0))
+    return Target(
+        found.warp_size, torch.version.hip is None and (found.major, found.minor) >= (9, 0)
+    )

@@ -25,7 +25,16 @@ from regfast._core.geometry import Window
 from regfast._core.layout import empty_output
 
 from .cuts import check_window, layout_of, prepare
-from .lanes import NUMBERS, image_of, lane_of, load_columns, place, places_of, program_of, store_columns
+from .lanes import (
+    NUMBERS,
+    image_of,
+    lane_of,
+    load_columns,
+    place,
+    places_of,
+    program_of,
+    store_columns,
+)
 from .launch import LAUNCHES, Launch, keep, kinds_of, on_meta, strides_of
 from .max_blur_pool_backward import max_blur_pool_backward
 from .tiles import maximum, slide
@@ -35,7 +44,17 @@ __all__ = ["max_blur_pool", "max_blur_pool_backward"]
 
 
 @triton.jit
-def _row_maxima(x, row, height, places, room, W: tl.constexpr, H: tl.constexpr, ACCESS: tl.constexpr, TYPE: tl.constexpr):
+def _row_maxima(
+    x,
+    row,
+    height,
+    places,
+    room,
+    W: tl.constexpr,
+    H: tl.constexpr,
+    ACCESS: tl.constexpr,
+    TYPE: tl.constexpr,
+):
     """A row of x, reduced along columns to the maxima that a lane's outputs read."""
     row = element(row, height, H)
     if W.moves_windows:
@@ -61,7 +80,16 @@ def _window_places(g, width, stride_w, W: tl.constexpr, ACCESS: tl.constexpr):
 
 @triton.jit
 def _blur_row(
-    rows, q, g, height, width, RELU: tl.constexpr, H: tl.constexpr, W: tl.constexpr, ACCESS: tl.constexpr, ACC: tl.constexpr
+    rows,
+    q,
+    g,
+    height,
+    width,
+    RELU: tl.constexpr,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    ACCESS: tl.constexpr,
+    ACC: tl.constexpr,
 ):
     """Row q of the max map, from the reduced rows of its windows, blurred along columns: a tile for each own output."""
     K: tl.constexpr = H.kernel
@@ -136,8 +164,17 @@ def _forward_kernel(
     block, start = program_of(out_height, rows)
     lane = lane_of(lanes, channels, groups, out_width, block, W.outputs, LANES, ACCESS)
     _, _, own, exists = lane
-    x = image_of(x_ptr, lane, W.stride, ACCESS.columns, (x_stride_n, x_stride_c, x_stride_h, x_stride_w), ACCESS)
-    y = image_of(y_ptr, lane, 1, ACCESS.out_columns, (y_stride_n, y_stride_c, y_stride_h, y_stride_w), ACCESS)
+    x = image_of(
+        x_ptr,
+        lane,
+        W.stride,
+        ACCESS.columns,
+        (x_stride_n, x_stride_c, x_stride_h, x_stride_w),
+        ACCESS,
+    )
+    y = image_of(
+        y_ptr, lane, 1, ACCESS.out_columns, (y_stride_n, y_stride_c, y_stride_h, y_stride_w), ACCESS
+    )
     g = own * W.stride
     # (Rounding changes nothing, and lets the compiler see that of a vector all columns exist or none.)
     room, out_room = width - g, (out_width - own) // ACCESS.out_columns * ACCESS.out_columns
@@ -154,16 +191,22 @@ def _forward_kernel(
     first = start * S - H.lead
     reduced, blurred = (), ()
     for r in tl.static_range(HELD):
-        reduced = reduced + (_row_maxima(x, first + (r - H.padding), height, places, room, W, H, ACCESS, TYPE),)
+        reduced = reduced + (
+            _row_maxima(x, first + (r - H.padding), height, places, room, W, H, ACCESS, TYPE),
+        )
     for r in tl.static_range(SHARED):
-        row, reduced = _next_row(reduced, x, first + r, g, height, width, places, room, RELU, H, W, ACCESS, TYPE, ACC)
+        row, reduced = _next_row(
+            reduced, x, first + r, g, height, width, places, room, RELU, H, W, ACCESS, TYPE, ACC
+        )
         blurred = blurred + (row,)
     for step in range(tl.cdiv(tl.minimum(rows, out_height - start), OUTPUTS)):
         for u in tl.static_range(OUTPUTS):
             o = start + step * OUTPUTS + u
             for j in tl.static_range(S):
                 q = o * S + (SHARED + j - H.lead)
-                row, reduced = _next_row(reduced, x, q, g, height, width, places, room, RELU, H, W, ACCESS, TYPE, ACC)
+                row, reduced = _next_row(
+                    reduced, x, q, g, height, width, places, room, RELU, H, W, ACCESS, TYPE, ACC
+                )
                 blurred = blurred + (row,)
             out = _blur_rows(blurred, H, W.outputs)
             there = exists & (o < out_height)
@@ -181,10 +224,16 @@ def max_blur_pool(x: torch.Tensor, window: Window) -> torch.Tensor:
     return y
 
 
-def _prepare(x: torch.Tensor, window: Window, misaligned: int) -> tuple[torch.Size, tuple[int, ...], Launch]:
+def _prepare(
+    x: torch.Tensor, window: Window, misaligned: int
+) -> tuple[torch.Size, tuple[int, ...], Launch]:
     """The output's shape and strides, and the launch that fills it."""
     of_images = check_window(x, window)
     like = empty_output(on_meta(x), window)
     layouts = (layout_of(x),), layout_of(like)
     kind = "forward" if window.takes_max else "blur"
-    return like.shape, like.stride(), prepare(_forward_kernel, kind, of_images, *layouts, x, misaligned)
+    return (
+        like.shape,
+        like.stride(),
+        prepare(_forward_kernel, kind, of_images, *layouts, x, misaligned),
+    )

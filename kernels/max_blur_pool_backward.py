@@ -14,7 +14,16 @@ import triton.language as tl
 from regfast._core.geometry import Window
 
 from .cuts import check_window, layout_of, prepare
-from .lanes import NUMBERS, image_of, lane_of, load_columns, load_outputs, places_of, program_of, store_columns
+from .lanes import (
+    NUMBERS,
+    image_of,
+    lane_of,
+    load_columns,
+    load_outputs,
+    places_of,
+    program_of,
+    store_columns,
+)
 from .launch import LAUNCHES, Launch, kinds_of, strides_of
 from .launch import keep as keep_launch
 from .tiles import add, column, is_greater, keep, route, slide
@@ -71,7 +80,16 @@ def _column_weights(own, width, W: tl.constexpr, ACC: tl.constexpr):
 
 
 @triton.jit
-def _window_gradients(outputs, e: tl.constexpr, own, height, weights, H: tl.constexpr, W: tl.constexpr, ACC: tl.constexpr):
+def _window_gradients(
+    outputs,
+    e: tl.constexpr,
+    own,
+    height,
+    weights,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    ACC: tl.constexpr,
+):
     """The gradients of a lane's windows in row e of a group of rows, whose first output is `own`, from those of its readers."""
     READERS: tl.constexpr = W.readers
     WINDOWS: tl.constexpr = W.windows
@@ -96,7 +114,9 @@ def _window_gradients(outputs, e: tl.constexpr, own, height, weights, H: tl.cons
 
 
 @triton.jit
-def _route_rows(reduced, sums, gradients, top, FIRST: tl.constexpr, W: tl.constexpr, ACCESS: tl.constexpr):
+def _route_rows(
+    reduced, sums, gradients, top, FIRST: tl.constexpr, W: tl.constexpr, ACCESS: tl.constexpr
+):
     """Deals a row of windows' gradients to the rows that they hold, whose sums so far are `sums`, but for the last one."""
     K: tl.constexpr = len(reduced)
     WINDOWS: tl.constexpr = W.windows
@@ -144,14 +164,26 @@ def _rectify(gradients, columns, ACCESS: tl.constexpr):
 
 
 @triton.jit
-def _load_row(x, row, height, places, room, H: tl.constexpr, W: tl.constexpr, ACCESS: tl.constexpr, TYPE: tl.constexpr):
+def _load_row(
+    x,
+    row,
+    height,
+    places,
+    room,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    ACCESS: tl.constexpr,
+    TYPE: tl.constexpr,
+):
     """A row of x: a lane's own columns, and those of the windows that hold them."""
     row = tl.minimum(tl.maximum(row, 0), height - 1)
     return load_columns(x, row, places, 1 - W.kernel, room, W.group, ACCESS, TYPE)
 
 
 @triton.jit
-def _gradient_row(g, o, out_height, exists, before, room, W: tl.constexpr, ACCESS: tl.constexpr, ACC: tl.constexpr):
+def _gradient_row(
+    g, o, out_height, exists, before, room, W: tl.constexpr, ACCESS: tl.constexpr, ACC: tl.constexpr
+):
     """Row o of the output's gradient, as `load_outputs` has it."""
     there = exists & (o >= 0) & (o < out_height)
     return load_outputs(g, o, there, before, room, W, ACCESS, ACC)
@@ -175,12 +207,30 @@ def _backward_kernel(
     block, start = program_of(tl.cdiv(height, S), rows)
     lane = lane_of(lanes, channels, groups, out_width, block, W.outputs, LANES, ACCESS)
     _, _, own, exists = lane
-    g = image_of(g_ptr, lane, 1, ACCESS.out_columns, (g_stride_n, g_stride_c, g_stride_h, g_stride_w), ACCESS)
-    x = image_of(x_ptr, lane, W.stride, ACCESS.columns, (x_stride_n, x_stride_c, x_stride_h, x_stride_w), ACCESS)
-    dx = image_of(dx_ptr, lane, W.stride, ACCESS.columns, (dx_stride_n, dx_stride_c, dx_stride_h, dx_stride_w), ACCESS)
+    g = image_of(
+        g_ptr, lane, 1, ACCESS.out_columns, (g_stride_n, g_stride_c, g_stride_h, g_stride_w), ACCESS
+    )
+    x = image_of(
+        x_ptr,
+        lane,
+        W.stride,
+        ACCESS.columns,
+        (x_stride_n, x_stride_c, x_stride_h, x_stride_w),
+        ACCESS,
+    )
+    dx = image_of(
+        dx_ptr,
+        lane,
+        W.stride,
+        ACCESS.columns,
+        (dx_stride_n, dx_stride_c, dx_stride_h, dx_stride_w),
+        ACCESS,
+    )
     # (Rounding changes nothing, and lets the compiler see that of a vector all columns exist or none.)
     room, out_room = (width - own * W.stride) // ACCESS.columns * ACCESS.columns, out_width - own
-    places = places_of(own * W.stride, 1 - W.kernel, W.group + 2 * (W.kernel - 1), width, x[2], W, ACCESS)
+    places = places_of(
+        own * W.stride, 1 - W.kernel, W.group + 2 * (W.kernel - 1), width, x[2], W, ACCESS
+    )
     weights = _column_weights(own, width, W, ACC)
     if ACCESS.packed:
         top, left = tl.where(start == 0, -1, 0), tl.where(own == 0, -1, 0)
@@ -200,7 +250,9 @@ def _backward_kernel(
     if HELD > 0:
         for u in tl.static_range(READERS):
             o = start + (H.first + u)
-            outputs = outputs + (_gradient_row(g, o, out_height, exists, own, out_room, W, ACCESS, ACC),)
+            outputs = outputs + (
+                _gradient_row(g, o, out_height, exists, own, out_room, W, ACCESS, ACC),
+            )
         blank = ()
         for t in tl.static_range(WINDOWS):
             blank = blank + (tl.zeros((LANES, VECTOR), ACC),)
@@ -219,17 +271,23 @@ def _backward_kernel(
     else:
         for u in tl.static_range(READERS - OUTPUTS):
             o = start + (H.first + u)
-            outputs = outputs + (_gradient_row(g, o, out_height, exists, own, out_room, W, ACCESS, ACC),)
+            outputs = outputs + (
+                _gradient_row(g, o, out_height, exists, own, out_room, W, ACCESS, ACC),
+            )
     for step in range(tl.cdiv(tl.minimum(rows, tl.cdiv(height, S) - start), OUTPUTS)):
         first = start + step * OUTPUTS
         for u in tl.static_range(OUTPUTS):
             o = first + (H.first + READERS - OUTPUTS + u)
-            outputs = outputs + (_gradient_row(g, o, out_height, exists, own, out_room, W, ACCESS, ACC),)
+            outputs = outputs + (
+                _gradient_row(g, o, out_height, exists, own, out_room, W, ACCESS, ACC),
+            )
         for e in tl.static_range(ROWS):
             row = first * S + e
             elements = _window_gradients(outputs, HELD + e, first, height, weights, H, W, ACC)
             if TAKES_MAX or RELU:
-                inputs = inputs + (_load_row(x, row + HELD, height, places, room, H, W, ACCESS, TYPE),)
+                inputs = inputs + (
+                    _load_row(x, row + HELD, height, places, room, H, W, ACCESS, TYPE),
+                )
             if TAKES_MAX:
                 reduced = reduced + (slide(inputs[HELD], W.windows, W.kernel, 1, ACCESS.packed),)
                 sums = _route_rows(reduced, sums, elements, top, -1, W, ACCESS)
@@ -253,7 +311,9 @@ def max_blur_pool_backward(g: torch.Tensor, x: torch.Tensor, window: Window) -> 
     return dx
 
 
-def prepare_backward(g: torch.Tensor, x: torch.Tensor, dx: torch.Tensor, window: Window, misaligned: int) -> Launch:
+def prepare_backward(
+    g: torch.Tensor, x: torch.Tensor, dx: torch.Tensor, window: Window, misaligned: int
+) -> Launch:
     """The launch that fills dx. x is read where the window takes a maximum, or is activated."""
     of_images = check_window(dx, window)
     layouts = (layout_of(x), layout_of(dx)), layout_of(g)

@@ -22,7 +22,17 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import LAUNCHES, Launch, Layout, contiguous, keep, kinds_of, scalar, strides_of, wide_of
+from .launch import (
+    LAUNCHES,
+    Launch,
+    Layout,
+    contiguous,
+    keep,
+    kinds_of,
+    scalar,
+    strides_of,
+    wide_of,
+)
 
 # A weight: a number, or a tensor, 0-d or one number per sample.
 Weight = float | torch.Tensor
@@ -83,7 +93,9 @@ def _elements(start, sizes, ORDER: tl.constexpr, BLOCK: tl.constexpr):
     RUN: tl.constexpr = ORDER.run
     k, within = tl.arange(0, BLOCK // RUN)[:, None] * RUN, tl.arange(0, RUN)[None, :]
     # The axes in the order in which they lie, the innermost first.
-    s0, s1, s2 = (sizes[0], sizes[3], sizes[2]) if ORDER.channels_last else (sizes[3], sizes[2], sizes[1])
+    s0, s1, s2 = (
+        (sizes[0], sizes[3], sizes[2]) if ORDER.channels_last else (sizes[3], sizes[2], sizes[1])
+    )
     p0, rest, more = _divide(start, k, s0)
     p1, rest, more = _divide(rest, more, s1)
     p2, rest, more = _divide(rest, more, s2)
@@ -115,7 +127,14 @@ def _planes(start, sizes, ORDER: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.co
     pixel = (o * (65536 // channels + 1)) >> 16
     source, exists = (o - pixel * channels) * PIXELS + pixel, (c < channels) & (k < size - start)
     written = o < channels * tl.minimum(size - start, PIXELS)
-    return c.to(tl.int64) * size + start + k, place, exists, source, start.to(tl.int64) * channels + o, written
+    return (
+        c.to(tl.int64) * size + start + k,
+        place,
+        exists,
+        source,
+        start.to(tl.int64) * channels + o,
+        written,
+    )
 
 
 @triton.jit
@@ -189,7 +208,17 @@ def _lam(ptr, lam, i, stride, ACC: tl.constexpr):
 
 
 # None of a kernel's numbers is specialised on.
-NUMBERS = ["batch", "step", "numel", "size_c", "size_a", "size_h", "size_w", "lam_stride", "box_stride"]
+NUMBERS = [
+    "batch",
+    "step",
+    "numel",
+    "size_c",
+    "size_a",
+    "size_h",
+    "size_w",
+    "lam_stride",
+    "box_stride",
+]
 
 
 @triton.jit(do_not_specialize=[*NUMBERS, *strides_of("x", "y", axes="ncahw")])
@@ -210,14 +239,20 @@ def _forward_kernel(
     block, sizes = (tl.program_id(0) // step).to(numel.dtype), (size_c, size_a, size_h, size_w)
     if ORDER.planes:
         start = block * (BLOCK // ORDER.planes)
-        x_offsets, place, exists, source, y_offsets, written = _planes(start, sizes, ORDER, ALIGN, BLOCK)
+        x_offsets, place, exists, source, y_offsets, written = _planes(
+            start, sizes, ORDER, ALIGN, BLOCK
+        )
     else:
         start = block * BLOCK
         k, place = _elements(start, sizes, ORDER, BLOCK)
         exists = k < numel // ALIGN * ALIGN - start
         source, written = None, exists
-        x_offsets = _offsets(start, k, place, (x_stride_c, x_stride_a, x_stride_h, x_stride_w), READ_FLAT, ORDER)
-        y_offsets = _offsets(start, k, place, (y_stride_c, y_stride_a, y_stride_h, y_stride_w), WRITE_FLAT, ORDER)
+        x_offsets = _offsets(
+            start, k, place, (x_stride_c, x_stride_a, x_stride_h, x_stride_w), READ_FLAT, ORDER
+        )
+        y_offsets = _offsets(
+            start, k, place, (y_stride_c, y_stride_a, y_stride_h, y_stride_w), WRITE_FLAT, ORDER
+        )
     UNIT: tl.constexpr = 1.0 / 255.0 if x_ptr.dtype.element_ty == tl.uint8 else 1.0
     if scale_ptr is not None:
         # (Beyond a sample there may be no channel.)
@@ -242,13 +277,23 @@ def _forward_kernel(
             value = _mix(own, partner, lam_i, (blended, within), scale, shift)
             if IN_PLACE and known:
                 # All of the pair is read before any of it is written. What is read twice is in the L1.
-                lam_j, region = _lam(lam_ptr, lam, j, lam_stride, ACC), _region(box_ptr, j, box_stride, place)
+                lam_j, region = (
+                    _lam(lam_ptr, lam, j, lam_stride, ACC),
+                    _region(box_ptr, j, box_stride, place),
+                )
                 reads_partner, reads_own = _reads(lam_j, region[0])
                 own = tl.load(own_ptr, mask=exists & reads_own, other=0)
                 partner = tl.load(partner_ptr, mask=exists & reads_partner, other=0)
                 partners = _mix(partner, own, lam_j, region, scale, shift)
-                _write(_sample(y_ptr, j, y_stride_n, WRITE_FLAT, ALIGN) + y_offsets, partners, source, written)
-            _write(_sample(y_ptr, i, y_stride_n, WRITE_FLAT, ALIGN) + y_offsets, value, source, written)
+                _write(
+                    _sample(y_ptr, j, y_stride_n, WRITE_FLAT, ALIGN) + y_offsets,
+                    partners,
+                    source,
+                    written,
+                )
+            _write(
+                _sample(y_ptr, i, y_stride_n, WRITE_FLAT, ALIGN) + y_offsets, value, source, written
+            )
         i += step
 
 
@@ -279,23 +324,40 @@ def _backward_kernel(
     start = (tl.program_id(0) // step).to(numel.dtype) * BLOCK
     k, place = _elements(start, (size_c, size_a, size_h, size_w), ORDER, BLOCK)
     exists = k < numel // ALIGN * ALIGN - start
-    g_offsets = _offsets(start, k, place, (g_stride_c, g_stride_a, g_stride_h, g_stride_w), READ_FLAT, ORDER)
-    dx_offsets = _offsets(start, k, place, (dx_stride_c, dx_stride_a, dx_stride_h, dx_stride_w), WRITE_FLAT, ORDER)
+    g_offsets = _offsets(
+        start, k, place, (g_stride_c, g_stride_a, g_stride_h, g_stride_w), READ_FLAT, ORDER
+    )
+    dx_offsets = _offsets(
+        start, k, place, (dx_stride_c, dx_stride_a, dx_stride_h, dx_stride_w), WRITE_FLAT, ORDER
+    )
 
     lam_j, region = _lam(lam_ptr, lam, j, lam_stride, ACC), _region(box_ptr, j, box_stride, place)
     reads, _ = _reads(lam_j, region[0])
-    gradient = tl.load(_sample(g_ptr, j, g_stride_n, READ_FLAT, ALIGN) + g_offsets, mask=exists & reads, other=0)
+    gradient = tl.load(
+        _sample(g_ptr, j, g_stride_n, READ_FLAT, ALIGN) + g_offsets, mask=exists & reads, other=0
+    )
     total = _share(gradient.to(ACC), lam_j, region, True)
     starts_ptr = order_ptr + batch
     for s in range(tl.load(starts_ptr + j), tl.load(starts_ptr + j + 1)):
         i = tl.load(order_ptr + s)
-        lam_i, region = _lam(lam_ptr, lam, i, lam_stride, ACC), _region(box_ptr, i, box_stride, place)
+        lam_i, region = (
+            _lam(lam_ptr, lam, i, lam_stride, ACC),
+            _region(box_ptr, i, box_stride, place),
+        )
         _, reads = _reads(lam_i, region[0])
-        gradient = tl.load(_sample(g_ptr, i, g_stride_n, READ_FLAT, ALIGN) + g_offsets, mask=exists & reads, other=0)
+        gradient = tl.load(
+            _sample(g_ptr, i, g_stride_n, READ_FLAT, ALIGN) + g_offsets,
+            mask=exists & reads,
+            other=0,
+        )
         total += _share(gradient.to(ACC), lam_i, region, False)
     if scale_ptr is not None:
         total *= tl.load(scale_ptr + tl.minimum(place[0], size_c - 1))
-    tl.store(_sample(dx_ptr, j, dx_stride_n, WRITE_FLAT, ALIGN) + dx_offsets, total.to(dx_ptr.dtype.element_ty), mask=exists)
+    tl.store(
+        _sample(dx_ptr, j, dx_stride_n, WRITE_FLAT, ALIGN) + dx_offsets,
+        total.to(dx_ptr.dtype.element_ty),
+        mask=exists,
+    )
 
 
 @triton.jit
@@ -322,7 +384,9 @@ def _order_kernel(index_ptr, order_ptr, batch, ROWS: tl.constexpr, BLOCK: tl.con
     for start in range(0, batch, BLOCK):
         k = start + tl.arange(0, BLOCK)[None, :]
         other = tl.load(index_ptr + k, mask=k < batch, other=0)
-        before_sample += ((k < batch) & ((other < partner) | ((other == partner) & (k < i)))).to(tl.int32)
+        before_sample += ((k < batch) & ((other < partner) | ((other == partner) & (k < i)))).to(
+            tl.int32
+        )
         before_partner += ((k < batch) & (other < i)).to(tl.int32)
     tl.store(order_ptr + tl.sum(before_sample, 1, keep_dims=True), i, mask=i < batch)
     tl.store(order_ptr + batch + i, tl.sum(before_partner, 1, keep_dims=True), mask=i <= batch)
@@ -380,21 +444,47 @@ def _launch(
         flat = [True, True]
     # Blocks begin at multiples of some elements, or of fewer pixels of all planes.
     planes, unit, block = 0, numel, BLOCK
-    if forward and channels_last and 0 < channels <= PLANES and read.is_flat(False) and flat == [False, True]:
+    if (
+        forward
+        and channels_last
+        and 0 < channels <= PLANES
+        and read.is_flat(False)
+        and flat == [False, True]
+    ):
         planes, flat = 1 << (channels - 1).bit_length(), [True, True]
         unit, block = numel // channels, BLOCK // planes
     blocks = -(-unit // block)
-    aligned = [unit, *(layout.strides[0] for layout, is_flat in zip((read, written), flat) if is_flat)]
+    aligned = [
+        unit,
+        *(layout.strides[0] for layout, is_flat in zip((read, written), flat) if is_flat),
+    ]
     # As many bytes are read at once as are written; and addresses kept as there are registers for.
-    run = min(16 if all(flat) else 8, 16 // y.element_size() if x.dtype == torch.uint8 and not planes else 16)
+    run = min(
+        16 if all(flat) else 8,
+        16 // y.element_size() if x.dtype == torch.uint8 and not planes else 16,
+    )
     order = Order(False, run, 0, False)
     if box is not None or (scale is not None and not planes) or not all(flat):
         order = order_of(written.shape, channels_last and not planes, run)
-    samples = SAMPLES // x.element_size() // (1 if placed or planes or not all(flat) else 2) if forward else 1
+    samples = (
+        SAMPLES // x.element_size() // (1 if placed or planes or not all(flat) else 2)
+        if forward
+        else 1
+    )
     step = -(-n // max(min(samples, n * blocks // PROGRAMS), 1))
     lam_stride = lam.stride(0) if isinstance(lam, torch.Tensor) and lam.ndim else 0
     box_stride = 4 if box is not None and box.ndim > 1 else 0
-    numbers = (n, step, numel, channels, *sizes, lam_stride, box_stride, *read.strides, *written.strides)
+    numbers = (
+        n,
+        step,
+        numel,
+        channels,
+        *sizes,
+        lam_stride,
+        box_stride,
+        *read.strides,
+        *written.strides,
+    )
     return Launch(
         kernel, step * blocks, numbers, x.device, not misaligned,
         READ_FLAT=flat[0], WRITE_FLAT=flat[1], ORDER=order._replace(planes=planes), ACC=wide_of(x.dtype, y.dtype),
@@ -411,15 +501,24 @@ def mixup(
 
     `out` may be x, for an index that is an involution; else they share no memory.
     """
-    index, box, scale, shift = contiguous(index), contiguous(box), contiguous(scale), contiguous(shift)
+    index, box, scale, shift = (
+        contiguous(index),
+        contiguous(box),
+        contiguous(scale),
+        contiguous(shift),
+    )
     pointer, number = (lam, 0.0) if isinstance(lam, torch.Tensor) else (None, lam)
     kinds = kinds_of(x, index, pointer, box, scale, shift, out)
     in_place = out is not None and out.data_ptr() == x.data_ptr()
     key = ("mixup", dtype, memory_format, in_place, x.shape, x.device, kinds)
     y = torch.empty_like(x, dtype=dtype, memory_format=memory_format) if out is None else out
-    launch = LAUNCHES.get(key) or keep(key, _launch(_forward_kernel, x, y, lam, box, scale, kinds[-1], IN_PLACE=in_place))
+    launch = LAUNCHES.get(key) or keep(
+        key, _launch(_forward_kernel, x, y, lam, box, scale, kinds[-1], IN_PLACE=in_place)
+    )
     if launch is None:
-        return y.copy_(mixup(x.contiguous(), index, lam, box, scale, shift, dtype, torch.contiguous_format))
+        return y.copy_(
+            mixup(x.contiguous(), index, lam, box, scale, shift, dtype, torch.contiguous_format)
+        )
     launch(x, index, pointer, box, scale, shift, y, number)
     return y
 
@@ -436,7 +535,9 @@ def mixup_backward(
     found = LAUNCHES.get(key)
     if found is None:
         like = torch.empty_like(torch.empty_strided(g.shape, stride, dtype=dtype, device="meta"))
-        found = keep(key, (like.stride(), *_prepare_backward(g, index, like, lam, box, scale, kinds[-1])))
+        found = keep(
+            key, (like.stride(), *_prepare_backward(g, index, like, lam, box, scale, kinds[-1]))
+        )
     strides, sort, launch = found
     dx = g.new_empty_strided(g.shape, strides, dtype=dtype)
     if launch is None:
@@ -466,5 +567,7 @@ def _prepare_backward(
 def _sorted(index: torch.Tensor) -> torch.Tensor:
     """What `_order_kernel` gives, by torch's sort, which a large batch is worth."""
     partners, samples = index.sort(stable=True)
-    starts = torch.searchsorted(partners, torch.arange(len(index) + 1, device=index.device, dtype=index.dtype))
+    starts = torch.searchsorted(
+        partners, torch.arange(len(index) + 1, device=index.device, dtype=index.dtype)
+    )
     return torch.cat((samples, starts)).int()

@@ -26,7 +26,18 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import LAUNCHES, Launch, alignment_of, contiguous, keep, kinds_of, scalar, strides_of, target_of, wide_of
+from .launch import (
+    LAUNCHES,
+    Launch,
+    alignment_of,
+    contiguous,
+    keep,
+    kinds_of,
+    scalar,
+    strides_of,
+    target_of,
+    wide_of,
+)
 from .rows import Tile, along_rows, classes_at, of_rows, read, rows_at, rows_of, vector_of, write
 
 LOG2_E = tl.constexpr(math.log2(math.e))
@@ -56,7 +67,11 @@ def _block(
     if SMOOTHED:
         weight = _weights(weight_ptr, c, known, ACC)
         spread = tl.sum(tl.where(known, weight * (base - value), 0.0), AXIS, keep_dims=True)
-        of_all = tl.sum(weight) if weight_ptr is not None else tl.minimum(shape[1] - start, BLOCK_C).to(ACC)
+        of_all = (
+            tl.sum(weight)
+            if weight_ptr is not None
+            else tl.minimum(shape[1] - start, BLOCK_C).to(ACC)
+        )
     return highest, total, spread, of_all
 
 
@@ -68,11 +83,26 @@ def _statistics(
     """The same of all classes."""
     highest = tl.full((ROWS, 1) if TILE.along == "classes" else (1, ROWS), float("-inf"), ACC)
     if TILE.most:
-        return _block(z_ptr, strides, first, 0, shape, weight_ptr, highest, SMOOTHED, ROWS, BLOCK_C, TILE, ACC)
+        return _block(
+            z_ptr, strides, first, 0, shape, weight_ptr, highest, SMOOTHED, ROWS, BLOCK_C, TILE, ACC
+        )
     else:
         total, spread, of_all = tl.zeros_like(highest), tl.zeros_like(highest), tl.cast(0.0, ACC)
         for start in range(0, shape[1], BLOCK_C):
-            block = _block(z_ptr, strides, first, start, shape, weight_ptr, highest, SMOOTHED, ROWS, BLOCK_C, TILE, ACC)
+            block = _block(
+                z_ptr,
+                strides,
+                first,
+                start,
+                shape,
+                weight_ptr,
+                highest,
+                SMOOTHED,
+                ROWS,
+                BLOCK_C,
+                TILE,
+                ACC,
+            )
             base, before = _base(block[0]), _base(highest)
             total = total * _exp(highest - base) + block[1]
             if SMOOTHED:
@@ -158,7 +188,10 @@ def _forward_kernel(
     and 1 - lam, and of the weights of a and of b.
     """
     program, programs = tl.program_id(0), tl.num_programs(0)
-    shape, strides = (rows, classes, size_a, size_b), (z_stride_n, z_stride_a, z_stride_b, z_stride_c)
+    shape, strides = (
+        (rows, classes, size_a, size_b),
+        (z_stride_n, z_stride_a, z_stride_b, z_stride_c),
+    )
     sum_a = tl.zeros((ROWS, TURNS) if TILE.along == "classes" else (1, ROWS), ACC)
     sum_b, weight_a, weight_b = tl.zeros_like(sum_a), tl.zeros_like(sum_a), tl.zeros_like(sum_a)
     for group in range(program, tl.cdiv(rows, ROWS * turns).to(tl.int32), programs):
@@ -169,11 +202,24 @@ def _forward_kernel(
                 z_ptr, strides, first, shape, weight_ptr, SMOOTHING > 0, ROWS, BLOCK_C, TILE, ACC
             )
         else:
-            highest, total, spread = tl.zeros_like(sum_a), tl.zeros_like(sum_a), tl.zeros_like(sum_a)
+            highest, total, spread = (
+                tl.zeros_like(sum_a),
+                tl.zeros_like(sum_a),
+                tl.zeros_like(sum_a),
+            )
             of_all = tl.cast(0.0, ACC)
             for turn in range(tl.cdiv(last - first, ROWS).to(tl.int32)):
                 tile = _statistics(
-                    z_ptr, strides, first + turn * ROWS, shape, weight_ptr, SMOOTHING > 0, ROWS, BLOCK_C, TILE, ACC
+                    z_ptr,
+                    strides,
+                    first + turn * ROWS,
+                    shape,
+                    weight_ptr,
+                    SMOOTHING > 0,
+                    ROWS,
+                    BLOCK_C,
+                    TILE,
+                    ACC,
                 )
                 now = tl.arange(0, TURNS)[None, :] == turn
                 highest, total = tl.where(now, tile[0], highest), tl.where(now, tile[1], total)
@@ -184,7 +230,9 @@ def _forward_kernel(
         tl.store(statistics_ptr + rows + r, log_sum, mask=exists)
 
         z = of_rows(z_ptr, place, strides, 1, TILE)
-        share = _per_row(lam_ptr, lam, place, (lam_stride_n, lam_stride_a, lam_stride_b), exists, TILE, ACC)
+        share = _per_row(
+            lam_ptr, lam, place, (lam_stride_n, lam_stride_a, lam_stride_b), exists, TILE, ACC
+        )
         statistics = highest, log_sum, spread + of_all * log_sum
         a = _labels(a_ptr, r, exists, classes, ignore_index, weight_ptr, ACC)
         loss_a = share * _losses(z, a, z_stride_c, statistics, classes, SMOOTHING, ACC)
@@ -206,7 +254,9 @@ def _forward_kernel(
 
 
 @triton.jit(do_not_specialize=["programs", "rows"])
-def _finish_kernel(sums_ptr, loss_ptr, statistics_ptr, programs, rows, MEAN: tl.constexpr, BLOCK: tl.constexpr):
+def _finish_kernel(
+    sums_ptr, loss_ptr, statistics_ptr, programs, rows, MEAN: tl.constexpr, BLOCK: tl.constexpr
+):
     """Shapes: sums (programs, 4), programs <= BLOCK; loss (); statistics (2*rows + 2,), whose last two are the denominators.
 
     This program processes everything.
@@ -248,13 +298,19 @@ def _backward_kernel(
     log_sum = tl.load(statistics_ptr + rows + r, mask=exists, other=0.0) * LOG2_E
 
     g = _per_row(g_ptr, None, place, (g_stride_n, g_stride_a, g_stride_b), exists, TILE, ACC)
-    share = _per_row(lam_ptr, lam, place, (lam_stride_n, lam_stride_a, lam_stride_b), exists, TILE, ACC)
+    share = _per_row(
+        lam_ptr, lam, place, (lam_stride_n, lam_stride_a, lam_stride_b), exists, TILE, ACC
+    )
     g_a, g_b = g * share, g * (1.0 - share)
     if MEAN:
         denominators_ptr = statistics_ptr + 2 * rows
         g_a, g_b = g_a / tl.load(denominators_ptr), g_b / tl.load(denominators_ptr + 1)
-    label_a, share_a, g_a = _gradients(_labels(a_ptr, r, exists, classes, ignore_index, weight_ptr, ACC), g_a, SMOOTHING)
-    label_b, share_b, g_b = _gradients(_labels(b_ptr, r, exists, classes, ignore_index, weight_ptr, ACC), g_b, SMOOTHING)
+    label_a, share_a, g_a = _gradients(
+        _labels(a_ptr, r, exists, classes, ignore_index, weight_ptr, ACC), g_a, SMOOTHING
+    )
+    label_b, share_b, g_b = _gradients(
+        _labels(b_ptr, r, exists, classes, ignore_index, weight_ptr, ACC), g_b, SMOOTHING
+    )
     total = share_a + share_b
     if SMOOTHING > 0:
         every = (g_a + g_b) * (SMOOTHING / classes.to(ACC))
@@ -264,14 +320,30 @@ def _backward_kernel(
     share_b += tl.where(label_a == label_b, share_a, 0.0)
     for start in range(0, 1 if TILE.most else classes, BLOCK_C):
         c, known = classes_at(start, classes, BLOCK_C, TILE)
-        value = read(z_ptr, strides, first, place, c, known & exists, shape, ROWS, BLOCK_C, TILE, ACC)
+        value = read(
+            z_ptr, strides, first, place, c, known & exists, shape, ROWS, BLOCK_C, TILE, ACC
+        )
         # c == label, for which the compiler so needs neither an addition a class nor a register.
         i = (c - start) % SPAN
-        taken = tl.where(i == label_b - (c - i), share_b, tl.where(i == label_a - (c - i), share_a, 0.0))
+        taken = tl.where(
+            i == label_b - (c - i), share_b, tl.where(i == label_a - (c - i), share_a, 0.0)
+        )
         gradient = total * tl.exp2((value - highest) * LOG2_E - log_sum) - taken
         if SMOOTHING > 0:
             gradient -= every * _weights(weight_ptr, c, known, ACC)
-        write(dz_ptr, dz_strides, first, place, c, known & exists, shape, gradient, ROWS, BLOCK_C, TILE)
+        write(
+            dz_ptr,
+            dz_strides,
+            first,
+            place,
+            c,
+            known & exists,
+            shape,
+            gradient,
+            ROWS,
+            BLOCK_C,
+            TILE,
+        )
 
 
 @triton.jit
@@ -315,7 +387,9 @@ def cut_for(classes: int, along: str, align: int, warp_size: int) -> Cut:
     if along == "classes":
         # One row a warp, or some. What there is once a row would be done by all the threads that share it: a row each in the end.
         block = min(width, 4096)
-        return Cut(max(1024 // block, 1), block, 32 if 1024 <= width <= 4096 else 1, max(block // 1024, 1))
+        return Cut(
+            max(1024 // block, 1), block, 32 if 1024 <= width <= 4096 else 1, max(block // 1024, 1)
+        )
     if along == "run":
         # A thread a row.
         return Cut(128, width, 1, 128 // warp_size)
@@ -335,7 +409,9 @@ def _prepare(
     """
     z = logits[0]
     (n, classes, *positions), itemsize = z.shape, z.element_size()
-    pairs = zip(((t.stride(0), *t.stride()[2:]) for t in logits), (along_rows(t, z) for t in others))
+    pairs = zip(
+        ((t.stride(0), *t.stride()[2:]) for t in logits), (along_rows(t, z) for t in others)
+    )
     rows = rows_of((n, *positions), tuple(stride for pair in pairs for stride in pair))
     if rows is None:
         return None
@@ -343,11 +419,19 @@ def _prepare(
     inner = rows.strides[0][2]
     along = "rows" if strides_c[0] != 1 and (inner == 1 or 0 < inner < strides_c[0]) else "classes"
     # By the logits' addresses alone: it is they that are read in vectors.
-    widest = max(min(alignment_of(kinds_of(*logits)[-1]) // itemsize, 4 if along == "rows" else 16 // itemsize), 1)
+    widest = max(
+        min(
+            alignment_of(kinds_of(*logits)[-1]) // itemsize,
+            4 if along == "rows" else 16 // itemsize,
+        ),
+        1,
+    )
     align = vector_of(rows, strides_c, classes, along, widest)
     if along == "classes" and align < 4 and classes <= 64:
         # A thread would have one or two elements of a row, and as much to do for it as one that has them all.
-        runs = all(rows.is_run(2 * i, classes) and stride == 1 for i, stride in enumerate(strides_c))
+        runs = all(
+            rows.is_run(2 * i, classes) and stride == 1 for i, stride in enumerate(strides_c)
+        )
         # (64 numbers of 64 bits would be all the registers of a thread.)
         if runs and classes * itemsize <= 256:
             along, align = "run", math.gcd(widest, math.prod(rows.sizes) * classes)
@@ -360,7 +444,13 @@ def _prepare(
         numbers += stride if i % 2 else (*stride, strides_c[i // 2])
     # A whole block's classes are compiled for by half a power of two.
     three = cut.block // 4 * 3
-    bounds = (0, 0) if classes > cut.block else (cut.block // 2, three) if classes <= three else (three, cut.block)
+    bounds = (
+        (0, 0)
+        if classes > cut.block
+        else (cut.block // 2, three)
+        if classes <= three
+        else (three, cut.block)
+    )
     tile = Tile(rows.axes, along, align, *bounds)
     if kernel is _forward_kernel:
         turns = max(min(-(-tiles // PROGRAMS), cut.turns), 1)
@@ -386,12 +476,24 @@ def mixup_cross_entropy(
     kinds = kinds_of(z, a, b, pointer, weight)
     # Of the logits' own address, only where not all are aligned.
     address = kinds[-1] and z.data_ptr() & 15
-    key = ("mixup_cross_entropy", ignore_index, reduction, smoothing, dtype, z.shape, z.device, address, kinds)
+    key = (
+        "mixup_cross_entropy",
+        ignore_index,
+        reduction,
+        smoothing,
+        dtype,
+        z.shape,
+        z.device,
+        address,
+        kinds,
+    )
     wide, launch, finish = LAUNCHES.get(key) or keep(
         key, _prepare_forward(z, lam, ignore_index, reduction, smoothing, not kinds[-1])
     )
     if launch is None:
-        return mixup_cross_entropy(z.contiguous(), a, b, lam, weight, ignore_index, reduction, smoothing, dtype)
+        return mixup_cross_entropy(
+            z.contiguous(), a, b, lam, weight, ignore_index, reduction, smoothing, dtype
+        )
     statistics = z.new_empty(2 * a.numel() + (2 if reduction == "mean" else 0), dtype=wide)
     if reduction == "none":
         loss = z.new_empty(a.shape, dtype=dtype)
@@ -407,12 +509,24 @@ def _prepare_forward(
     z: torch.Tensor, lam: Any, ignore_index: int, reduction: str, smoothing: float, aligned: bool
 ) -> tuple[torch.dtype, Launch | None, Launch | None]:  # fmt: skip
     """What sums are in, and the launches that fill statistics and that finish a reduced loss."""
-    wide, rows = torch.float64 if z.dtype == torch.float64 else torch.float32, z.numel() // z.shape[1]
+    wide, rows = (
+        torch.float64 if z.dtype == torch.float64 else torch.float32,
+        z.numel() // z.shape[1],
+    )
     launch = _prepare(_forward_kernel, (z,), (lam,), ignore_index, smoothing, aligned)
     if launch is None:
         return wide, None, None
     mean = reduction == "mean"
-    finish = Launch(_finish_kernel, 1, (launch.grid[0], rows), z.device, True, MEAN=mean, BLOCK=PROGRAMS, num_warps=8)
+    finish = Launch(
+        _finish_kernel,
+        1,
+        (launch.grid[0], rows),
+        z.device,
+        True,
+        MEAN=mean,
+        BLOCK=PROGRAMS,
+        num_warps=8,
+    )
     return wide, launch, finish
 
 
@@ -421,11 +535,25 @@ def mixup_cross_entropy_backward(
     statistics: torch.Tensor, ignore_index: int, reduction: str, smoothing: float,
 ) -> torch.Tensor:  # fmt: skip
     """The gradient of z, laid out as z is, from g, that of the loss, and from the statistics that the forward gave."""
-    a, b, weight, statistics = contiguous(a), contiguous(b), contiguous(weight), contiguous(statistics)
+    a, b, weight, statistics = (
+        contiguous(a),
+        contiguous(b),
+        contiguous(weight),
+        contiguous(statistics),
+    )
     pointer, number = (lam, 0.0) if isinstance(lam, torch.Tensor) else (None, lam)
     kinds = kinds_of(g, z, a, b, pointer, weight, statistics)
     address = kinds[-1] and z.data_ptr() & 15
-    key = ("mixup_cross_entropy_backward", ignore_index, reduction, smoothing, z.shape, z.device, address, kinds)
+    key = (
+        "mixup_cross_entropy_backward",
+        ignore_index,
+        reduction,
+        smoothing,
+        z.shape,
+        z.device,
+        address,
+        kinds,
+    )
     dz = torch.empty_like(z)
     launch = LAUNCHES.get(key)
     if launch is None:

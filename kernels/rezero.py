@@ -144,7 +144,9 @@ def _finish_kernel(partial_ptr, dalpha_ptr, programs, BLOCK: tl.constexpr):
 
 def _lies(t: torch.Tensor, strides: tuple[int, ...]) -> bool:
     """Whether t lies in the order of dense strides."""
-    return t.stride() == strides or all(size == 1 or a == b for size, a, b in zip(t.shape, t.stride(), strides))
+    return t.stride() == strides or all(
+        size == 1 or a == b for size, a, b in zip(t.shape, t.stride(), strides)
+    )
 
 
 def _laid_out(t: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
@@ -168,12 +170,16 @@ def _prepare_forward(
     return dtype, not all(_lies(t, strides) for t in (x, f)), launch
 
 
-def rezero(x: torch.Tensor, f: torch.Tensor, alpha: float | torch.Tensor, activation: str, form: str) -> torch.Tensor:
+def rezero(
+    x: torch.Tensor, f: torch.Tensor, alpha: float | torch.Tensor, activation: str, form: str
+) -> torch.Tensor:
     """x + alpha*act(f), or act(x + alpha*f), in x's memory format and the wider of the dtypes of x and f."""
     pointer, number = (alpha, 0.0) if isinstance(alpha, torch.Tensor) else (None, alpha)
     kinds = kinds_of(x, f, pointer)
     key = ("rezero", activation, form, x.shape, x.device, kinds)
-    dtype, copies, launch = LAUNCHES.get(key) or keep(key, _prepare_forward(x, f, alpha, activation, form, kinds[-1]))
+    dtype, copies, launch = LAUNCHES.get(key) or keep(
+        key, _prepare_forward(x, f, alpha, activation, form, kinds[-1])
+    )
     y = torch.empty_like(x, dtype=dtype)
     if copies:
         x, f = _laid_out(x, y.stride()), _laid_out(f, y.stride())
@@ -185,7 +191,11 @@ def _prepare_backward(
     g: torch.Tensor, f: torch.Tensor, alpha: float | torch.Tensor, activation: str, form: str, misaligned: int
 ) -> tuple[tuple[int, ...], int, torch.dtype, Launch, Launch]:  # fmt: skip
     """The gradients' strides, the sums of alpha's and their dtype, and the launches that fill the gradients and add the sums."""
-    wide = torch.float64 if torch.float64 in (g.dtype, f.dtype, getattr(alpha, "dtype", None)) else torch.float32
+    wide = (
+        torch.float64
+        if torch.float64 in (g.dtype, f.dtype, getattr(alpha, "dtype", None))
+        else torch.float32
+    )
     programs = max(min(triton.cdiv(f.numel(), BLOCK), PROGRAMS), 1)
     launch = Launch(
         _backward_kernel, programs, (f.numel(),), f.device, not misaligned,
@@ -202,7 +212,17 @@ def rezero_backward(
     """The gradients of x and f, laid out as f is, and of alpha; None where it is not wanted."""
     pointer, number = (alpha, 0.0) if isinstance(alpha, torch.Tensor) else (None, alpha)
     kinds = kinds_of(g, x, f, pointer)
-    key = ("rezero_backward", activation, form, wants_x, wants_f, wants_alpha, f.shape, f.device, kinds)
+    key = (
+        "rezero_backward",
+        activation,
+        form,
+        wants_x,
+        wants_f,
+        wants_alpha,
+        f.shape,
+        f.device,
+        kinds,
+    )
     strides, programs, wide, launch, finish = LAUNCHES.get(key) or keep(
         key, _prepare_backward(g, f, alpha, activation, form, kinds[-1])
     )

@@ -42,7 +42,9 @@ def rows_at(first, shape, ROWS: tl.constexpr, TURNS: tl.constexpr, TILE: tl.cons
     # The launcher has checked the alignment. Rounding to it changes nothing, and lets the compiler see it.
     size_b, rows = size_b // ALIGN * ALIGN, rows // ALIGN * ALIGN
     r = tl.arange(0, ROWS)
-    r = first + (r[:, None] + ROWS * tl.arange(0, TURNS)[None, :] if TILE.along == "classes" else r[None, :])
+    r = first + (
+        r[:, None] + ROWS * tl.arange(0, TURNS)[None, :] if TILE.along == "classes" else r[None, :]
+    )
     # A tile of one row is there for it.
     exists = r >= first if ROWS * TURNS == 1 else r < rows
     if TILE.axes == 1:
@@ -89,7 +91,10 @@ def _places(ptr, strides, place, c, TILE: tl.constexpr):
 @triton.jit
 def _run(first, shape, ROWS: tl.constexpr, BLOCK_C: tl.constexpr, TILE: tl.constexpr):
     """Where a run's elements are, a vector a line, and which vectors exist; of one that does not they are the first's."""
-    vector, i = tl.arange(0, ROWS * BLOCK_C // TILE.align)[:, None], tl.arange(0, TILE.align)[None, :]
+    vector, i = (
+        tl.arange(0, ROWS * BLOCK_C // TILE.align)[:, None],
+        tl.arange(0, TILE.align)[None, :],
+    )
     exists = vector < tl.minimum(shape[0] - first, ROWS).to(tl.int32) * shape[1] // TILE.align
     return TILE.align * tl.where(exists, vector, 0) + i, exists
 
@@ -107,7 +112,9 @@ def read(
         value = tl.gather(tl.reshape(run, (ROWS * BLOCK_C,)), i % ROWS * shape[1] + i // ROWS, 0)
         return tl.reshape(value, (BLOCK_C, ROWS)).to(ACC)
     else:
-        return tl.load(_places(ptr, strides, place, c, TILE), mask=mask, other=float("-inf")).to(ACC)
+        return tl.load(_places(ptr, strides, place, c, TILE), mask=mask, other=float("-inf")).to(
+            ACC
+        )
 
 
 @triton.jit
@@ -122,7 +129,9 @@ def write(
         place = tl.reshape(k + row * (BLOCK_C - shape[1]), (ROWS * BLOCK_C,))
         value = tl.where(c < TILE.most, value, 0.0).to(ptr.dtype.element_ty)
         run = tl.gather(tl.reshape(tl.trans(value), (ROWS * BLOCK_C,)), place, 0)
-        tl.store(ptr + tl.cast(first, tl.int64) * shape[1] + k, tl.reshape(run, k.shape), mask=exists)
+        tl.store(
+            ptr + tl.cast(first, tl.int64) * shape[1] + k, tl.reshape(run, k.shape), mask=exists
+        )
     else:
         tl.store(_places(ptr, strides, place, c, TILE), value.to(ptr.dtype.element_ty), mask=mask)
 
@@ -175,7 +184,9 @@ def along_rows(t: Any, z: torch.Tensor) -> tuple[int, ...]:
 def vector_of(rows: Rows, strides_c: list[int], classes: int, along: str, most: int) -> int:
     """The width of the vectors that sizes and strides of the logits allow, up to `most`: none may reach beyond its run."""
     along_n, along_a, along_b = zip(*rows.strides[::2])
-    run, inner, outer = (rows.sizes[2], along_b, strides_c) if along == "rows" else (classes, strides_c, along_b)
+    run, inner, outer = (
+        (rows.sizes[2], along_b, strides_c) if along == "rows" else (classes, strides_c, along_b)
+    )
     dense, divided = all(stride == 1 for stride in inner), (run, *outer, *along_n, *along_a)
     align = most
     while align > 1 and not (dense and all(number % align == 0 for number in divided)):

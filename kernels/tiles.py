@@ -40,7 +40,12 @@ def maximum(a, b, COUNT: tl.constexpr, PACKED: tl.constexpr):
                 "{ .reg .b32 a, b; mov.b32 a, {$2, $3}; mov.b32 b, {$4, $5};"
                 " max.NaN." + PAIR + " a, a, b; mov.b32 {$0, $1}, a; }",
                 "=h,=h,h,h,h,h",
-                [_bits(a, t, COUNT), _bits(a, t + 1, COUNT), _bits(b, t, COUNT), _bits(b, t + 1, COUNT)],
+                [
+                    _bits(a, t, COUNT),
+                    _bits(a, t + 1, COUNT),
+                    _bits(b, t, COUNT),
+                    _bits(b, t + 1, COUNT),
+                ],
                 dtype=(tl.int16, tl.int16),
                 is_pure=True,
                 pack=1,
@@ -88,7 +93,12 @@ def is_greater(a, b, COUNT: tl.constexpr, PACKED: tl.constexpr, OP: tl.constexpr
                 " set." + OP + ".u32." + PAIR + " a, a, b;"
                 " prmt.b32 $0, a, 0, 0x1010; prmt.b32 $1, a, 0, 0x3232; }",
                 "=r,=r,h,h,h,h",
-                [_bits(a, t, COUNT), _bits(a, t + 1, COUNT), _bits(b, t, COUNT), _bits(b, t + 1, COUNT)],
+                [
+                    _bits(a, t, COUNT),
+                    _bits(a, t + 1, COUNT),
+                    _bits(b, t, COUNT),
+                    _bits(b, t + 1, COUNT),
+                ],
                 dtype=(tl.int32, tl.int32),
                 is_pure=True,
                 pack=1,
@@ -118,7 +128,12 @@ def keep(tile, mask):
 def _select(tile, a, b, TABLE: tl.constexpr):
     """The bits of a tile by those of two masks, in one instruction: its truth table with the tile 0xf0, a 0xcc and b 0xaa."""
     return tl.inline_asm_elementwise(
-        "lop3.b32 $0, $1, $2, $3, " + TABLE + ";", "=f,f,r,r", [tile, a, b], dtype=tl.float32, is_pure=True, pack=1
+        "lop3.b32 $0, $1, $2, $3, " + TABLE + ";",
+        "=f,f,r,r",
+        [tile, a, b],
+        dtype=tl.float32,
+        is_pure=True,
+        pack=1,
     )
 
 
@@ -127,7 +142,10 @@ def _deal(tile, masks):
     """A window's gradient, dealt to its K elements: to the last whose mask holds, or else to the first. `masks` are K - 1."""
     K: tl.constexpr = len(masks) + 1
     if K == 2 and masks[0].dtype == tl.int32:
-        return (_select(tile, masks[0], masks[0], "0x30"), _select(tile, masks[0], masks[0], "0xc0"))
+        return (
+            _select(tile, masks[0], masks[0], "0x30"),
+            _select(tile, masks[0], masks[0], "0xc0"),
+        )
     elif K == 3 and masks[0].dtype == tl.int32:
         return (
             _select(tile, masks[0], masks[1], "0x10"),

@@ -51,7 +51,12 @@ class Axis(NamedTuple):
 def axis_of(window: Window, axis: int, size: int, outputs: int) -> Axis:
     """One axis of `window` over an image of a size, of which only `edge` depends on that: few sizes compile anew."""
     low, high = map_limits(window, axis, size)
-    last = (output_size(window, axis, size) - 1) * window.stride[axis] - window.lead[axis] + len(window.taps[axis]) - 1
+    last = (
+        (output_size(window, axis, size) - 1) * window.stride[axis]
+        - window.lead[axis]
+        + len(window.taps[axis])
+        - 1
+    )
     edge = "high" if last > high else "low" if -window.lead[axis] < low else "none"
     return _axis(window, axis, outputs, edge)
 
@@ -70,7 +75,10 @@ def _axis(window: Window, axis: int, outputs: int, edge: str) -> Axis:
         for e, reader in _through_borders(window, axis, outputs):
             tap_of[e].setdefault(reader, 0.0)
     every = [reader for readers in tap_of for reader in readers] or [0]
-    reads = tuple(tuple((reader - min(every), tap) for reader, tap in sorted(readers.items())) for readers in tap_of)
+    reads = tuple(
+        tuple((reader - min(every), tap) for reader, tap in sorted(readers.items()))
+        for readers in tap_of
+    )
     mode = window.padding_mode
     return Axis(
         kernel=k, stride=s, padding=p, taps=taps, lead=lead, mode=mode, outputs=outputs, group=group,

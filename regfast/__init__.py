@@ -5,7 +5,13 @@ from ._core.dispatch import backend, debug
 from .convert import antialias, antialias_report, restore
 from .convolution import Conv1dAA, Conv2dAA, ConvNormActAA
 from .fusion import fuse
-from .losses import MixupBCEWithLogitsLoss, MixupCrossEntropyLoss, MixupLoss, mixup_accuracy, mixup_criterion
+from .losses import (
+    MixupBCEWithLogitsLoss,
+    MixupCrossEntropyLoss,
+    MixupLoss,
+    mixup_accuracy,
+    mixup_criterion,
+)
 from .manifold import ManifoldMixup
 from .mixing import MixedTarget, MixUp, MixupCollator, mixup_data
 from .pooling import (

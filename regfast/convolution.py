@@ -58,7 +58,17 @@ class _ConvAA(_Pooling):
         activation: Activation | None = None,
     ) -> None:
         super().__init__(
-            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            bias,
+            padding_mode,
+            device,
+            dtype,
         )
         self.blur = blur
         self.blur_size = blur_size
@@ -70,7 +80,9 @@ class _ConvAA(_Pooling):
         if self.blur not in ("after", "before", None):
             raise ValueError(f"blur must be 'after', 'before' or None, got {self.blur!r}")
         if self.activation is not None and self.blur != "after":
-            raise ValueError(f"activation must be None where no blur is after the convolution, got {self.activation!r}")
+            raise ValueError(
+                f"activation must be None where no blur is after the convolution, got {self.activation!r}"
+            )
         modes = self.blur_filter, self.blur_padding_mode, self.activation
         return decimating_window(self.rank, self.stride, RATIO, self.blur_size, *modes)
 
@@ -97,11 +109,16 @@ class _ConvAA(_Pooling):
         Of a bias it may if it gives back a constant as it was.
         """
         # Surgery on a layer may set integers, which nn.Conv takes.
-        size, padding = ((value,) if isinstance(value, int) else value for value in (self.kernel_size, self.padding))
+        size, padding = (
+            (value,) if isinstance(value, int) else value
+            for value in (self.kernel_size, self.padding)
+        )
         pointwise = all(k == 1 for k in size) and (padding == "valid" or not any(padding))
         if not pointwise or self.blur is None or self.activation is not None:
             return False
-        unit_gain = self.blur_padding_mode != "zeros" and all(abs(sum(taps) - 1) < 1e-12 for taps in self._window.taps)
+        unit_gain = self.blur_padding_mode != "zeros" and all(
+            abs(sum(taps) - 1) < 1e-12 for taps in self._window.taps
+        )
         return self.blur == "before" or self.bias is None or unit_gain
 
     def _convolve_at(self, x: Tensor, stride: tuple[int, ...]) -> Tensor:
@@ -110,7 +127,9 @@ class _ConvAA(_Pooling):
         if self.padding_mode != "zeros":
             x = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = (0,) * self.rank
-        return type(self)._convolve(x, self.weight, self.bias, stride, padding, self.dilation, self.groups)
+        return type(self)._convolve(
+            x, self.weight, self.bias, stride, padding, self.dilation, self.groups
+        )
 
     def extra_repr(self) -> str:
         size = "" if self.blur_size is None else f", blur_size={self.blur_size}"
@@ -199,15 +218,32 @@ class ConvNormActAA(nn.Sequential):
         dtype: Any = None,
     ) -> None:
         window = decimating_window(2, stride, RATIO, blur_size, blur_filter, blur_padding_mode)
-        kernel, hole = per_axis("kernel_size", kernel_size, 2, 1), per_axis("dilation", dilation, 2, 1)
-        pad = tuple((k - 1) // 2 * d for k, d in zip(kernel, hole)) if padding is None else per_axis("padding", padding, 2, 0)
+        kernel, hole = (
+            per_axis("kernel_size", kernel_size, 2, 1),
+            per_axis("dilation", dilation, 2, 1),
+        )
+        pad = (
+            tuple((k - 1) // 2 * d for k, d in zip(kernel, hole))
+            if padding is None
+            else per_axis("padding", padding, 2, 0)
+        )
         bias = norm_layer is None if bias is None else bias
         arguments: Any = dict(
-            kernel_size=kernel, padding=pad, dilation=hole, groups=groups, bias=bias, device=device, dtype=dtype
+            kernel_size=kernel,
+            padding=pad,
+            dilation=hole,
+            groups=groups,
+            bias=bias,
+            device=device,
+            dtype=dtype,
         )
         convolution = nn.Conv2d(in_channels, out_channels, **arguments)
-        norm = [] if norm_layer is None else [norm_layer(out_channels).to(device=device, dtype=dtype)]
-        activation = [] if activation_layer is None else [activation_layer().to(device=device, dtype=dtype)]
+        norm = (
+            [] if norm_layer is None else [norm_layer(out_channels).to(device=device, dtype=dtype)]
+        )
+        activation = (
+            [] if activation_layer is None else [activation_layer().to(device=device, dtype=dtype)]
+        )
         super().__init__(convolution, *norm, *blur_layers(activation, window))
 
 

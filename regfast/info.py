@@ -17,7 +17,11 @@ from .ops import OPERATIONS
 
 def versions() -> dict[str, str]:
     """The version of everything that decides what runs."""
-    found = {"regfast": regfast.__version__, "python": platform.python_version(), "torch": torch.__version__}
+    found = {
+        "regfast": regfast.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
     for package in ("triton", "numpy", "scipy"):
         try:
             found[package] = importlib.metadata.version(package)

@@ -14,7 +14,13 @@ from ._core.precision import accumulator
 from ._core.tensors import check_lam
 from .ops.mixup_cross_entropy import check_reduction, check_smoothing, mixup_cross_entropy
 
-__all__ = ["MixupBCEWithLogitsLoss", "MixupCrossEntropyLoss", "MixupLoss", "mixup_accuracy", "mixup_criterion"]
+__all__ = [
+    "MixupBCEWithLogitsLoss",
+    "MixupCrossEntropyLoss",
+    "MixupLoss",
+    "mixup_accuracy",
+    "mixup_criterion",
+]
 
 
 class MixupLoss(Traceable):
@@ -41,15 +47,23 @@ class MixupLoss(Traceable):
     def __init__(self, base_loss: Callable[[Any, Any], Any] | None = None) -> None:
         super().__init__()
         if base_loss is not None and (isinstance(base_loss, type) or not callable(base_loss)):
-            raise TypeError(f"base_loss must be a loss, such as nn.CrossEntropyLoss(), got {base_loss!r}")
+            raise TypeError(
+                f"base_loss must be a loss, such as nn.CrossEntropyLoss(), got {base_loss!r}"
+            )
         self.base_loss = nn.CrossEntropyLoss() if base_loss is None else base_loss
 
     def forward(self, input: Any, target: Any) -> Any:
         mixed = _as_mixed(target)
-        return self.base_loss(input, target) if mixed is None else mixup_criterion(self.base_loss, input, *mixed)
+        return (
+            self.base_loss(input, target)
+            if mixed is None
+            else mixup_criterion(self.base_loss, input, *mixed)
+        )
 
 
-def mixup_criterion(criterion: Callable[[Any, Any], Any], pred: Any, y_a: Any, y_b: Any, lam: float | Tensor) -> Any:
+def mixup_criterion(
+    criterion: Callable[[Any, Any], Any], pred: Any, y_a: Any, y_b: Any, lam: float | Tensor
+) -> Any:
     """The blog's loss: lam*criterion(pred, y_a) + (1 - lam)*criterion(pred, y_b).
 
     Raises:
@@ -58,7 +72,9 @@ def mixup_criterion(criterion: Callable[[Any, Any], Any], pred: Any, y_a: Any, y
     return _weigh("loss", criterion(pred, y_a), criterion(pred, y_b), lam)
 
 
-def mixup_accuracy(metric: Callable[[Any, Any], Any], preds: Any, y_a: Any, y_b: Any, lam: float | Tensor) -> Any:
+def mixup_accuracy(
+    metric: Callable[[Any, Any], Any], preds: Any, y_a: Any, y_b: Any, lam: float | Tensor
+) -> Any:
     """The blog's accuracy: lam*metric(preds, y_a) + (1 - lam)*metric(preds, y_b).
 
     Raises:
@@ -98,12 +114,16 @@ class MixupCrossEntropyLoss(Traceable, nn.CrossEntropyLoss):
         ignore_index, label_smoothing = as_python(ignore_index), as_python(label_smoothing)
         check_reduction(reduction)
         check_smoothing(label_smoothing)
-        super().__init__(weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing)
+        super().__init__(
+            weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing
+        )
 
     def forward(self, input: Tensor, target: Any) -> Tensor:
         mixed = _as_mixed(target)
         target = target if mixed is None else mixed
-        return mixup_cross_entropy(input, target, self.weight, self.ignore_index, self.reduction, self.label_smoothing)
+        return mixup_cross_entropy(
+            input, target, self.weight, self.ignore_index, self.reduction, self.label_smoothing
+        )
 
 
 class MixupBCEWithLogitsLoss(Traceable, nn.BCEWithLogitsLoss):
@@ -121,7 +141,12 @@ class MixupBCEWithLogitsLoss(Traceable, nn.BCEWithLogitsLoss):
     Source: Zhang et al., "mixup: Beyond Empirical Risk Minimization" (2018).
     """
 
-    def __init__(self, weight: Tensor | None = None, reduction: str = "mean", pos_weight: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        weight: Tensor | None = None,
+        reduction: str = "mean",
+        pos_weight: Tensor | None = None,
+    ) -> None:
         check_reduction(reduction)
         super().__init__(weight, reduction=reduction, pos_weight=pos_weight)
 
@@ -129,14 +154,20 @@ class MixupBCEWithLogitsLoss(Traceable, nn.BCEWithLogitsLoss):
         mixed = _as_mixed(target)
         if mixed is None:
             if not isinstance(target, Tensor):
-                raise TypeError(f"target must be a Tensor or a tuple (a, b, lam), got {type(target).__name__}")
-            return super().forward(input, target if target.is_floating_point() else target.to(input.dtype))
+                raise TypeError(
+                    f"target must be a Tensor or a tuple (a, b, lam), got {type(target).__name__}"
+                )
+            return super().forward(
+                input, target if target.is_floating_point() else target.to(input.dtype)
+            )
         a, b, lam = mixed
         for name, labels in (("a", a), ("b", b)):
             if not isinstance(labels, Tensor):
                 raise TypeError(f"target's {name} must be a Tensor, got {type(labels).__name__}")
             if labels.shape != input.shape:
-                raise ValueError(f"target's {name} must have input's shape {tuple(input.shape)}, got {tuple(labels.shape)}")
+                raise ValueError(
+                    f"target's {name} must have input's shape {tuple(input.shape)}, got {tuple(labels.shape)}"
+                )
         lam = check_lam(lam, input)
         lam = _broadcast(lam, input)
         wide = torch.promote_types(input.dtype, torch.float32)
@@ -149,7 +180,9 @@ def _as_mixed(target: Any) -> tuple[Any, Any, Any] | None:
     if not isinstance(target, (tuple, list)):
         return None
     if len(target) != 3:
-        raise ValueError(f"a mixed target must be a tuple of three, (y_i, y_j, lam), got {len(target)}")
+        raise ValueError(
+            f"a mixed target must be a tuple of three, (y_i, y_j, lam), got {len(target)}"
+        )
     a, b, lam = target
     return a, b, lam
 
@@ -158,11 +191,14 @@ def _weigh(name: str, first: Any, second: Any, lam: float | Tensor) -> Any:
     """lam*first + (1 - lam)*second, of one number for the batch or of one a sample, in first's dtype."""
     shape = tuple(getattr(first, "shape", ()))
     if isinstance(lam, Tensor) and lam.ndim and lam.shape != shape[:1]:
-        hint = "reduction='none', and the mean of what comes out; or MixupCrossEntropyLoss, MixupBCEWithLogitsLoss" * (
-            name == "loss"
+        hint = (
+            "reduction='none', and the mean of what comes out; or MixupCrossEntropyLoss, MixupBCEWithLogitsLoss"
+            * (name == "loss")
         )
         expected = f"a value a sample, ({lam.shape[0]}, ...)" + (f" ({hint})" if hint else "")
-        raise ValueError(f"a lam of shape {tuple(lam.shape)} needs a {name} that returns {expected}, got shape {shape}")
+        raise ValueError(
+            f"a lam of shape {tuple(lam.shape)} needs a {name} that returns {expected}, got shape {shape}"
+        )
     lam = check_lam(lam, first)
     if not isinstance(first, Tensor):
         return lam * first + (1 - lam) * second

@@ -100,11 +100,15 @@ class ManifoldMixup(nn.Module):
         check_alpha("alpha", alpha)
         self._stream = Stream(generator)
         if generator is not None and generator.device.type != "cpu":
-            raise ValueError(f"generator must be on the cpu, where the layer is drawn, got one on {generator.device}")
+            raise ValueError(
+                f"generator must be on the cpu, where the layer is drawn, got one on {generator.device}"
+            )
         hidden = _default_candidates(model) if layers is None else _named_candidates(model, layers)
         self._candidates = (_INPUT, *hidden) if include_input else hidden
         if not self._candidates:
-            raise ValueError(f"layers must name a module where include_input is False, got {layers!r}")
+            raise ValueError(
+                f"layers must name a module where include_input is False, got {layers!r}"
+            )
         self.model = model
         self.alpha = alpha
         self.last_k: int | None = None
@@ -119,7 +123,11 @@ class ManifoldMixup(nn.Module):
         for k, candidate in enumerate(self._candidates):
             if candidate != _INPUT:
                 module = self.model.get_submodule(candidate.path)
-                register: Any = module.register_forward_pre_hook if candidate.before else module.register_forward_hook
+                register: Any = (
+                    module.register_forward_pre_hook
+                    if candidate.before
+                    else module.register_forward_hook
+                )
                 self._handles.append(register(_Hook(self, k)))
         self._removal = weakref.finalize(self, _remove, self._handles)
 
@@ -163,12 +171,16 @@ class ManifoldMixup(nn.Module):
     def _begin(self, x: Any, y: Any) -> tuple[_Mix, MixedTarget]:
         """What a call mixes, drawn or, where a backward is recomputing the call, what it mixed before; and the target."""
         if not self._removal.alive:
-            raise RuntimeError("ManifoldMixup was closed, and mixes no more: call it in eval mode, or its model")
+            raise RuntimeError(
+                "ManifoldMixup was closed, and mixes no more: call it in eval mode, or its model"
+            )
         _check_labels(y, x)
         node = _running_node()
         mix = self._draw(len(y), y.device) if node is None else self._past.find(node)
         if mix is None:
-            raise RuntimeError("ManifoldMixup was called within a backward that is not recomputing a call of it")
+            raise RuntimeError(
+                "ManifoldMixup was called within a backward that is not recomputing a call of it"
+            )
         return mix, MixedTarget(y, y[on_device(mix.index, y.device)], mix.lam)
 
     def _draw(self, batch: int, device: torch.device) -> _Mix:
@@ -177,7 +189,9 @@ class ManifoldMixup(nn.Module):
         index, lam = pairing("random", batch, generator), beta(self.alpha, (), generator)
         self.last_k, self.last_lam = k, float(lam)
         index, lam = (on_device(t, device) for t in (index, lam))
-        self._active = self._past.begin(_Mix(k, index, lam, [int(c == _INPUT) for c in self._candidates]))
+        self._active = self._past.begin(
+            _Mix(k, index, lam, [int(c == _INPUT) for c in self._candidates])
+        )
         return self._active
 
     @outside_graphs("it reads autograd's counter")
@@ -195,7 +209,9 @@ class ManifoldMixup(nn.Module):
         if node is None:
             mix.runs[k] += 1
             if mix.runs[k] > 1:
-                raise RuntimeError(f"ManifoldMixup: {self.candidates[k]!r} ran twice in a forward; name a module that runs once")
+                raise RuntimeError(
+                    f"ManifoldMixup: {self.candidates[k]!r} ran twice in a forward; name a module that runs once"
+                )
         return self._blend(mix, value) if mix.k == k else None
 
     def _blend(self, mix: _Mix, value: Any) -> Any:
@@ -210,7 +226,9 @@ class ManifoldMixup(nn.Module):
         result = _map(blend_batch, value)
         if not blended:
             expected = f"a floating-point tensor whose first dimension is the batch, {batch}"
-            raise ValueError(f"ManifoldMixup: {self.candidates[mix.k]!r} must be or hold {expected}, got {_describe(value)}")
+            raise ValueError(
+                f"ManifoldMixup: {self.candidates[mix.k]!r} must be or hold {expected}, got {_describe(value)}"
+            )
         return result
 
     def _check_runs(self, mix: _Mix) -> None:
@@ -298,7 +316,9 @@ class _Past:
         # Without gradients a forward makes no node; but a reentrant checkpoint round it has just made one, and will recompute it.
         mix.first = _next_number() - (not torch.is_grad_enabled())
         # Where the numbers fall, another thread has taken over.
-        while self._mixes and (len(self._mixes) == _REMEMBERED or self._mixes[-1].last > _next_number()):
+        while self._mixes and (
+            len(self._mixes) == _REMEMBERED or self._mixes[-1].last > _next_number()
+        ):
             self._forgotten = max(self._forgotten, self._mixes.popleft().last)
         self._mixes.append(mix)
         return mix
@@ -386,16 +406,24 @@ def _stages(model: nn.Module) -> tuple[str, list[str]]:
     best: tuple[str, list[str]] = "", []
     path, module = "", model
     while len(best[1]) < 3:
-        children = {name: child for name, child in module.named_children() if any(True for _ in child.parameters())}
+        children = {
+            name: child
+            for name, child in module.named_children()
+            if any(True for _ in child.parameters())
+        }
         if not children:
             break
         alike: dict[type[nn.Module], list[str]] = {}
         for name, child in children.items():
             # A ModuleList is never called. Only in an nn.Sequential is it known what follows a layer.
-            if not isinstance(child, nn.ModuleList) and (child._modules or isinstance(module, nn.Sequential)):
+            if not isinstance(child, nn.ModuleList) and (
+                child._modules or isinstance(module, nn.Sequential)
+            ):
                 alike.setdefault(type(child), []).append(name)
         size = {name: sum(1 for _ in child.modules()) for name, child in children.items()}
-        stages = max(alike.values(), key=lambda names: sum(map(size.__getitem__, names)), default=[])
+        stages = max(
+            alike.values(), key=lambda names: sum(map(size.__getitem__, names)), default=[]
+        )
         if len(stages) > len(best[1]):
             best = path, stages
         largest = max(size, key=size.__getitem__)
@@ -413,7 +441,11 @@ def _is_first(model: nn.Module, path: str) -> bool:
 
 
 def _named_candidates(model: nn.Module, layers: Any) -> tuple[_Candidate, ...]:
-    if isinstance(layers, str) or not isinstance(layers, Sequence) or not all(isinstance(name, str) for name in layers):
+    if (
+        isinstance(layers, str)
+        or not isinstance(layers, Sequence)
+        or not all(isinstance(name, str) for name in layers)
+    ):
         raise TypeError(f"layers must be a sequence of module names or None, got {layers!r}")
     path, inner = _unwrapped(model)
     known = {name for name, _ in inner.named_modules(remove_duplicate=False) if name}
@@ -423,13 +455,21 @@ def _named_candidates(model: nn.Module, layers: Any) -> tuple[_Candidate, ...]:
         short = name.removeprefix(path)
         if short not in known:
             close = difflib.get_close_matches(short, known)
-            hint = f"did you mean {_quoted(close)}?" if close else f"its children are {_quoted(dict(inner.named_children()))}"
-            raise ValueError(f"layers must name modules of {type(inner).__name__}, got {name!r}; {hint}")
+            hint = (
+                f"did you mean {_quoted(close)}?"
+                if close
+                else f"its children are {_quoted(dict(inner.named_children()))}"
+            )
+            raise ValueError(
+                f"layers must name modules of {type(inner).__name__}, got {name!r}; {hint}"
+            )
         candidates.append(_Candidate(name, path + short))
     modules = [model.get_submodule(candidate.path) for candidate in candidates]
     for i, module in enumerate(modules):
         if module in modules[:i]:
-            raise ValueError(f"layers must name each module once, got {candidates[i].name!r} twice or under two names")
+            raise ValueError(
+                f"layers must name each module once, got {candidates[i].name!r} twice or under two names"
+            )
     return tuple(candidates)
 
 
@@ -438,12 +478,18 @@ def _never_ran(model: nn.Module, candidates: Sequence[_Candidate], runs: Sequenc
     message = f"ManifoldMixup: {_quoted(candidate.name for candidate in missing)} never ran in the forward"
     blocks = {candidate: _last_block(model, candidate) for candidate in missing}
     if any(blocks.values()):
-        layers = [blocks.get(candidate) or candidate.name for candidate in candidates if candidate != _INPUT]
+        layers = [
+            blocks.get(candidate) or candidate.name
+            for candidate in candidates
+            if candidate != _INPUT
+        ]
         message += (
             "; where activation checkpointing, such as timm's, goes round a stage's own call and runs its blocks alone, name the "
             f"last block: layers={layers}"
         )
-    if any("_orig_mod" in module._modules or module._compiled_call_impl for module in model.modules()):
+    if any(
+        "_orig_mod" in module._modules or module._compiled_call_impl for module in model.modules()
+    ):
         message += "; a model that ran compiled before it had its hooks must be compiled anew, after torch.compiler.reset()"
     return message
 
@@ -452,7 +498,9 @@ def _last_block(model: nn.Module, candidate: _Candidate) -> str | None:
     """The name of the module that hands the candidate on where the candidate's own module does not run."""
     path = _previous(model, candidate.path) if candidate.before else candidate.path
     name = path
-    while (module := model.get_submodule(name))._modules and isinstance(module, (nn.Sequential, nn.ModuleList)):
+    while (module := model.get_submodule(name))._modules and isinstance(
+        module, (nn.Sequential, nn.ModuleList)
+    ):
         name += f".{list(module._modules)[-1]}"
     return name if candidate.before or name != path else None
 
@@ -468,11 +516,15 @@ def _previous(model: nn.Module, path: str) -> str:
 
 def _check_labels(y: Any, x: Any) -> None:
     if not isinstance(y, Tensor):
-        raise TypeError(f"ManifoldMixup: y must be a Tensor of labels in training mode, got {type(y).__name__}")
+        raise TypeError(
+            f"ManifoldMixup: y must be a Tensor of labels in training mode, got {type(y).__name__}"
+        )
     batch = x.shape[:1] if isinstance(x, Tensor) else y.shape[:1]
     if y.ndim == 0 or y.shape[:1] != batch:
         expected = f"({batch[0] if batch else 'B'}, ...)"
-        raise ValueError(f"ManifoldMixup: y must have shape {expected}, labels of each sample of x, got {tuple(y.shape)}")
+        raise ValueError(
+            f"ManifoldMixup: y must have shape {expected}, labels of each sample of x, got {tuple(y.shape)}"
+        )
 
 
 def _map(function: Callable[[Tensor], Tensor], value: Any) -> Any:
@@ -480,7 +532,11 @@ def _map(function: Callable[[Tensor], Tensor], value: Any) -> Any:
     if isinstance(value, Tensor):
         return function(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {f.name: _map(function, getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
+        fields = {
+            f.name: _map(function, getattr(value, f.name))
+            for f in dataclasses.fields(value)
+            if f.init
+        }
         return dataclasses.replace(value, **fields)
     if isinstance(value, (tuple, list)):
         items = [_map(function, item) for item in value]

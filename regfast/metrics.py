@@ -74,14 +74,19 @@ def shift_consistency(
             centres = crops[:, :, (down - 1) // 2, (across - 1) // 2].split(batch_size)
             labels = torch.cat([_logits(model, part.to(device)).argmax(1) for part in centres])
         labels = labels.to(device).long()
-        for chosen in _track(torch.arange(len(images) * down * across, device=images.device).split(batch_size), progress):
+        for chosen in _track(
+            torch.arange(len(images) * down * across, device=images.device).split(batch_size),
+            progress,
+        ):
             image, shift = chosen // (down * across), chosen % (down * across)
             logits = _logits(model, crops[image, :, shift // across, shift % across].to(device))
             _check_classes(labels, logits)
             followed = labels[image.to(device)].unsqueeze(1)
             probability.append(logits.float().softmax(1).gather(1, followed).squeeze(1).cpu())
             prediction.append(logits.argmax(1).cpu())
-    probabilities, predictions = (torch.cat(parts).view(len(images), -1) for parts in (probability, prediction))
+    probabilities, predictions = (
+        torch.cat(parts).view(len(images), -1) for parts in (probability, prediction)
+    )
     deviation = probabilities.std(1, correction=0).quantile(0.5).item()
     return ShiftConsistency(deviation, _agreement(predictions), probabilities, predictions)
 
@@ -96,25 +101,41 @@ def _check(model: Any, images: Any, labels: Any, crop: Any) -> tuple[int, int]:
         raise ValueError(f"images must be (N, C, H, W), and some, got shape {tuple(images.shape)}")
     height, width = per_axis("crop", crop, 2, 1)
     if height > images.shape[2] or width > images.shape[3]:
-        raise ValueError(f"crop must be at most the images' size, {tuple(images.shape[2:])}, got {crop!r}")
+        raise ValueError(
+            f"crop must be at most the images' size, {tuple(images.shape[2:])}, got {crop!r}"
+        )
     if labels is not None:
-        if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        if (
+            not isinstance(labels, Tensor)
+            or labels.is_floating_point()
+            or labels.is_complex()
+            or labels.dtype == torch.bool
+        ):
             found = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
             raise TypeError(f"labels must be a Tensor of integers, got {found}")
         if labels.shape != images.shape[:1]:
-            raise ValueError(f"labels must have shape {tuple(images.shape[:1])}, one an image, got {tuple(labels.shape)}")
+            raise ValueError(
+                f"labels must have shape {tuple(images.shape[:1])}, one an image, got {tuple(labels.shape)}"
+            )
     return height, width
 
 
 def _check_classes(labels: Tensor, logits: Tensor) -> None:
     low, high = (int(bound) for bound in labels.aminmax())
     if low < 0 or high >= logits.shape[1]:
-        raise ValueError(f"labels must be in [0, {logits.shape[1]}), the model's classes, got {low if low < 0 else high}")
+        raise ValueError(
+            f"labels must be in [0, {logits.shape[1]}), the model's classes, got {low if low < 0 else high}"
+        )
 
 
 def _logits(model: nn.Module, batch: Tensor) -> Tensor:
     logits = model(batch)
-    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(batch) or not logits.numel():
+    if (
+        not isinstance(logits, Tensor)
+        or logits.ndim != 2
+        or len(logits) != len(batch)
+        or not logits.numel()
+    ):
         found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ValueError(f"model must give logits, ({len(batch)}, classes), got {found}")
     return logits

@@ -34,7 +34,13 @@ class MixedTarget(NamedTuple):
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> MixedTarget:
         """The same on another device; a lam that is a number stays one."""
         a, b = (labels.to(device, non_blocking=non_blocking) for labels in (self.a, self.b))
-        return MixedTarget(a, b, self.lam.to(device, non_blocking=non_blocking) if isinstance(self.lam, Tensor) else self.lam)
+        return MixedTarget(
+            a,
+            b,
+            self.lam.to(device, non_blocking=non_blocking)
+            if isinstance(self.lam, Tensor)
+            else self.lam,
+        )
 
     def soft(self, num_classes: int, smoothing: float = 0.0) -> Tensor:
         """The blended labels as probabilities, (B, ..., num_classes), float32.
@@ -64,12 +70,16 @@ def _dense(labels: Tensor, num_classes: int) -> Tensor:
     """Labels as float32 probabilities."""
     if labels.is_floating_point() or labels.dtype == torch.bool:
         if labels.shape[-1:] != (num_classes,):
-            raise ValueError(f"dense labels must have shape (B, ..., {num_classes}), got {tuple(labels.shape)}")
+            raise ValueError(
+                f"dense labels must have shape (B, ..., {num_classes}), got {tuple(labels.shape)}"
+            )
         return labels.float()
     if may_read(labels) and labels.numel():
         low, high = extremes(labels)
         if low < 0 or high >= num_classes:
-            raise ValueError(f"labels must be in [0, {num_classes}), got {low if low < 0 else high}")
+            raise ValueError(
+                f"labels must be in [0, {num_classes}), got {low if low < 0 else high}"
+            )
     return (labels.unsqueeze(-1) == torch.arange(num_classes, device=labels.device)).float()
 
 
@@ -135,7 +145,9 @@ class MixUp(Traceable):
         self.prob = _check_probability("prob", prob)
         self.switch_prob = _check_probability("switch_prob", switch_prob)
         if pairing not in PAIRINGS:
-            raise ValueError(f"pairing must be one of {', '.join(map(repr, PAIRINGS))}, got {pairing!r}")
+            raise ValueError(
+                f"pairing must be one of {', '.join(map(repr, PAIRINGS))}, got {pairing!r}"
+            )
         check_bool("per_sample", per_sample)
         result_dtype(torch.float32, dtype, mean, std)
         self.pairing = pairing
@@ -147,24 +159,32 @@ class MixUp(Traceable):
         self._affine = None if mean is None else Affine(mean, std)
         self._stream = Stream(generator)
 
-    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor | MixedTarget]:
+    def forward(
+        self, x: Tensor, y: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor | MixedTarget]:
         check_batch(x)
         if y is None:
             if self.training:
-                raise TypeError("y must be a Tensor of labels in training mode, got None; in eval mode mix(x) is x normalised")
+                raise TypeError(
+                    "y must be a Tensor of labels in training mode, got None; in eval mode mix(x) is x normalised"
+                )
             return self._unmixed(x)
         _check_labels(y, x)
         if not self.training:
             return self._unmixed(x), y
         dtype, scale, shift = self._constants(x)
         if self.cutmix_alpha > 0 and x.ndim < 4:
-            raise ValueError(f"CutMix is for images, (B, C, ..., H, W), got x of shape {tuple(x.shape)}")
+            raise ValueError(
+                f"CutMix is for images, (B, C, ..., H, W), got x of shape {tuple(x.shape)}"
+            )
         drawn, lam, box = self.draw(len(x), x.shape[-2:])
         lam = on_device(lam, x.device)
         index, b = _partners(x, y, drawn)
         return blend(x, index, lam, box, scale, shift, dtype), MixedTarget(y, b, lam)
 
-    @outside_graphs("a torch.Generator cannot be drawn from in a graph: draw outside, with MixUp.draw")
+    @outside_graphs(
+        "a torch.Generator cannot be drawn from in a graph: draw outside, with MixUp.draw"
+    )
     def draw(
         self, B: int, size: Sequence[int] | None = None, device: torch.device | str | None = None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -184,7 +204,9 @@ class MixUp(Traceable):
         """
         B, size = as_python(B), as_python(size)
         if isinstance(B, bool) or not isinstance(B, int) or B < 0:
-            raise ValueError(f"B must be a number of samples, got {B if isinstance(B, (int, float)) else type(B).__name__}")
+            raise ValueError(
+                f"B must be a number of samples, got {B if isinstance(B, (int, float)) else type(B).__name__}"
+            )
         generator = self._stream.generator
         shape = (B,) if self.per_sample else ()
 
@@ -195,9 +217,13 @@ class MixUp(Traceable):
         lam, box = beta(self.alpha, shape, generator), None
         if self.cutmix_alpha > 0:
             if not isinstance(size, Sequence) or len(size) != 2 or min(size) < 1:
-                raise ValueError(f"size must be the images' (H, W), at least 1, where cutmix_alpha is over 0, got {size!r}")
+                raise ValueError(
+                    f"size must be the images' (H, W), at least 1, where cutmix_alpha is over 0, got {size!r}"
+                )
             pasted = happens(self.switch_prob if self.alpha > 0 else 1.0)
-            box, left = boxes(beta(self.cutmix_alpha, shape, generator), int(size[0]), int(size[1]), generator)
+            box, left = boxes(
+                beta(self.cutmix_alpha, shape, generator), int(size[0]), int(size[1]), generator
+            )
             box, lam = box.where(pasted.unsqueeze(-1), -1), left.where(pasted, lam)
         if self.prob < 1:
             mixed = happens(self.prob)
@@ -277,7 +303,11 @@ class MixupCollator:
     def __call__(self, batch: Any) -> tuple[Tensor, MixedTarget]:
         collated = self.base_collate(batch)
         if not isinstance(collated, (tuple, list)) or len(collated) != 2:
-            found = f"{len(collated)} of them" if isinstance(collated, (tuple, list)) else type(collated).__name__
+            found = (
+                f"{len(collated)} of them"
+                if isinstance(collated, (tuple, list))
+                else type(collated).__name__
+            )
             raise ValueError(f"base_collate must return a pair (x, y), got {found}")
         x, y = collated
         x, a, b, lam = mixup_data(x, y, self.alpha, generator=self._stream.generator)
@@ -308,7 +338,9 @@ def mixup_data(
     check_generator(generator)
     check_batch(x)
     if not x.is_floating_point():
-        raise TypeError(f"x must be floating-point, got {x.dtype}: convert it, or take regfast.MixUp, which normalises bytes")
+        raise TypeError(
+            f"x must be floating-point, got {x.dtype}: convert it, or take regfast.MixUp, which normalises bytes"
+        )
     _check_labels(y, x)
     generator = torch.default_generator if generator is None else generator
     lam: float | Tensor = beta(alpha, (), generator)
@@ -329,7 +361,9 @@ def _check_labels(y: Any, x: Tensor) -> None:
     if not isinstance(y, Tensor):
         raise TypeError(f"y must be a Tensor of labels, got {type(y).__name__}")
     if y.shape[:1] != x.shape[:1]:
-        raise ValueError(f"y must have shape ({x.shape[0]}, ...), labels of each sample of x, got {tuple(y.shape)}")
+        raise ValueError(
+            f"y must have shape ({x.shape[0]}, ...), labels of each sample of x, got {tuple(y.shape)}"
+        )
 
 
 def _check_probability(name: str, value: Any) -> float:

@@ -56,7 +56,9 @@ class _Pooling(Traceable):
     def __setattr__(self, name: str, value: Any) -> None:
         before = self.__dict__.get(name)
         super().__setattr__(name, as_python(value) if name in self._arguments else value)
-        if name in self._arguments and all(argument in self.__dict__ for argument in self._arguments):
+        if name in self._arguments and all(
+            argument in self.__dict__ for argument in self._arguments
+        ):
             try:
                 self.__dict__["_window"] = self._make_window()
             except (TypeError, ValueError):
@@ -100,7 +102,9 @@ class _MaxPoolAA(_Pooling):
         self.activation = activation
 
     def _make_window(self) -> Window:
-        return max_blur_window(self.rank, *(getattr(self, argument) for argument in self._arguments))
+        return max_blur_window(
+            self.rank, *(getattr(self, argument) for argument in self._arguments)
+        )
 
     def forward(self, input: Tensor) -> Tensor:
         return max_blur_pool(input, self._window)
@@ -202,12 +206,18 @@ class _AvgPoolAA(_Pooling):
         modes = self.ceil_mode, self.count_include_pad, self.divisor_override
         kernel, padding = check_average(self.rank, self.kernel_size, self.padding, *modes)
         stride = kernel if self.stride is None else self.stride
-        window = decimating_window(self.rank, stride, self.ratio, self.blur_size, self.filter, self.padding_mode)
+        window = decimating_window(
+            self.rank, stride, self.ratio, self.blur_size, self.filter, self.padding_mode
+        )
         together = averaged(window, kernel, self.divisor_override)
         # A kernel of many taps takes long to compile.
         fits = not any(padding) and not self.ceil_mode and max(map(len, together.taps)) <= 8
         # With stride 1 the two are not joined: by the stride `forward` knows whether they are.
-        return together if fits and any(s > 1 for s in window.stride) else window._replace(stride=(1,) * self.rank)
+        return (
+            together
+            if fits and any(s > 1 for s in window.stride)
+            else window._replace(stride=(1,) * self.rank)
+        )
 
     def forward(self, input: Tensor) -> Tensor:
         window = self._window
@@ -216,7 +226,15 @@ class _AvgPoolAA(_Pooling):
         blurred = input if window.is_identity else blur_pool(input, window)
         divisor = () if self.rank == 1 else (self.divisor_override,)
         average = type(self)._average
-        return average(blurred, self.kernel_size, self.stride, self.padding, self.ceil_mode, self.count_include_pad, *divisor)
+        return average(
+            blurred,
+            self.kernel_size,
+            self.stride,
+            self.padding,
+            self.ceil_mode,
+            self.count_include_pad,
+            *divisor,
+        )
 
     def extra_repr(self) -> str:
         blur = f"ratio={self.ratio}" if self.blur_size is None else f"blur_size={self.blur_size}"
@@ -253,7 +271,9 @@ class _DividedAvgPoolAA(_AvgPoolAA):
         filter: Any = "binomial",
         padding_mode: BlurPaddingMode = "reflect",
     ) -> None:
-        blur: dict[str, Any] = dict(ratio=ratio, blur_size=blur_size, filter=filter, padding_mode=padding_mode)
+        blur: dict[str, Any] = dict(
+            ratio=ratio, blur_size=blur_size, filter=filter, padding_mode=padding_mode
+        )
         super().__init__(kernel_size, stride, padding, ceil_mode, count_include_pad, **blur)
         self.divisor_override = divisor_override
 
@@ -326,7 +346,8 @@ class _BlurPool(_Pooling):
     def extra_repr(self) -> str:
         return (
             f"kernel_size={self.kernel_size}, stride={self.stride}, padding={self.padding!r}, "
-            f"filter={self.filter!r}, padding_mode={self.padding_mode!r}" + _activation_repr(self.activation)
+            f"filter={self.filter!r}, padding_mode={self.padding_mode!r}"
+            + _activation_repr(self.activation)
         )
 
 
@@ -382,7 +403,14 @@ class BlurPool2d(_BlurPool):
         device: Any = None,
         dtype: Any = None,
     ) -> None:
-        super().__init__(kernel_size, stride, padding, filter=filter, padding_mode=padding_mode, activation=activation)
+        super().__init__(
+            kernel_size,
+            stride,
+            padding,
+            filter=filter,
+            padding_mode=padding_mode,
+            activation=activation,
+        )
 
 
 class BlurPool3d(_BlurPool):

@@ -17,7 +17,14 @@ from ._core.surgery import is_hooked
 from .convolution import Conv2dAA, blur_layers
 from .ops.rezero import check_activation, check_form, rezero
 
-__all__ = ["BottleneckBlock", "ReZero", "ReZeroTransformerEncoderLayer", "ResidualBlock", "ResidualLinear", "parameter_groups"]
+__all__ = [
+    "BottleneckBlock",
+    "ReZero",
+    "ReZeroTransformerEncoderLayer",
+    "ResidualBlock",
+    "ResidualLinear",
+    "parameter_groups",
+]
 
 Activation = str | nn.Module | Callable[[Tensor], Tensor] | None
 
@@ -39,7 +46,10 @@ def _fused_name(activation: Activation) -> str | None:
     if not isinstance(activation, nn.Module):
         # By identity: a callable need not be hashable.
         return next((name for function, name in _FUNCTIONS if function is activation), None)
-    other = getattr(activation, "approximate", "none") != "none" or getattr(activation, "negative_slope", 0.01) != 0.01
+    other = (
+        getattr(activation, "approximate", "none") != "none"
+        or getattr(activation, "negative_slope", 0.01) != 0.01
+    )
     return None if is_hooked(activation) or other else _NAMES.get(type(activation))
 
 
@@ -65,9 +75,13 @@ class _Gated(Traceable):
 
     def _make_gate(self, gated: bool, device: Any, dtype: Any) -> None:
         # Of one dimension: fully_shard refuses parameters that have none.
-        self.register_parameter("alpha", nn.Parameter(torch.zeros(1, device=device, dtype=dtype)) if gated else None)
+        self.register_parameter(
+            "alpha", nn.Parameter(torch.zeros(1, device=device, dtype=dtype)) if gated else None
+        )
 
-    def _join(self, shortcut: Tensor, f: Tensor, activation: Activation = None, form: str = "gate") -> Tensor:
+    def _join(
+        self, shortcut: Tensor, f: Tensor, activation: Activation = None, form: str = "gate"
+    ) -> Tensor:
         alpha = 1.0 if self.alpha is None else self.alpha
         name = _fused_name(activation)
         if name is not None:
@@ -81,7 +95,13 @@ class _Residual(_Gated):
     """A branch beside a shortcut."""
 
     def _build(
-        self, branch: nn.Module, shortcut: nn.Module | None, activation: Activation, form: str, gated: bool, factory: Any
+        self,
+        branch: nn.Module,
+        shortcut: nn.Module | None,
+        activation: Activation,
+        form: str,
+        gated: bool,
+        factory: Any,
     ) -> None:
         self.branch = branch
         self.shortcut = nn.Identity() if shortcut is None else shortcut
@@ -94,7 +114,9 @@ class _Residual(_Gated):
         return self._join(self.shortcut(x), self.branch(x), self.activation, self.form)
 
     def extra_repr(self) -> str:
-        activation = "" if isinstance(self.activation, nn.Module) else f", activation={self.activation!r}"
+        activation = (
+            "" if isinstance(self.activation, nn.Module) else f", activation={self.activation!r}"
+        )
         return f"form={self.form!r}{activation}{'' if self.alpha is not None else ', alpha=None'}"
 
 
@@ -143,15 +165,21 @@ class ReZero(_Residual):
         self._build(branch, shortcut, activation, form, True, dict(device=device, dtype=dtype))
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return self._join(self.shortcut(x), self.branch(x, *args, **kwargs), self.activation, self.form)
+        return self._join(
+            self.shortcut(x), self.branch(x, *args, **kwargs), self.activation, self.form
+        )
 
 
-def _check_block(activation: Any, gated: Any, form: str, antialias: Any = False, norm_layer: Any = None) -> nn.Module:
+def _check_block(
+    activation: Any, gated: Any, form: str, antialias: Any = False, norm_layer: Any = None
+) -> nn.Module:
     """The activation of a block as a module."""
     check_bool("ReZero", gated)
     check_bool("antialias", antialias)
     if norm_layer is not None and not callable(norm_layer):
-        raise TypeError(f"norm_layer must be a function of a number of channels or None, got {norm_layer!r}")
+        raise TypeError(
+            f"norm_layer must be a function of a number of channels or None, got {norm_layer!r}"
+        )
     check_form(form)
     if activation is _RELU:
         return nn.ReLU()
@@ -176,7 +204,9 @@ def _branch(
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     for place, (k, stride) in enumerate(zip(kernel_sizes, strides), start=1):
         taken, left = ((1, 1), stride) if antialias else (stride, (1, 1))
-        arguments: Any = dict(stride=taken, padding=(k - 1) // 2, bias=norm_layer is None, **factory)
+        arguments: Any = dict(
+            stride=taken, padding=(k - 1) // 2, bias=norm_layer is None, **factory
+        )
         layers[f"conv{place}"] = nn.Conv2d(widths[place - 1], widths[place], k, **arguments)
         if norm_layer is not None:
             layers[f"norm{place}"] = _normalisation(norm_layer, widths[place], factory)
@@ -186,7 +216,9 @@ def _branch(
     return nn.Sequential(layers)
 
 
-def _normalisation(norm_layer: Callable[[int], nn.Module], channels: int, factory: dict[str, Any]) -> nn.Module:
+def _normalisation(
+    norm_layer: Callable[[int], nn.Module], channels: int, factory: dict[str, Any]
+) -> nn.Module:
     """A normalisation, cast only if that is asked for: parameters of a FakeTensorMode cannot be."""
     norm = norm_layer(channels)
     return norm if all(value is None for value in factory.values()) else norm.to(**factory)
@@ -204,8 +236,12 @@ def _shortcut(
     if in_channels == channels and stride == (1, 1):
         return None
     convolution = Conv2dAA if antialias else nn.Conv2d
-    layers: list[nn.Module] = [convolution(in_channels, channels, 1, stride, bias=norm_layer is None, **factory)]  # type: ignore[arg-type]
-    return nn.Sequential(*layers, *([] if norm_layer is None else [_normalisation(norm_layer, channels, factory)]))
+    layers: list[nn.Module] = [
+        convolution(in_channels, channels, 1, stride, bias=norm_layer is None, **factory)
+    ]  # type: ignore[arg-type]
+    return nn.Sequential(
+        *layers, *([] if norm_layer is None else [_normalisation(norm_layer, channels, factory)])
+    )
 
 
 class ResidualBlock(_Residual):
@@ -250,13 +286,18 @@ class ResidualBlock(_Residual):
         device: Any = None,
         dtype: Any = None,
     ) -> None:
-        act, factory = _check_block(activation, ReZero, form, antialias, norm_layer), dict(device=device, dtype=dtype)
+        act, factory = (
+            _check_block(activation, ReZero, form, antialias, norm_layer),
+            dict(device=device, dtype=dtype),
+        )
         _check_sizes(in_channels=in_channels, channels=channels, kernel_size=kernel_size)
         if kernel_size % 2 == 0:
             raise ValueError(f"kernel_size must be odd, got {kernel_size!r}")
         step, widths = per_axis("stride", stride, 2, 1), (in_channels, channels, channels)
         super().__init__()
-        branch = _branch(widths, (kernel_size, kernel_size), (step, (1, 1)), act, norm_layer, antialias, factory)
+        branch = _branch(
+            widths, (kernel_size, kernel_size), (step, (1, 1)), act, norm_layer, antialias, factory
+        )
         shortcut = _shortcut(in_channels, channels, step, norm_layer, antialias, factory)
         self._build(branch, shortcut, act, form, ReZero, factory)
 
@@ -290,11 +331,19 @@ class BottleneckBlock(_Residual):
         device: Any = None,
         dtype: Any = None,
     ) -> None:
-        act, factory = _check_block(activation, ReZero, form, antialias, norm_layer), dict(device=device, dtype=dtype)
+        act, factory = (
+            _check_block(activation, ReZero, form, antialias, norm_layer),
+            dict(device=device, dtype=dtype),
+        )
         _check_sizes(in_channels=in_channels, channels=channels, expansion=expansion)
-        step, widths = per_axis("stride", stride, 2, 1), (in_channels, channels, channels, channels * expansion)
+        step, widths = (
+            per_axis("stride", stride, 2, 1),
+            (in_channels, channels, channels, channels * expansion),
+        )
         super().__init__()
-        branch = _branch(widths, (1, 3, 1), ((1, 1), step, (1, 1)), act, norm_layer, antialias, factory)
+        branch = _branch(
+            widths, (1, 3, 1), ((1, 1), step, (1, 1)), act, norm_layer, antialias, factory
+        )
         shortcut = _shortcut(in_channels, widths[-1], step, norm_layer, antialias, factory)
         self._build(branch, shortcut, act, form, ReZero, factory)
 
@@ -326,7 +375,11 @@ class ResidualLinear(_Residual):
         _check_sizes(in_features=in_features, out_features=out_features)
         super().__init__()
         first, second = (nn.Linear(n, out_features, **factory) for n in (in_features, out_features))
-        shortcut = None if in_features == out_features else nn.Linear(in_features, out_features, bias=False, **factory)
+        shortcut = (
+            None
+            if in_features == out_features
+            else nn.Linear(in_features, out_features, bias=False, **factory)
+        )
         self._build(nn.Sequential(first, act, second), shortcut, act, form, ReZero, factory)
 
 
@@ -367,7 +420,9 @@ class ReZeroTransformerEncoderLayer(_Gated):
             raise ValueError(f"nhead must divide d_model, {d_model!r}, got {nhead!r}")
         super().__init__()
         factory = dict(device=device, dtype=dtype)
-        self.self_attn = nn.MultiheadAttention(d_model, nhead, dropout, bias=bias, batch_first=batch_first, **factory)
+        self.self_attn = nn.MultiheadAttention(
+            d_model, nhead, dropout, bias=bias, batch_first=batch_first, **factory
+        )
         self.linear1 = nn.Linear(d_model, dim_feedforward, bias, **factory)
         self.linear2 = nn.Linear(dim_feedforward, d_model, bias, **factory)
         self.dropout, self.dropout1, self.dropout2 = (nn.Dropout(dropout) for _ in range(3))
@@ -417,7 +472,9 @@ def parameter_groups(model: nn.Module, alpha_lr: float | None = None) -> list[di
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     alphas = [parameter for parameter in trainable if parameter in gates]
     if not alphas:
-        raise ValueError("model must have a trainable gate of a regfast layer, such as ResidualBlock's alpha; it has none")
+        raise ValueError(
+            "model must have a trainable gate of a regfast layer, such as ResidualBlock's alpha; it has none"
+        )
     others = [parameter for parameter in trainable if parameter not in gates]
     rate: dict[str, Any] = {} if alpha_lr is None else {"lr": alpha_lr}
     return [{"params": others}, {"params": alphas, "weight_decay": 0.0, **rate}]

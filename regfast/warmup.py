@@ -64,11 +64,15 @@ def warm_up(
     """
     weight = next((p for p in model.parameters() if p.is_floating_point()), None)
     if device is None:
-        device = ("cuda" if torch.cuda.is_available() else "cpu") if weight is None else weight.device
+        device = (
+            ("cuda" if torch.cuda.is_available() else "cpu") if weight is None else weight.device
+        )
     if dtypes is None:
         own = torch.float32 if weight is None else weight.dtype
         dtypes = (own, torch.bfloat16) if own == torch.float32 else (own,)
-    dtypes = [dtype for dtype in dtypes if use_triton(torch.empty(0, device=device, dtype=dtype), dtype)]
+    dtypes = [
+        dtype for dtype in dtypes if use_triton(torch.empty(0, device=device, dtype=dtype), dtype)
+    ]
     held = (getattr(layer, "_window", None) for layer in model.modules())
     windows = {window for window in held if isinstance(window, Window)}
     wanted = {memory_format != torch.contiguous_format for memory_format in memory_formats}
@@ -85,8 +89,13 @@ def warm_up(
 
 def _shapes(window: Window, narrow: tuple[int, ...]) -> Iterator[tuple[bool, tuple[int, ...]]]:
     """Small images of every alignment and every border, and whether they are channels-last."""
-    least = [window.reach(axis) + len(window.taps[axis]) + 4 * window.stride[axis] for axis in range(window.rank)]
-    wide = range(max(least[-1], NARROW) + 1, max(least[-1], NARROW) + 1 + COLUMNS * window.stride[-1])
+    least = [
+        window.reach(axis) + len(window.taps[axis]) + 4 * window.stride[axis]
+        for axis in range(window.rank)
+    ]
+    wide = range(
+        max(least[-1], NARROW) + 1, max(least[-1], NARROW) + 1 + COLUMNS * window.stride[-1]
+    )
     widths = (*(width for width in narrow if width >= least[-1]), *wide)
     # Other axes than the innermost differ in what lies beyond their ends, which the remainder by the stride tells.
     ends = [range(size, size + stride) for size, stride in zip(least[:-1], window.stride[:-1])]

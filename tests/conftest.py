@@ -80,7 +80,10 @@ def kernels(monkeypatch):
 @pytest.fixture
 def poisoned():
     """Fills every new tensor with NaN, so that an element that nobody writes is seen."""
-    deterministic, fill = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    deterministic, fill = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.utils.deterministic.fill_uninitialized_memory,
+    )
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield

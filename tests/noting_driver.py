@@ -73,7 +73,11 @@ def ways_of(call: Callable[[], Any]) -> list[str]:
 def calls() -> dict[str, Callable[[], Any]]:
     """Every kernel by the operation that launches it. Of what an operation allocates, addresses differ from call to call."""
     x = torch.randn(4, 8, 16, 16)
-    g, window, blur = torch.randn(4, 8, 8, 8), regfast.MaxPool2dAA(3, 2, 1)._window, regfast.BlurPool2d()._window
+    g, window, blur = (
+        torch.randn(4, 8, 8, 8),
+        regfast.MaxPool2dAA(3, 2, 1)._window,
+        regfast.BlurPool2d()._window,
+    )
     index, lam, box = torch.tensor([1, 0, 3, 2]), torch.rand(4), torch.tensor([[1, 3, 0, 2]] * 4)
     scale, form, dtype = torch.rand(8), torch.preserve_format, torch.bfloat16
     logits, weight, alpha = torch.randn(64, 10), torch.rand(10), torch.ones(1)
@@ -89,7 +93,9 @@ def calls() -> dict[str, Callable[[], Any]]:
         "blur_pool backward": lambda: blur_pool.blur_pool_backward(g, x.shape, x.stride(), blur),
         "mixup, a tensor": lambda: mixup.mixup(x, index, lam, box, scale, scale, dtype, form),
         "mixup, a number": lambda: mixup.mixup(x, index, 0.3, None, None, None, x.dtype, form),
-        "mixup backward": lambda: mixup.mixup_backward(x, index, lam, box, scale, x.stride(), dtype),
+        "mixup backward": lambda: mixup.mixup_backward(
+            x, index, lam, box, scale, x.stride(), dtype
+        ),
         "loss": lambda: loss(*terms, "mean", 0.1, torch.float32),
         "loss, none": lambda: loss(*terms, "none", 0.0, torch.float32),
         "loss backward": lambda: mixup_cross_entropy.mixup_cross_entropy_backward(
@@ -105,10 +111,18 @@ def comparable(given: tuple[Any, ...]) -> list[Any]:
     found = []
     for value in given:
         if isinstance(value, torch.Tensor):
-            value = ("tensor", str(value.dtype), tuple(value.shape), value.stride(), value.data_ptr() % 16)
+            value = (
+                "tensor",
+                str(value.dtype),
+                tuple(value.shape),
+                value.stride(),
+                value.data_ptr() % 16,
+            )
         elif isinstance(value, LazyDict):
             value = repr(value.get())
-        found.append(value if isinstance(value, (int, float, str, tuple, type(None))) else repr(value))
+        found.append(
+            value if isinstance(value, (int, float, str, tuple, type(None))) else repr(value)
+        )
     return found
 
 
@@ -146,7 +160,10 @@ def switches() -> dict[str, list[str]]:
     call = calls()["blur_pool"]
     call()
     found = {}
-    for owner, switch, value in ((knobs.runtime, "debug", True), (knobs.compilation, "instrumentation_mode", "consan")):
+    for owner, switch, value in (
+        (knobs.runtime, "debug", True),
+        (knobs.compilation, "instrumentation_mode", "consan"),
+    ):
         before = getattr(owner, switch)
         setattr(owner, switch, value)
         found[switch] = ways_of(call)

@@ -21,14 +21,25 @@ def max_pool_outputs(sizes, kernel_size, stride, padding, dilation, ceil_mode):
     """nn.MaxPool1d/2d/3d's output sizes, or None where it refuses."""
     pool = (torch.nn.MaxPool1d, torch.nn.MaxPool2d, torch.nn.MaxPool3d)[len(sizes) - 1]
     try:
-        y = pool(kernel_size, stride, padding, dilation, ceil_mode=ceil_mode)(torch.empty(1, 1, *sizes, device="meta"))
+        y = pool(kernel_size, stride, padding, dilation, ceil_mode=ceil_mode)(
+            torch.empty(1, 1, *sizes, device="meta")
+        )
     except RuntimeError:
         return None
     return tuple(y.shape[2:])
 
 
 def max_blur_pool(
-    x, kernel_size, stride, padding, dilation, ceil_mode, taps_per_axis, padding_mode, rectified=False, outputs=None
+    x,
+    kernel_size,
+    stride,
+    padding,
+    dilation,
+    ceil_mode,
+    taps_per_axis,
+    padding_mode,
+    rectified=False,
+    outputs=None,
 ):
     """Every maximum that a window touching the image has, no less than zero if `rectified`, extended by the border mode, then
     correlated and decimated."""
@@ -42,7 +53,9 @@ def max_blur_pool(
     # An origin of minus half the size makes element c the first of its own window.
     origin = [-(n // 2) for n in footprint.shape]
     x = np.pad(x, [(0, 0), (0, 0), *((h, 0) for h in holes)], constant_values=-np.inf)
-    maxima = ndimage.maximum_filter(x, footprint=footprint, mode="constant", cval=-np.inf, origin=origin)
+    maxima = ndimage.maximum_filter(
+        x, footprint=footprint, mode="constant", cval=-np.inf, origin=origin
+    )
     maxima = np.maximum(maxima, 0) if rectified else maxima
     zeros_at = []
     for axis, hole in enumerate(holes, start=2):
@@ -61,10 +74,16 @@ def blur_pool(x, stride, padding, taps_per_axis, padding_mode):
     rank = x.ndim - 2
     s = per_axis(stride, rank)
     if padding == "same":
-        leads, total = [(len(taps) - 1) // 2 for taps in taps_per_axis], [len(taps) - 1 for taps in taps_per_axis]
+        leads, total = (
+            [(len(taps) - 1) // 2 for taps in taps_per_axis],
+            [len(taps) - 1 for taps in taps_per_axis],
+        )
     else:
         leads, total = per_axis(padding, rank), [2 * p for p in per_axis(padding, rank)]
-    outputs = [(n + t - len(taps)) // step + 1 for n, t, taps, step in zip(x.shape[2:], total, taps_per_axis, s)]
+    outputs = [
+        (n + t - len(taps)) // step + 1
+        for n, t, taps, step in zip(x.shape[2:], total, taps_per_axis, s)
+    ]
     return _correlate(x, [0] * rank, leads, s, taps_per_axis, padding_mode, outputs)
 
 
@@ -94,9 +113,14 @@ def mixup_cross_entropy(x, a, b, lam, weight, ignore_index, reduction, label_smo
                 row = log_p[(place[0], slice(None), *place[1:])]
                 weights[place] = weight[labels[place]]
                 smooth = label_smoothing / len(row) * (weight * row).sum()
-                losses[place] = -(1 - label_smoothing) * weights[place] * row[labels[place]] - smooth
+                losses[place] = (
+                    -(1 - label_smoothing) * weights[place] * row[labels[place]] - smooth
+                )
         losses = share * losses
-        total = total + {"mean": losses.sum() / weights.sum(), "sum": losses.sum(), "none": losses}[reduction]
+        total = (
+            total
+            + {"mean": losses.sum() / weights.sum(), "sum": losses.sum(), "none": losses}[reduction]
+        )
     return np.asarray(total)
 
 
@@ -118,8 +142,14 @@ def _correlate(maxima, zeros_at, leads, strides, taps_per_axis, padding_mode, ou
     for axis, taps in enumerate(taps_per_axis, start=2):
         lead, stride, count = leads[axis - 2], strides[axis - 2], outputs[axis - 2]
         wide = lead + len(taps) + stride
-        maxima = np.pad(maxima, [(wide, wide) if a == axis else (0, 0) for a in range(maxima.ndim)], _BORDER[padding_mode])
+        maxima = np.pad(
+            maxima,
+            [(wide, wide) if a == axis else (0, 0) for a in range(maxima.ndim)],
+            _BORDER[padding_mode],
+        )
         first = wide + zeros_at[axis - 2] - lead
-        blurred = ndimage.correlate1d(maxima, np.asarray(taps), axis, mode="constant", origin=-(len(taps) // 2))
+        blurred = ndimage.correlate1d(
+            maxima, np.asarray(taps), axis, mode="constant", origin=-(len(taps) // 2)
+        )
         maxima = blurred.take(range(first, first + stride * count, stride), axis)
     return maxima

@@ -29,7 +29,13 @@ class Results(NamedTuple):
 
 
 def create_inline_asm(
-    builder: Any, asm: str, constraints: str, values: list[TensorHandle], types: list[Any], is_pure: bool, pack: int
+    builder: Any,
+    asm: str,
+    constraints: str,
+    values: list[TensorHandle],
+    types: list[Any],
+    is_pure: bool,
+    pack: int,
 ) -> Results:
     """`InterpreterBuilder.create_inline_asm`: every instance is given `pack` elements of each tensor."""
     shape = values[0].data.shape
@@ -37,7 +43,9 @@ def create_inline_asm(
     outputs = [kind[1:] for kind in kinds if kind.startswith("=")]
     assert all(kind.startswith("=") for kind in kinds[: len(outputs)]), constraints
     inputs = [register for value in values for register in registers_of(value.data, pack)]
-    assert [BITS[kind] for kind in kinds[len(outputs) :]] == [register.dtype for register in inputs], constraints
+    assert [BITS[kind] for kind in kinds[len(outputs) :]] == [
+        register.dtype for register in inputs
+    ], constraints
     given = {f"${place}": register for place, register in enumerate(inputs, len(outputs))}
     written = execute(asm, given, {f"${place}": BITS[kind] for place, kind in enumerate(outputs)})
     registers, handles = [written[f"${place}"] for place in range(len(outputs))], []
@@ -61,11 +69,15 @@ def registers_of(data: np.ndarray, pack: int) -> list[np.ndarray]:
     return list(words.T)
 
 
-def tensor_of(registers: list[np.ndarray], shape: tuple[int, ...], dtype: np.dtype, pack: int) -> tuple[Any, list[np.ndarray]]:
+def tensor_of(
+    registers: list[np.ndarray], shape: tuple[int, ...], dtype: np.dtype, pack: int
+) -> tuple[Any, list[np.ndarray]]:
     """The tensor of the first registers, and the registers that are left."""
     count = pack // elements_per_register(dtype.itemsize, pack)
     words = np.stack(registers[:count], axis=-1)
-    assert words.dtype.itemsize * count == dtype.itemsize * pack, "a register is not as wide as its elements"
+    assert words.dtype.itemsize * count == dtype.itemsize * pack, (
+        "a register is not as wide as its elements"
+    )
     return words.reshape(-1).view(dtype).reshape(shape), registers[count:]
 
 
@@ -91,7 +103,9 @@ def execute(asm: str, given: Values, outputs: dict[str, Any]) -> Values:
             continue
         to, *sources = (tuple(re.findall(r"[^\s,{}]+", operand)) for operand in operands)
         for name in (name for source in sources for name in source):
-            assert not (written and name in given), f"{name} is read after an output was written in {asm!r}"
+            assert not (written and name in given), (
+                f"{name} is read after an output was written in {asm!r}"
+            )
         results = instruction(opcode)(*(value_of(source, known) for source in sources))
         for name, value in zip(to, halves_of(results) if len(to) == 2 else [results]):
             assert name in locals_ or name in outputs, f"{name} is no register to write in {asm!r}"
@@ -134,12 +148,19 @@ def instruction(opcode: str) -> Callable[..., np.ndarray]:
     if (name, modes) == ("max", ["NaN"]):
         return lambda a, b: on_halves(greatest, a, b, dtype)
     if name == "set" and modes in (["gt", "u32"], ["gtu", "u32"]):
-        return lambda a, b: on_halves(exceeds if modes[0] == "gt" else exceeds_or_unordered, a, b, dtype)
+        return lambda a, b: on_halves(
+            exceeds if modes[0] == "gt" else exceeds_or_unordered, a, b, dtype
+        )
     raise AssertionError(f"no instruction {opcode}")
 
 
-def on_halves(function: Callable[..., np.ndarray], a: np.ndarray, b: np.ndarray, dtype: str) -> np.ndarray:
-    low, high = (function(x, y, numbers_of(x, dtype), numbers_of(y, dtype)) for x, y in zip(halves_of(a), halves_of(b)))
+def on_halves(
+    function: Callable[..., np.ndarray], a: np.ndarray, b: np.ndarray, dtype: str
+) -> np.ndarray:
+    low, high = (
+        function(x, y, numbers_of(x, dtype), numbers_of(y, dtype))
+        for x, y in zip(halves_of(a), halves_of(b))
+    )
     return low.astype(np.uint32) | high.astype(np.uint32) << 16
 
 

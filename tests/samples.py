@@ -40,7 +40,9 @@ class Sample:
         arguments = ",".join(f"{name}={value}" for name, value in self.arguments.items())
         return f"{'x'.join(map(str, self.shape))}-{arguments}".replace(" ", "")
 
-    def input(self, dtype: torch.dtype = torch.float32, device: str = "cpu", channels_last: bool = False) -> Tensor:
+    def input(
+        self, dtype: torch.dtype = torch.float32, device: str = "cpu", channels_last: bool = False
+    ) -> Tensor:
         """Fresh random data with ties everywhere: as a ReLU leaves it, half of it zeros; rounded, where there is one to come."""
         x = torch.randn(self.shape, dtype=torch.float32)
         x = x.mul(4).round() / 4 if "activation" in self.arguments else x.relu()
@@ -49,9 +51,13 @@ class Sample:
 
 def check_signature(theirs: type, ours: type) -> None:
     """A layer is called as its twin of torch.nn is; what it has beyond that goes by keyword."""
-    expected, got = (list(inspect.signature(module).parameters.values()) for module in (theirs, ours))
+    expected, got = (
+        list(inspect.signature(module).parameters.values()) for module in (theirs, ours)
+    )
     assert [p.name for p in got[: len(expected)]] == [p.name for p in expected]
-    assert all(own.default == p.default for own, p in zip(got, expected) if p.default is not p.empty)
+    assert all(
+        own.default == p.default for own, p in zip(got, expected) if p.default is not p.empty
+    )
     assert all(p.kind in (p.KEYWORD_ONLY, p.VAR_KEYWORD) for p in got[len(expected) :])
 
 
@@ -91,7 +97,9 @@ class Operation:
     op_calls: Callable[[Tensor, Tensor, Sample], list[tuple[Any, tuple]]]
     samples: list[Sample]
     # What a sample's arguments are for a device: none of them changes there, but where they are tensors.
-    arguments: Callable[[Sample, torch.device], dict[str, Any]] = lambda sample, device: sample.arguments
+    arguments: Callable[[Sample, torch.device], dict[str, Any]] = lambda sample, device: (
+        sample.arguments
+    )
     # The shape to take finite differences on.
     least: Callable[[Sample], tuple[int, ...]] = lambda sample: sample.shape
 
@@ -129,11 +137,15 @@ def pool_window(sample: Sample) -> Window:
 
 
 def blur_window(sample: Sample) -> Window:
-    defaults = dict(kernel_size=3, stride=2, padding="same", filter="binomial", padding_mode="reflect")
+    defaults = dict(
+        kernel_size=3, stride=2, padding="same", filter="binomial", padding_mode="reflect"
+    )
     return geometry.blur_window(sample.rank, **{**defaults, **sample.arguments})
 
 
-def check_gradient_of_nan(x: Tensor, found: Tensor, expected: Tensor, window: Window, *, rtol: float, atol: float) -> None:
+def check_gradient_of_nan(
+    x: Tensor, found: Tensor, expected: Tensor, window: Window, *, rtol: float, atol: float
+) -> None:
     """The gradient of a pooling's images that hold NaN, against one that PyTorch's rule routes.
 
     A window that holds a NaN may give its gradient to any of its elements. All others do as they always do; and of each image
@@ -146,24 +158,40 @@ def check_gradient_of_nan(x: Tensor, found: Tensor, expected: Tensor, window: Wi
         for m in range(2 * k - 1):
             shares = shares | wide.narrow(dim, m * d, x.shape[dim])
     assert found.isfinite().all()
-    torch.testing.assert_close(found.masked_fill(shares, 0), expected.masked_fill(shares, 0), rtol=rtol, atol=atol)
+    torch.testing.assert_close(
+        found.masked_fill(shares, 0), expected.masked_fill(shares, 0), rtol=rtol, atol=atol
+    )
     if window.activation is None:
         dims = tuple(range(-window.rank, 0))
         error = (found.sum(dims) - expected.sum(dims)).abs()
         # A sum has the errors of all its terms.
-        assert (error <= rtol * (found.abs() + expected.abs()).sum(dims) + atol * x[0, 0].numel()).all()
+        assert (
+            error <= rtol * (found.abs() + expected.abs()).sum(dims) + atol * x[0, 0].numel()
+        ).all()
 
 
 def pool_oracle(x: Any, sample: Sample) -> Any:
     w = pool_window(sample)
     rectified = w.activation == "relu"
-    return oracle.max_blur_pool(x, w.kernel_size, w.stride, w.padding, w.dilation, w.ceil_mode, w.taps, w.padding_mode, rectified)
+    return oracle.max_blur_pool(
+        x,
+        w.kernel_size,
+        w.stride,
+        w.padding,
+        w.dilation,
+        w.ceil_mode,
+        w.taps,
+        w.padding_mode,
+        rectified,
+    )
 
 
 def blur_oracle(x: Any, sample: Sample) -> Any:
     w = blur_window(sample)
     x = np.maximum(x, 0) if w.activation == "relu" else x
-    return oracle.blur_pool(x, w.stride, sample.arguments.get("padding", "same"), w.taps, w.padding_mode)
+    return oracle.blur_pool(
+        x, w.stride, sample.arguments.get("padding", "same"), w.taps, w.padding_mode
+    )
 
 
 def pool_op_calls(x: Tensor, y: Tensor, sample: Sample) -> list[tuple[Any, tuple]]:
@@ -175,7 +203,9 @@ def pool_op_calls(x: Tensor, y: Tensor, sample: Sample) -> list[tuple[Any, tuple
     calls = plain_blur_op_calls(maxima, y, blur)
     if window.rank == 3 and all(d == 1 for d in window.dilation):
         # The maxima of each slice, as images, of which no window reaches beyond the border.
-        slices = window._replace(stride=(1,) * 3, taps=((1.0,),) * 3, lead=(0,) * 3, trail=(0,) * 3, ceil_mode=False)
+        slices = window._replace(
+            stride=(1,) * 3, taps=((1.0,),) * 3, lead=(0,) * 3, trail=(0,) * 3, ceil_mode=False
+        )
         images = x.transpose(1, 2).flatten(0, 1)
         slices = as_image(slices, 1, 2)
         calls += window_op_calls(images, max_blur_pool(images, slices), slices)
@@ -211,14 +241,22 @@ def least_image(sample: Sample) -> tuple[int, ...]:
 
 
 # Each sample's partner: by a permutation that is no involution, by one that is, and by a map that takes one sample three times.
-INDEX = {"permutation": [2, 0, 3, 1], "involution": [1, 0, 3, 2], "repeats": [1, 1, 3, 1], "itself": [0], "pair": [1, 0]}
+INDEX = {
+    "permutation": [2, 0, 3, 1],
+    "involution": [1, 0, 3, 2],
+    "repeats": [1, 1, 3, 1],
+    "itself": [0],
+    "pair": [1, 0],
+}
 LAM = [0.25, 1.0, 0.625, 0.0]
 # Within, all, none; and a sample that is blended.
 BOXES = [[1, 3, 0, 2], [0, 6, 0, 5], [2, 2, 1, 4], [-1, -1, -1, -1]]
 
 
 def mixup_arguments(sample: Sample, device: torch.device) -> dict[str, Any]:
-    arguments = sample.arguments | {"index": torch.tensor(INDEX[sample.arguments["index"]], device=device)}
+    arguments = sample.arguments | {
+        "index": torch.tensor(INDEX[sample.arguments["index"]], device=device)
+    }
     for name, numbers in (("lam", LAM), ("box", BOXES)):
         if arguments.get(name) == "each":
             arguments[name] = torch.tensor(numbers, device=device)
@@ -229,7 +267,14 @@ def mixup_oracle(x: Any, sample: Sample) -> Any:
     arguments = sample.arguments
     lam = LAM if arguments["lam"] == "each" else [arguments["lam"]] * len(x)
     boxes = BOXES if arguments.get("box") == "each" else [arguments.get("box")] * len(x)
-    return oracle.mixup(x, INDEX[arguments["index"]], lam, boxes, arguments.get("mean", 0.0), arguments.get("std", 1.0))
+    return oracle.mixup(
+        x,
+        INDEX[arguments["index"]],
+        lam,
+        boxes,
+        arguments.get("mean", 0.0),
+        arguments.get("std", 1.0),
+    )
 
 
 def mixup_op_calls(x: Tensor, y: Tensor, sample: Sample) -> list[tuple[Any, tuple]]:
@@ -257,11 +302,19 @@ def labels_of(x: Tensor) -> tuple[Tensor, Tensor]:
 def loss_arguments(sample: Sample, device: torch.device) -> dict[str, Any]:
     """Tuples as tensors."""
     given = sample.arguments.items()
-    return {name: torch.tensor(value, device=device) if isinstance(value, tuple) else value for name, value in given}
+    return {
+        name: torch.tensor(value, device=device) if isinstance(value, tuple) else value
+        for name, value in given
+    }
 
 
 def loss_oracle(x: Any, sample: Sample) -> Any:
-    defaults = {"weight": (1.0,) * x.shape[1], "ignore_index": -100, "reduction": "mean", "label_smoothing": 0.0}
+    defaults = {
+        "weight": (1.0,) * x.shape[1],
+        "ignore_index": -100,
+        "reduction": "mean",
+        "label_smoothing": 0.0,
+    }
     a, b = (labels.numpy() for labels in labels_of(torch.from_numpy(x)))
     return oracle.mixup_cross_entropy(x, a, b, **(defaults | sample.arguments))
 
@@ -270,12 +323,18 @@ def loss_op_calls(x: Tensor, y: Tensor, sample: Sample) -> list[tuple[Any, tuple
     ops, arguments = torch.ops.regfast, loss_arguments(sample, x.device)
     lam = torch.as_tensor(arguments["lam"], device=x.device)
     terms = (x, *labels_of(x), lam, arguments.get("weight"))
-    ignore_index, smoothing = arguments.get("ignore_index", -100), arguments.get("label_smoothing", 0.0)
+    ignore_index, smoothing = (
+        arguments.get("ignore_index", -100),
+        arguments.get("label_smoothing", 0.0),
+    )
     options = (ignore_index, arguments.get("reduction", "mean"), smoothing, x.dtype)
     _, statistics = ops.mixup_cross_entropy(*terms, *options)
     return [
         (ops.mixup_cross_entropy.default, (*terms, *options)),
-        (ops.mixup_cross_entropy_backward.default, (y, *terms, statistics, ignore_index, options[1], smoothing)),
+        (
+            ops.mixup_cross_entropy_backward.default,
+            (y, *terms, statistics, ignore_index, options[1], smoothing),
+        ),
     ]
 
 
@@ -296,12 +355,19 @@ def residual_oracle(x: Any, sample: Sample) -> Any:
 
 
 def residual_op_calls(x: Tensor, y: Tensor, sample: Sample) -> list[tuple[Any, tuple]]:
-    ops, stream, alpha = torch.ops.regfast, stream_of(x), torch.full((1,), sample.arguments["alpha"], device=x.device)
+    ops, stream, alpha = (
+        torch.ops.regfast,
+        stream_of(x),
+        torch.full((1,), sample.arguments["alpha"], device=x.device),
+    )
     form = sample.arguments.get("form", "gate")
     modes = sample.arguments.get("activation", "relu"), form
     return [
         (ops.rezero.default, (stream, x, alpha, *modes)),
-        (ops.rezero_backward.default, (y, stream if form == "post" else None, x, alpha, *modes, True, True, True)),
+        (
+            ops.rezero_backward.default,
+            (y, stream if form == "post" else None, x, alpha, *modes, True, True, True),
+        ),
     ]
 
 
@@ -311,12 +377,36 @@ POOL = [
     Sample((2, 3, 9, 10), {}, "core formats main special"),
     Sample((2, 4, 5, 16), {"kernel_size": 3, "stride": 2, "padding": 1}, "core formats special"),
     Sample((2, 3, 8, 7), {"kernel_size": 3, "stride": 2, "padding": 1}, "core"),
-    Sample((1, 2, 11, 9), {"kernel_size": (2, 3), "stride": (3, 1), "padding": (0, 1), "dilation": (2, 3)}, "core special"),
-    Sample((2, 4, 9, 16), {"kernel_size": 3, "stride": 2, "padding": 1, "activation": "relu"}, "core formats main special"),
-    Sample((1, 2, 7, 8), {"kernel_size": 3, "stride": 2, "padding": 1, "ceil_mode": True, "blur_size": 6}, "core"),
-    Sample((1, 2, 6, 5), {"kernel_size": 2, "padding_mode": "reflect", "filter": (0.5, -0.25, 1.0, 0.125)}, "core"),
-    Sample((1, 2, 7, 6), {"kernel_size": 3, "stride": 3, "padding": 1, "padding_mode": "replicate"}, "core special"),
-    Sample((1, 2, 7, 6), {"kernel_size": 3, "stride": 2, "padding": 1, "padding_mode": "zeros", "filter": "hamming"}, "core"),
+    Sample(
+        (1, 2, 11, 9),
+        {"kernel_size": (2, 3), "stride": (3, 1), "padding": (0, 1), "dilation": (2, 3)},
+        "core special",
+    ),
+    Sample(
+        (2, 4, 9, 16),
+        {"kernel_size": 3, "stride": 2, "padding": 1, "activation": "relu"},
+        "core formats main special",
+    ),
+    Sample(
+        (1, 2, 7, 8),
+        {"kernel_size": 3, "stride": 2, "padding": 1, "ceil_mode": True, "blur_size": 6},
+        "core",
+    ),
+    Sample(
+        (1, 2, 6, 5),
+        {"kernel_size": 2, "padding_mode": "reflect", "filter": (0.5, -0.25, 1.0, 0.125)},
+        "core",
+    ),
+    Sample(
+        (1, 2, 7, 6),
+        {"kernel_size": 3, "stride": 3, "padding": 1, "padding_mode": "replicate"},
+        "core special",
+    ),
+    Sample(
+        (1, 2, 7, 6),
+        {"kernel_size": 3, "stride": 2, "padding": 1, "padding_mode": "zeros", "filter": "hamming"},
+        "core",
+    ),
     Sample((2, 2, 11), {"kernel_size": 3, "stride": 2}, "core formats main"),
     Sample((1, 2, 13), {"stride": 3, "dilation": 2}, "core"),
     Sample((1, 2, 5, 4, 6), {"kernel_size": 2}, "core formats main"),
@@ -324,7 +414,11 @@ POOL = [
     Sample((1, 2, 6, 6), {"kernel_size": 3, "stride": 1, "padding": 1}, "core"),
     # Of whose elements a lane has the last alone, and reads no output for it: there is none beside it.
     Sample((1, 2, 9, 9), {"kernel_size": 5, "stride": 1}, "core"),
-    Sample((1, 2, 3, 2), {"padding": 1, "dilation": 3, "ceil_mode": True, "blur_size": 7, "padding_mode": "reflect"}, "core"),
+    Sample(
+        (1, 2, 3, 2),
+        {"padding": 1, "dilation": 3, "ceil_mode": True, "blur_size": 7, "padding_mode": "reflect"},
+        "core",
+    ),
     Sample((1, 2, 3, 2), {"padding": 1, "dilation": 3, "ceil_mode": True, "blur_size": 7}),
     Sample((1, 2, 3, 3), {"blur_size": 9, "padding_mode": "replicate"}),
     Sample((1, 2, 3, 3), {"blur_size": 9, "padding_mode": "zeros"}),
@@ -333,13 +427,27 @@ POOL = [
     Sample((1, 2, 8, 8), {"kernel_size": 1, "stride": 3, "blur_size": 2}),
     Sample((1, 2, 8, 8), {"kernel_size": 2, "stride": 3, "blur_size": 1}),
     Sample((1, 2, 9, 9), {"kernel_size": 5, "stride": 4, "padding": 2}),
-    Sample((1, 1, 5, 6, 4), {"kernel_size": 2, "stride": (1, 2, 2), "ceil_mode": True, "padding_mode": "reflect"}),
-    Sample((1, 1, 5, 5, 5), {"kernel_size": (1, 3, 2), "stride": 2, "padding": (0, 1, 1), "padding_mode": "zeros"}),
-    Sample((1, 1, 4, 5, 6), {"kernel_size": 2, "padding_mode": "replicate", "blur_size": (3, 2, 5)}),
-    Sample((1, 2, 13), {"kernel_size": 2, "stride": 3, "dilation": 4, "padding": 1, "padding_mode": "reflect"}),
+    Sample(
+        (1, 1, 5, 6, 4),
+        {"kernel_size": 2, "stride": (1, 2, 2), "ceil_mode": True, "padding_mode": "reflect"},
+    ),
+    Sample(
+        (1, 1, 5, 5, 5),
+        {"kernel_size": (1, 3, 2), "stride": 2, "padding": (0, 1, 1), "padding_mode": "zeros"},
+    ),
+    Sample(
+        (1, 1, 4, 5, 6), {"kernel_size": 2, "padding_mode": "replicate", "blur_size": (3, 2, 5)}
+    ),
+    Sample(
+        (1, 2, 13),
+        {"kernel_size": 2, "stride": 3, "dilation": 4, "padding": 1, "padding_mode": "reflect"},
+    ),
     Sample((2, 2, 9), {"kernel_size": 4, "padding": 2, "ceil_mode": True}),
     Sample((1, 2, 1, 8), {"kernel_size": (1, 2)}),
-    Sample((1, 2, 3, 2), {"padding": 1, "dilation": 3, "ceil_mode": True, "blur_size": 7, "activation": "relu"}),
+    Sample(
+        (1, 2, 3, 2),
+        {"padding": 1, "dilation": 3, "ceil_mode": True, "blur_size": 7, "activation": "relu"},
+    ),
     Sample((1, 1, 5, 6, 4), {"kernel_size": 2, "padding_mode": "reflect", "activation": "relu"}),
 ]
 BLUR = [
@@ -360,7 +468,10 @@ BLUR = [
     Sample((1, 2, 3, 8), {"kernel_size": 3, "padding": 2}, "core"),
     Sample((1, 2, 9, 9), {"kernel_size": 7, "padding": 0}, "core"),
     Sample((1, 2, 8, 7), {"kernel_size": 1, "stride": 2}),
-    Sample((1, 2, 8, 7), {"kernel_size": (3, 2), "stride": (1, 4), "filter": ((1.0, 2.0, -1.0), "boxcar")}),
+    Sample(
+        (1, 2, 8, 7),
+        {"kernel_size": (3, 2), "stride": (1, 4), "filter": ((1.0, 2.0, -1.0), "boxcar")},
+    ),
     Sample((1, 1, 5, 4, 6), {"kernel_size": 4, "stride": (2, 1, 3), "padding_mode": "replicate"}),
     Sample((1, 1, 4, 4, 4), {"kernel_size": 3, "padding": 0, "padding_mode": "zeros"}),
     Sample((1, 2, 12), {"kernel_size": 2, "stride": 5, "padding": 3, "padding_mode": "replicate"}),
@@ -368,26 +479,58 @@ BLUR = [
 MIXUP = [
     Sample((4, 3, 6, 5), {"index": "permutation", "lam": 0.3}, "core formats main special"),
     Sample((4, 2, 5, 16), {"index": "repeats", "lam": "each"}, "core formats special"),
-    Sample((4, 3, 6, 5), {"index": "repeats", "lam": "each", "box": "each"}, "core formats main special"),
-    Sample((4, 3, 7, 5), {"index": "permutation", "lam": 0.3, "mean": (0.1, 0.2, 0.3), "std": (0.5, 2.0, 4.0)}, "core formats"),
-    Sample((4, 3, 6, 5), {"index": "involution", "lam": 0.0, "memory_format": torch.channels_last}, "core formats"),
+    Sample(
+        (4, 3, 6, 5),
+        {"index": "repeats", "lam": "each", "box": "each"},
+        "core formats main special",
+    ),
+    Sample(
+        (4, 3, 7, 5),
+        {"index": "permutation", "lam": 0.3, "mean": (0.1, 0.2, 0.3), "std": (0.5, 2.0, 4.0)},
+        "core formats",
+    ),
+    Sample(
+        (4, 3, 6, 5),
+        {"index": "involution", "lam": 0.0, "memory_format": torch.channels_last},
+        "core formats",
+    ),
     Sample((4, 2, 11), {"index": "permutation", "lam": "each"}, "core formats main"),
-    Sample((4, 2, 3, 4, 5), {"index": "repeats", "lam": "each", "box": (0, 2, 1, 4)}, "core formats main"),
+    Sample(
+        (4, 2, 3, 4, 5),
+        {"index": "repeats", "lam": "each", "box": (0, 2, 1, 4)},
+        "core formats main",
+    ),
     Sample((2, 3, 800), {"index": "pair", "lam": 0.75, "mean": 0.5, "std": 2.0}, "core"),
     Sample((4,), {"index": "permutation", "lam": "each"}, "core"),
     Sample((4, 7), {"index": "permutation", "lam": 1, "mean": 0.5, "std": 2.0}, "core"),
     Sample((1, 2, 3, 3), {"index": "itself", "lam": 0.3}, "core"),
     Sample((4, 2, 2, 2, 3, 3), {"index": "repeats", "lam": "each", "box": (0, 2, 1, 3)}),
-    Sample((4, 2, 3, 3), {"index": "permutation", "lam": 0.3, "std": (1.0, 2.0), "mean": 0.0, "box": (1, 2, 0, 3)}),
+    Sample(
+        (4, 2, 3, 3),
+        {"index": "permutation", "lam": 0.3, "std": (1.0, 2.0), "mean": 0.0, "box": (1, 2, 0, 3)},
+    ),
 ]
 LOSS = [
     Sample((6, 10), {"lam": 0.3}, "core formats main special"),
     Sample(
-        (2, 5, 3, 4), {"lam": (0.25, 1.0), "weight": (0.5, 2.0, 0.0, 1.0, 3.0), "ignore_index": 1}, "core formats main special"
+        (2, 5, 3, 4),
+        {"lam": (0.25, 1.0), "weight": (0.5, 2.0, 0.0, 1.0, 3.0), "ignore_index": 1},
+        "core formats main special",
     ),
-    Sample((3, 4, 16), {"lam": (0.0, 0.5, 0.75), "reduction": "none", "label_smoothing": 0.1}, "core formats main"),
     Sample(
-        (2, 7), {"lam": 0.6, "reduction": "sum", "label_smoothing": 0.2, "weight": (1.0, 2.0, 0.5, 1.0, 1.5, 1.0, 1.0)}, "core"
+        (3, 4, 16),
+        {"lam": (0.0, 0.5, 0.75), "reduction": "none", "label_smoothing": 0.1},
+        "core formats main",
+    ),
+    Sample(
+        (2, 7),
+        {
+            "lam": 0.6,
+            "reduction": "sum",
+            "label_smoothing": 0.2,
+            "weight": (1.0, 2.0, 0.5, 1.0, 1.5, 1.0, 1.0),
+        },
+        "core",
     ),
     Sample((1, 3, 2, 2, 5), {"lam": 0.6, "ignore_index": 0}, "core formats"),
     Sample((2, 5000), {"lam": 0.3, "label_smoothing": 0.1}, "core"),
@@ -396,7 +539,11 @@ LOSS = [
 ]
 REZERO = [
     Sample((4, 3, 6, 5), {"alpha": 0.3, "activation": "relu"}, "core formats main special"),
-    Sample((2, 4, 5, 16), {"alpha": -0.3, "activation": "relu", "form": "post"}, "core formats main special"),
+    Sample(
+        (2, 4, 5, 16),
+        {"alpha": -0.3, "activation": "relu", "form": "post"},
+        "core formats main special",
+    ),
     Sample((3, 70), {"alpha": 0.7, "activation": "gelu"}, "core formats main"),
     Sample((2, 3, 17), {"alpha": 0.7, "activation": "silu", "form": "post"}, "core formats main"),
     Sample((2, 3, 800), {"alpha": 0.3, "activation": "leaky_relu"}, "core"),
@@ -437,48 +584,122 @@ NETWORK_WINDOWS = [
     NetworkWindow("resnet50", "max_blur_pool", Sample((1, 2, 8, 12), _SAME), 183),
     NetworkWindow("vgg16", "max_blur_pool", Sample((1, 2, 8, 12), {"kernel_size": 2}), 33),
     NetworkWindow("inception_v4", "max_blur_pool", Sample((1, 2, 9, 11), _VALID), 11),
-    NetworkWindow("squeezenet1_1", "max_blur_pool", Sample((1, 2, 8, 11), _VALID | {"ceil_mode": True}), 22),
-    NetworkWindow("googlenet", "max_blur_pool", Sample((1, 2, 8, 7), {"kernel_size": 2, "ceil_mode": True}), 1),
+    NetworkWindow(
+        "squeezenet1_1", "max_blur_pool", Sample((1, 2, 8, 11), _VALID | {"ceil_mode": True}), 22
+    ),
+    NetworkWindow(
+        "googlenet", "max_blur_pool", Sample((1, 2, 8, 7), {"kernel_size": 2, "ceil_mode": True}), 1
+    ),
     # Of `antialias`: blurs.
     NetworkWindow("resnet50 convolution", "blur_pool", Sample((1, 2, 8, 9), {}), 857),
     NetworkWindow("regnet_y_400mf", "blur_pool", Sample((1, 2, 8, 8), {"activation": "relu"}), 68),
     NetworkWindow("resnet50d average", "blur_pool", Sample((1, 2, 8, 8), {"stride": 1}), 160),
-    NetworkWindow("densenet121 average", "blur_pool", Sample((1, 2, 8, 10), {"kernel_size": 4, "padding": 1}), 80),
-    NetworkWindow("mvitv2_tiny", "blur_pool", Sample((1, 2, 12, 13), {"kernel_size": 6, "stride": 4}), 33),
-    NetworkWindow("pvt_v2_b0", "blur_pool", Sample((1, 1, 17, 9), {"kernel_size": 13, "stride": 8}), 14),
     NetworkWindow(
-        "crossvit_9_dagger_240", "blur_pool", Sample((1, 2, 7, 10), {"kernel_size": 5, "stride": 3, "activation": "relu"}), 5
+        "densenet121 average",
+        "blur_pool",
+        Sample((1, 2, 8, 10), {"kernel_size": 4, "padding": 1}),
+        80,
     ),
-    NetworkWindow("mvitv2_tiny before", "blur_pool", Sample((1, 2, 7, 8), {"kernel_size": 6, "stride": 1}), 33),
-    NetworkWindow("pvt_v2_b0 before", "blur_pool", Sample((1, 1, 9, 7), {"kernel_size": 13, "stride": 1}), 14),
-    NetworkWindow("crossvit_9_dagger_240 before", "blur_pool", Sample((1, 2, 7, 8), {"kernel_size": 5, "stride": 1}), 5),
+    NetworkWindow(
+        "mvitv2_tiny", "blur_pool", Sample((1, 2, 12, 13), {"kernel_size": 6, "stride": 4}), 33
+    ),
+    NetworkWindow(
+        "pvt_v2_b0", "blur_pool", Sample((1, 1, 17, 9), {"kernel_size": 13, "stride": 8}), 14
+    ),
+    NetworkWindow(
+        "crossvit_9_dagger_240",
+        "blur_pool",
+        Sample((1, 2, 7, 10), {"kernel_size": 5, "stride": 3, "activation": "relu"}),
+        5,
+    ),
+    NetworkWindow(
+        "mvitv2_tiny before", "blur_pool", Sample((1, 2, 7, 8), {"kernel_size": 6, "stride": 1}), 33
+    ),
+    NetworkWindow(
+        "pvt_v2_b0 before", "blur_pool", Sample((1, 1, 9, 7), {"kernel_size": 13, "stride": 1}), 14
+    ),
+    NetworkWindow(
+        "crossvit_9_dagger_240 before",
+        "blur_pool",
+        Sample((1, 2, 7, 8), {"kernel_size": 5, "stride": 1}),
+        5,
+    ),
     # Of `antialias`: signals and volumes.
-    NetworkWindow("nextvit_small by 4", "blur_pool", Sample((1, 2, 20), {"kernel_size": 6, "stride": 1}), 3),
-    NetworkWindow("nextvit_small by 16", "blur_pool", Sample((1, 2, 32), {"kernel_size": 27, "stride": 1}), 3),
+    NetworkWindow(
+        "nextvit_small by 4", "blur_pool", Sample((1, 2, 20), {"kernel_size": 6, "stride": 1}), 3
+    ),
+    NetworkWindow(
+        "nextvit_small by 16", "blur_pool", Sample((1, 2, 32), {"kernel_size": 27, "stride": 1}), 3
+    ),
     NetworkWindow(
         "mvit_v1_b",
         "max_blur_pool",
-        Sample((1, 1, 3, 6, 8), {"kernel_size": (1, 3, 3), "stride": (1, 2, 2), "padding": (0, 1, 1)}),
+        Sample(
+            (1, 1, 3, 6, 8), {"kernel_size": (1, 3, 3), "stride": (1, 2, 2), "padding": (0, 1, 1)}
+        ),
         3,
     ),
     NetworkWindow("s3d 3", "max_blur_pool", Sample((1, 1, 4, 6, 5), _SAME), 1),
     NetworkWindow("s3d 2", "max_blur_pool", Sample((1, 1, 4, 4, 6), {"kernel_size": 2}), 1),
     # Peers' layers, by the weights that there are for them. antialiased-cnns: 4 taps, and 2, 3 and 5.
-    NetworkWindow("antialiased_cnns.resnet50", "max_blur_pool", Sample((1, 2, 8, 12), {"blur_size": 4} | _REFLECT), 0),
-    NetworkWindow("antialiased_cnns.alexnet", "max_blur_pool", Sample((1, 2, 9, 11), _VALID | {"blur_size": 4} | _REFLECT), 0),
-    NetworkWindow("antialiased_cnns.densenet121", "max_blur_pool", Sample((1, 2, 8, 12), _SAME | {"blur_size": 4} | _REFLECT), 0),
-    NetworkWindow("antialiased_cnns.vgg16 lpf3", "max_blur_pool", Sample((1, 2, 8, 12), _REFLECT), 0),
-    NetworkWindow("antialiased_cnns.vgg16 lpf5", "max_blur_pool", Sample((1, 2, 8, 12), {"blur_size": 5} | _REFLECT), 0),
-    NetworkWindow("antialiased_cnns.vgg16 lpf2", "max_blur_pool", Sample((1, 2, 8, 12), {"blur_size": 2} | _REFLECT), 0),
-    NetworkWindow("antialiased_cnns.mobilenet_v2", "blur_pool", Sample((1, 2, 8, 9), {"kernel_size": 4}), 0),
-    NetworkWindow("antialiased_cnns.mobilenet_v2 lpf5", "blur_pool", Sample((1, 2, 8, 9), {"kernel_size": 5}), 0),
-    NetworkWindow("antialiased_cnns.mobilenet_v2 lpf2", "blur_pool", Sample((1, 2, 8, 9), {"kernel_size": 2}), 0),
+    NetworkWindow(
+        "antialiased_cnns.resnet50",
+        "max_blur_pool",
+        Sample((1, 2, 8, 12), {"blur_size": 4} | _REFLECT),
+        0,
+    ),
+    NetworkWindow(
+        "antialiased_cnns.alexnet",
+        "max_blur_pool",
+        Sample((1, 2, 9, 11), _VALID | {"blur_size": 4} | _REFLECT),
+        0,
+    ),
+    NetworkWindow(
+        "antialiased_cnns.densenet121",
+        "max_blur_pool",
+        Sample((1, 2, 8, 12), _SAME | {"blur_size": 4} | _REFLECT),
+        0,
+    ),
+    NetworkWindow(
+        "antialiased_cnns.vgg16 lpf3", "max_blur_pool", Sample((1, 2, 8, 12), _REFLECT), 0
+    ),
+    NetworkWindow(
+        "antialiased_cnns.vgg16 lpf5",
+        "max_blur_pool",
+        Sample((1, 2, 8, 12), {"blur_size": 5} | _REFLECT),
+        0,
+    ),
+    NetworkWindow(
+        "antialiased_cnns.vgg16 lpf2",
+        "max_blur_pool",
+        Sample((1, 2, 8, 12), {"blur_size": 2} | _REFLECT),
+        0,
+    ),
+    NetworkWindow(
+        "antialiased_cnns.mobilenet_v2", "blur_pool", Sample((1, 2, 8, 9), {"kernel_size": 4}), 0
+    ),
+    NetworkWindow(
+        "antialiased_cnns.mobilenet_v2 lpf5",
+        "blur_pool",
+        Sample((1, 2, 8, 9), {"kernel_size": 5}),
+        0,
+    ),
+    NetworkWindow(
+        "antialiased_cnns.mobilenet_v2 lpf2",
+        "blur_pool",
+        Sample((1, 2, 8, 9), {"kernel_size": 2}),
+        0,
+    ),
     # timm: its maximum at stride 1 and its blur after it, as one; and its `aa_layer="blurpc"`.
     NetworkWindow("resnetblur50", "max_blur_pool", Sample((1, 2, 8, 12), _SAME | _REFLECT), 0),
     NetworkWindow("efficientnet_blur_b0", "blur_pool", Sample((1, 2, 8, 9), _ZEROS), 0),
     # kornia (the first) and Composer (all): three taps, and zeros beyond the border.
     NetworkWindow("kornia.MaxBlurPool2D", "max_blur_pool", Sample((1, 2, 8, 12), _ZEROS), 0),
     NetworkWindow("composer resnet50", "max_blur_pool", Sample((1, 2, 8, 12), _SAME | _ZEROS), 0),
-    NetworkWindow("composer inception_v4", "max_blur_pool", Sample((1, 2, 9, 11), _VALID | _ZEROS), 0),
-    NetworkWindow("composer convolution", "blur_pool", Sample((1, 2, 8, 8), {"stride": 1} | _ZEROS), 0),
+    NetworkWindow(
+        "composer inception_v4", "max_blur_pool", Sample((1, 2, 9, 11), _VALID | _ZEROS), 0
+    ),
+    NetworkWindow(
+        "composer convolution", "blur_pool", Sample((1, 2, 8, 8), {"stride": 1} | _ZEROS), 0
+    ),
 ]

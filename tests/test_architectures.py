@@ -22,7 +22,13 @@ TORCHVISION = {
     "resnet18": (7, 0), "resnet50": (7, 0), "vgg11_bn": (5, 0), "mobilenet_v2": (4, 4), "mobilenet_v3_small": (4, 4),
     "densenet121": (4, 0), "regnet_y_400mf": (8, 4), "convnext_tiny": (3, 0),
 }  # fmt: skip
-TIMM = {"resnet18": (7, 0), "resnet50d": (7, 0), "convnext_atto": (3, 0), "regnety_002": (8, 0), "mobilenetv3_small_050": (4, 0)}
+TIMM = {
+    "resnet18": (7, 0),
+    "resnet50d": (7, 0),
+    "convnext_atto": (3, 0),
+    "regnety_002": (8, 0),
+    "mobilenetv3_small_050": (4, 0),
+}
 ARCHITECTURES = [("torchvision", name, *counts) for name, counts in TORCHVISION.items()]
 ARCHITECTURES += [("timm", name, *counts) for name, counts in TIMM.items()]
 NAMES = [row[:2] for row in ARCHITECTURES]
@@ -43,7 +49,11 @@ def check_same(found: torch.Tensor, expected: torch.Tensor) -> None:
     assert (found - expected).abs().max() <= ROUNDING * expected.abs().max()
 
 
-@pytest.mark.parametrize("library,name,converted,after", ARCHITECTURES, ids=[f"{row[0]}-{row[1]}" for row in ARCHITECTURES])
+@pytest.mark.parametrize(
+    "library,name,converted,after",
+    ARCHITECTURES,
+    ids=[f"{row[0]}-{row[1]}" for row in ARCHITECTURES],
+)
 def test_networks_are_converted_train_and_come_back(library, name, converted, after):
     """Forward, a training step, a strict round trip of the checkpoint, and the same bits after `restore`."""
     model, x = make(library, name).eval(), torch.randn(2, 3, 64, 64)
@@ -52,10 +62,15 @@ def test_networks_are_converted_train_and_come_back(library, name, converted, af
     checkpoint = copy.deepcopy(model.state_dict())
     report = regfast.antialias_report(regfast.antialias(model))
     done = [row.done for row in report]
-    assert (len(done) - done.count("left"), done.count("blur after activation")) == (converted, after), str(report)
+    assert (len(done) - done.count("left"), done.count("blur after activation")) == (
+        converted,
+        after,
+    ), str(report)
     # The first convolution, of an image, and VGG's last pooling.
     reasons = ("3 input channels", "embeds patches of 4 x 4", "depends on the image's size")
-    assert all(any(reason in row.why for reason in reasons) for row in report if row.done == "left"), str(report)
+    assert all(
+        any(reason in row.why for reason in reasons) for row in report if row.done == "left"
+    ), str(report)
     y = model(x)
     assert y.shape == (2, 7) and y.isfinite().all() and not torch.equal(y, aliased)
     y.square().mean().backward()
@@ -91,12 +106,17 @@ def test_segmentation_libraries_dilate_a_converted_encoder(name):
                     module.padding = (rows // 2 * 2, columns // 2 * 2)
         for stage in DILATED[name]:
             module = model.get_submodule(stage)
-            module.register_forward_hook(lambda module, args, y, stage=stage: sizes.update({stage: y.shape}))
+            module.register_forward_hook(
+                lambda module, args, y, stage=stage: sizes.update({stage: y.shape})
+            )
         with torch.no_grad():
             model(torch.randn(1, 3, 96, 96))
         return sizes
 
-    plain, model = make("torchvision", name).eval(), regfast.antialias(make("torchvision", name).eval())
+    plain, model = (
+        make("torchvision", name).eval(),
+        regfast.antialias(make("torchvision", name).eval()),
+    )
     expected = dilated(plain)
     assert list(expected) == DILATED[name] and dilated(model) == expected
 
@@ -113,11 +133,14 @@ def test_ssd_finds_the_poolings_of_a_converted_vgg():
         maps = extractor(torch.empty(1, 3, 300, 300))
     pools = [module for module in extractor.modules() if isinstance(module, regfast.MaxPool2dAA)]
     assert [pool.ceil_mode for pool in pools] == [False, False, True, False]
-    assert [tuple(value.shape[2:]) for value in maps.values()] == [(n, n) for n in (38, 19, 10, 5, 3, 1)]
+    assert [tuple(value.shape[2:]) for value in maps.values()] == [
+        (n, n) for n in (38, 19, 10, 5, 3, 1)
+    ]
 
 
 @pytest.mark.parametrize(
-    "library,name", [("torchvision", "vit_b_16"), ("torchvision", "swin_t"), ("timm", "vit_tiny_patch16_224")]
+    "library,name",
+    [("torchvision", "vit_b_16"), ("torchvision", "swin_t"), ("timm", "vit_tiny_patch16_224")],
 )
 def test_patches_are_left_and_reported(library, name):
     try:
@@ -126,7 +149,9 @@ def test_patches_are_left_and_reported(library, name):
         pytest.skip(f"{library}: {absent}")
     with torch.device("meta"):
         model = module.create_model(name) if library == "timm" else getattr(module, name)()
-    reasons = {row.why for row in regfast.antialias_report(regfast.antialias(model, min_channels=0))}
+    reasons = {
+        row.why for row in regfast.antialias_report(regfast.antialias(model, min_channels=0))
+    }
     size = 4 if name == "swin_t" else 16
     assert f"it embeds patches of {size} x {size} that do not overlap" in reasons
     assert ("it moves pixels into channels and drops none" in reasons) == (name == "swin_t")
@@ -221,6 +246,9 @@ def test_timm_s_own_blur_is_the_same_function(name):
     x = torch.randn(2, 3, 64, 64)
     found, expected = ours(x), theirs(x)
     check_same(found, expected)
-    gradients = [torch.autograd.grad(y.sum(), list(model.parameters())) for y, model in ((found, ours), (expected, theirs))]
+    gradients = [
+        torch.autograd.grad(y.sum(), list(model.parameters()))
+        for y, model in ((found, ours), (expected, theirs))
+    ]
     for a, b in zip(*gradients, strict=True):
         assert (a - b).abs().max() <= ROUNDING * b.abs().max() + 1e-6

@@ -49,12 +49,19 @@ def test_it_is_a_blur_and_then_torch_nn_s(rank, arguments):
     stride = arguments.get("stride", arguments["kernel_size"])
     for options in ({}, {"padding_mode": "zeros", "blur_size": 2, "filter": [0.5, 0.25]}):
         size = options.get("blur_size", int(1.7 * stride))
-        before = blur(size, 1, filter=options.get("filter", "binomial"), padding_mode=options.get("padding_mode", "reflect"))
+        before = blur(
+            size,
+            1,
+            filter=options.get("filter", "binomial"),
+            padding_mode=options.get("padding_mode", "reflect"),
+        )
         x = torch.randn(2, 3, *SIDES[rank], requires_grad=True)
         found, expected = ours(**arguments, **options)(x), average(**arguments)(before(x))
         torch.testing.assert_close(found, expected, **ROUNDING)
         grad = torch.randn_like(found)
-        torch.testing.assert_close(*(torch.autograd.grad(y, x, grad)[0] for y in (found, expected)), **ROUNDING)
+        torch.testing.assert_close(
+            *(torch.autograd.grad(y, x, grad)[0] for y in (found, expected)), **ROUNDING
+        )
 
 
 @pytest.mark.parametrize("rank", [2, 3])
@@ -106,7 +113,12 @@ def averages(draw):
     kernel = each(1, 4)
     padding = tuple(draw(st.integers(0, k // 2)) for k in kernel)
     sizes = [draw(st.integers(max(k, 2), 12 if rank < 3 else 6)) for k in kernel]
-    return rank, (kernel, each(1, 4), padding, draw(st.booleans()), draw(st.booleans())), sizes, draw(st.booleans())
+    return (
+        rank,
+        (kernel, each(1, 4), padding, draw(st.booleans()), draw(st.booleans())),
+        sizes,
+        draw(st.booleans()),
+    )
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -145,7 +157,11 @@ def test_layers_compile_export_and_trace(padding):
     torch._dynamo.reset()
     layer, x = regfast.AvgPool2dAA(3, 2, padding), torch.randn(2, 4, 9, 8)
     exported = torch.export.export(layer, (x,)).module()
-    for traced in (torch.compile(layer, fullgraph=True, backend="aot_eager"), exported, torch.fx.symbolic_trace(layer)):
+    for traced in (
+        torch.compile(layer, fullgraph=True, backend="aot_eager"),
+        exported,
+        torch.fx.symbolic_trace(layer),
+    ):
         torch.testing.assert_close(traced(x), layer(x), **ROUNDING)
 
 
@@ -156,10 +172,22 @@ def test_layers_compile_export_and_trace(padding):
         (dict(kernel_size=2.5), TypeError, ["kernel_size", "2.5", "integer"]),
         (dict(kernel_size=3, padding=2), ValueError, ["padding", "2", "half", "kernel_size"]),
         (dict(kernel_size=2, ceil_mode=1), TypeError, ["ceil_mode", "1", "True or False"]),
-        (dict(kernel_size=2, count_include_pad=None), TypeError, ["count_include_pad", "None", "True or False"]),
+        (
+            dict(kernel_size=2, count_include_pad=None),
+            TypeError,
+            ["count_include_pad", "None", "True or False"],
+        ),
         (dict(kernel_size=2, divisor_override=0), ValueError, ["divisor_override", "0"]),
-        (dict(kernel_size=2, divisor_override=2.0), TypeError, ["divisor_override", "2.0", "integer"]),
-        (dict(kernel_size=2, padding_mode="partial"), ValueError, ["padding_mode", "'partial'", "'reflect'"]),
+        (
+            dict(kernel_size=2, divisor_override=2.0),
+            TypeError,
+            ["divisor_override", "2.0", "integer"],
+        ),
+        (
+            dict(kernel_size=2, padding_mode="partial"),
+            ValueError,
+            ["padding_mode", "'partial'", "'reflect'"],
+        ),
     ],
     ids=str,
 )

@@ -39,25 +39,43 @@ ARGUMENTS = [
     (lambda: POOL(2, filter=["binomial"] * 3), ValueError, ["filter", "binomial", "2"]),
     (lambda: POOL(2, filter=[1, 2, 1], blur_size=5), ValueError, ["[1, 2, 1]", "3", "5"]),
     (lambda: POOL(2, filter=3), TypeError, ["filter", "3", "name"]),
-    (lambda: POOL(2, padding_mode="circular"), ValueError, ["padding_mode", "'circular'", "'partial'", "'zeros'"]),
+    (
+        lambda: POOL(2, padding_mode="circular"),
+        ValueError,
+        ["padding_mode", "'circular'", "'partial'", "'zeros'"],
+    ),
     (lambda: POOL(2, activation="gelu"), ValueError, ["activation", "'gelu'", "None", "'relu'"]),
     (lambda: BLUR(3, activation=torch.relu), ValueError, ["activation", "relu", "None", "'relu'"]),
     (lambda: BLUR(0), ValueError, ["kernel_size", "0", "at least 1"]),
     (lambda: BLUR(64), ValueError, ["kernel_size", "64", "31", "no number of channels"]),
     (lambda: BLUR(64, 3, 2), ValueError, ["kernel_size", "64", "31", "no number of channels"]),
-    (lambda: F.blur_pool2d(IMAGE, (3, 32)), ValueError, ["kernel_size", "(3, 32)", "31", "no number of channels"]),
+    (
+        lambda: F.blur_pool2d(IMAGE, (3, 32)),
+        ValueError,
+        ["kernel_size", "(3, 32)", "31", "no number of channels"],
+    ),
     (lambda: BLUR(3, padding="valid"), ValueError, ["padding", "'valid'", "'same'"]),
     (lambda: BLUR(3, padding=-1), ValueError, ["padding", "-1", "at least 0"]),
-    (lambda: BLUR(3, padding_mode="partial"), ValueError, ["padding_mode", "'partial'", "'reflect'", "'zeros'"]),
+    (
+        lambda: BLUR(3, padding_mode="partial"),
+        ValueError,
+        ["padding_mode", "'partial'", "'reflect'", "'zeros'"],
+    ),
     (lambda: BLUR(3, filter=[1, 4, 6, 4, 1]), ValueError, ["5", "3"]),
     (lambda: regfast.BlurLayer(D=4), ValueError, ["D", "4", "1, 2 or 3"]),
     (lambda: regfast.filters.binomial(0), ValueError, ["size", "0", "at least 1"]),
     (lambda: regfast.filters.binomial(2.0), TypeError, ["size", "2.0", "integer"]),
-    (lambda: regfast.backend("cuda").__enter__(), ValueError, ["'cuda'", "'auto'", "'reference'", "'triton'"]),
+    (
+        lambda: regfast.backend("cuda").__enter__(),
+        ValueError,
+        ["'cuda'", "'auto'", "'reference'", "'triton'"],
+    ),
 ]
 
 
-@pytest.mark.parametrize("call,error,words", ARGUMENTS, ids=[" ".join(words) for _, _, words in ARGUMENTS])
+@pytest.mark.parametrize(
+    "call,error,words", ARGUMENTS, ids=[" ".join(words) for _, _, words in ARGUMENTS]
+)
 def test_arguments(call, error, words):
     with pytest.raises(error) as raised:
         call()
@@ -98,7 +116,9 @@ def test_an_image_too_small_for_the_window(path):
             F.blur_pool1d(IMAGE[:, :, 0], 9, padding=0)
 
 
-@pytest.mark.parametrize("wrong", [torch.randn(1, 2, 3, 3), torch.randn(1, 2, 4, 4).double(), torch.randn(2, 4, 4)])
+@pytest.mark.parametrize(
+    "wrong", [torch.randn(1, 2, 3, 3), torch.randn(1, 2, 4, 4).double(), torch.randn(2, 4, 4)]
+)
 def test_ops_refuse_a_gradient_of_another_image(wrong, device):
     """autograd never sends one; whoever calls the ops by hand may, and a kernel would read beyond it."""
     pool, blur = (flatten(module._window) for module in (POOL(2), BLUR(3)))
@@ -107,7 +127,9 @@ def test_ops_refuse_a_gradient_of_another_image(wrong, device):
         torch.ops.regfast.max_blur_pool_backward(wrong, x, *pool)
     activated = flatten(BLUR(3, activation="relu")._window)
     with pytest.raises(ValueError, match="activation must be None, got 'relu'"):
-        torch.ops.regfast.blur_pool_backward(torch.randn(1, 2, 4, 4, device=device), list(x.shape), list(x.stride()), *activated)
+        torch.ops.regfast.blur_pool_backward(
+            torch.randn(1, 2, 4, 4, device=device), list(x.shape), list(x.stride()), *activated
+        )
     if wrong.dtype == x.dtype:
         with pytest.raises(ValueError, match=r"grad must have .*\(1, 2, 4, 4\).*got"):
             torch.ops.regfast.blur_pool_backward(wrong, list(x.shape), list(x.stride()), *blur)
@@ -115,7 +137,10 @@ def test_ops_refuse_a_gradient_of_another_image(wrong, device):
 
 @pytest.mark.parametrize(
     "shape,window",
-    [((1, 2, 4, 4, 4), regfast.MaxPool3dAA(2)._window), ((1, 2, 8, 8), POOL(2, dilation=2)._window)],
+    [
+        ((1, 2, 4, 4, 4), regfast.MaxPool3dAA(2)._window),
+        ((1, 2, 8, 8), POOL(2, dilation=2)._window),
+    ],
     ids=["volumes", "dilation"],
 )
 def test_the_pooling_s_ops_refuse_windows_that_no_one_kernel_computes(shape, window, device):
@@ -142,7 +167,9 @@ def test_the_pooling_s_ops_refuse_windows_that_no_one_kernel_computes(shape, win
 )
 def test_the_blend_s_ops_refuse_what_a_kernel_would_read_beyond(changes, words, device):
     x = torch.randn(4, 2, 5, 5)
-    given = dict(index=torch.arange(4), lam=torch.rand(4), box=None, scale=None, shift=None) | changes
+    given = (
+        dict(index=torch.arange(4), lam=torch.rand(4), box=None, scale=None, shift=None) | changes
+    )
     given = {name: None if value is None else value.to(device) for name, value in given.items()}
     out = given.pop("out", torch.empty_like(x, device=device))
     with pytest.raises(ValueError) as raised:
@@ -162,7 +189,9 @@ def test_triton_where_it_cannot_run_names_the_reason():
         with pytest.raises(RuntimeError, match="meta, not cuda"):
             F.max_blur_pool2d(IMAGE.to("meta"))
         with pytest.raises(RuntimeError, match="functorch"):
-            torch.func.grad(lambda x: F.max_blur_pool2d(x).sum())(IMAGE.cuda() if torch.cuda.is_available() else IMAGE)
+            torch.func.grad(lambda x: F.max_blur_pool2d(x).sum())(
+                IMAGE.cuda() if torch.cuda.is_available() else IMAGE
+            )
 
 
 def test_a_backend_lasts_as_long_as_its_block():

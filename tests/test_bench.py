@@ -32,7 +32,9 @@ import regfast
 BENCH = Path(compare.__file__).parent
 
 
-def outputs_of(contestants: dict, arguments: tuple, inputs: tuple, module: Callable | None = None) -> dict:
+def outputs_of(
+    contestants: dict, arguments: tuple, inputs: tuple, module: Callable | None = None
+) -> dict:
     """What each contestant that needs no compiler gives for the same inputs, and then its gradients.
 
     The arguments are the makers'; `module` makes a contestant's own network, which is an argument too.
@@ -49,9 +51,14 @@ def outputs_of(contestants: dict, arguments: tuple, inputs: tuple, module: Calla
             continue
         torch.manual_seed(1)
         y = step(*own)
-        leaves = [t for t in own if t.requires_grad] + [p for network in networks for p in network.parameters()]
+        leaves = [t for t in own if t.requires_grad] + [
+            p for network in networks for p in network.parameters()
+        ]
         torch.manual_seed(1)
-        found[name] = [y.detach(), *(torch.autograd.grad(y, leaves, torch.randn_like(y)) if y.requires_grad else ())]
+        found[name] = [
+            y.detach(),
+            *(torch.autograd.grad(y, leaves, torch.randn_like(y)) if y.requires_grad else ()),
+        ]
     assert {"regfast"} < found.keys()
     return found
 
@@ -64,24 +71,32 @@ def test_poolings_compute_the_same(bench, window) -> None:
     """But for the baseline, which does not blur, and for the border, where each has its own mode."""
     baseline, *names = bench.CONTESTANTS
     contestants = {name: bench.CONTESTANTS[name] for name in names}
-    found = outputs_of(contestants, (3, *window), (timing.images((2, 3, 17, 16), "NCHW", "float32").cpu(),))
+    found = outputs_of(
+        contestants, (3, *window), (timing.images((2, 3, 17, 16), "NCHW", "float32").cpu(),)
+    )
     assert baseline.startswith("nn.")
     for name, (y, _) in found.items():
         assert y.shape == found["regfast"][0].shape, name
-        assert torch.allclose(y[..., 1:-1, 1:-1], found["regfast"][0][..., 1:-1, 1:-1], atol=1e-6), name
+        assert torch.allclose(
+            y[..., 1:-1, 1:-1], found["regfast"][0][..., 1:-1, 1:-1], atol=1e-6
+        ), name
 
 
 @pytest.fixture
 def swapped(monkeypatch: pytest.MonkeyPatch) -> None:
     """Random partners in a batch of two are swapped, as a flip and a roll swap them; every lam drawn is `LAM`."""
     monkeypatch.setattr(torch, "randperm", lambda n, **_: torch.arange(n).flip(0))
-    monkeypatch.setattr(regfast.manifold, "beta", lambda alpha, size, generator: torch.full(size, bench_mixup.LAM))
+    monkeypatch.setattr(
+        regfast.manifold, "beta", lambda alpha, size, generator: torch.full(size, bench_mixup.LAM)
+    )
     monkeypatch.setattr("numpy.random.beta", lambda a, b: bench_mixup.LAM)
     try:
         transforms = load("torchvision.transforms.v2")
     except AbsentError:
         return
-    monkeypatch.setattr(transforms.MixUp, "make_params", lambda self, inputs: dict(lam=bench_mixup.LAM))
+    monkeypatch.setattr(
+        transforms.MixUp, "make_params", lambda self, inputs: dict(lam=bench_mixup.LAM)
+    )
 
 
 @pytest.mark.parametrize("format", ["NCHW", "NHWC"])
@@ -90,7 +105,9 @@ def test_blends_compute_the_same(bytes_in: bool, format: str, swapped: None) -> 
     """To rounding, which comes in another order where the images are normalised."""
     shape = (2, 3, 13, 12)
     if bytes_in:
-        found = outputs_of(bench_mixup.BYTES_CONTESTANTS, ("float32",), bench_mixup.draw_bytes(shape, format))
+        found = outputs_of(
+            bench_mixup.BYTES_CONTESTANTS, ("float32",), bench_mixup.draw_bytes(shape, format)
+        )
     else:
         inputs = timing.images(shape, format, "float32"), *bench_mixup.partners(2)
         found = outputs_of(bench_mixup.CONTESTANTS, (), inputs)
@@ -100,7 +117,9 @@ def test_blends_compute_the_same(bytes_in: bool, format: str, swapped: None) -> 
             assert torch.allclose(y, expected, atol=2e-6), name
 
 
-@pytest.mark.parametrize(("shape", "format"), [((6, 10), "NC"), ((2, 5, 4, 3), "NCHW"), ((2, 5, 4, 3), "NHWC")])
+@pytest.mark.parametrize(
+    ("shape", "format"), [((6, 10), "NC"), ((2, 5, 4, 3), "NCHW"), ((2, 5, 4, 3), "NHWC")]
+)
 def test_losses_compute_the_same(shape: tuple[int, ...], format: str) -> None:
     contestants = dict(bench_mixup_cross_entropy.CONTESTANTS)
     if len(shape) > 2:
@@ -144,7 +163,9 @@ def test_networks_are_those_they_are_named_after() -> None:
     assert torch.allclose(found["timm"], found["timm with regfast's blur"])
     assert not torch.allclose(found["plain"], found["regfast"])
     for name in ("regfast", "regfast before", "timm"):
-        assert all(torch.equal(weights[name][key], value) for key, value in weights["plain"].items())
+        assert all(
+            torch.equal(weights[name][key], value) for key, value in weights["plain"].items()
+        )
 
 
 def test_training_steps_compute_the_same(swapped: None) -> None:
@@ -162,11 +183,15 @@ def test_training_steps_compute_the_same(swapped: None) -> None:
     for name, (loss, *gradients) in found.items():
         assert torch.allclose(loss, found["regfast"][0], rtol=1e-5), name
         for gradient, expected in zip(gradients, found["regfast"][1:], strict=True):
-            assert torch.allclose(gradient, expected, rtol=1e-3, atol=1e-5 * expected.abs().max()), name
+            assert torch.allclose(
+                gradient, expected, rtol=1e-3, atol=1e-5 * expected.abs().max()
+            ), name
 
 
 def test_every_operation_has_its_file() -> None:
-    assert {f"bench_{name}.py" for name in regfast.ops.OPERATIONS} <= {file.name for file in BENCH.glob("bench_*.py")}
+    assert {f"bench_{name}.py" for name in regfast.ops.OPERATIONS} <= {
+        file.name for file in BENCH.glob("bench_*.py")
+    }
 
 
 def test_bytes_are_those_that_must_move() -> None:
@@ -226,9 +251,24 @@ def run(*command: str | Path) -> str:
 
 
 def test_a_file_runs_with_the_options_of_pytest_benchmark(tmp_path: Path) -> None:
-    file, few = "bench/bench_mixup_cross_entropy.py", ["-k", "(two-term or regfast) and not compiled"]
-    short = ["--benchmark-max-time=0.01", "--benchmark-min-rounds=2", f"--benchmark-storage={tmp_path}"]
-    run("-m", "pytest", file, *few, *short, "--benchmark-autosave", f"--benchmark-json={tmp_path / 'now.json'}")
+    file, few = (
+        "bench/bench_mixup_cross_entropy.py",
+        ["-k", "(two-term or regfast) and not compiled"],
+    )
+    short = [
+        "--benchmark-max-time=0.01",
+        "--benchmark-min-rounds=2",
+        f"--benchmark-storage={tmp_path}",
+    ]
+    run(
+        "-m",
+        "pytest",
+        file,
+        *few,
+        *short,
+        "--benchmark-autosave",
+        f"--benchmark-json={tmp_path / 'now.json'}",
+    )
     recorded = json.loads((tmp_path / "now.json").read_text())
     assert [(b["group"], b["params"]["contestant"]) for b in recorded["benchmarks"]] == [
         (f"test_mixup_cross_entropy[1024x1000-NC-float32-{direction}]", contestant)
@@ -243,7 +283,15 @@ def test_a_file_runs_with_the_options_of_pytest_benchmark(tmp_path: Path) -> Non
         assert info["gb_per_s"] == pytest.approx(1e-9 * info["bytes"] / seconds)
         assert ("saved_bytes" in info) == (benchmark["params"]["direction"] != "forward")
         assert len(benchmark["stats"]["data"]) >= 2
-    printed = run("-m", "pytest", file, *few, *short, "--benchmark-compare", "--benchmark-group-by=param:direction")
+    printed = run(
+        "-m",
+        "pytest",
+        file,
+        *few,
+        *short,
+        "--benchmark-compare",
+        "--benchmark-group-by=param:direction",
+    )
     assert "benchmark 'direction=forward': 4 tests" in printed
     assert "(0001_" in printed and "(NOW)" in printed
 
@@ -281,16 +329,28 @@ def test_absent_and_failing_contestants_are_named_and_the_others_go_on(tmp_path:
     """In a report of two passes."""
     file = tmp_path / "bench_toy.py"
     file.write_text(TOY)
-    short = ["--benchmark-max-time=0.001", "--benchmark-min-rounds=1", "-p", "conftest", f"--rootdir={tmp_path}"]
+    short = [
+        "--benchmark-max-time=0.001",
+        "--benchmark-min-rounds=1",
+        "-p",
+        "conftest",
+        f"--rootdir={tmp_path}",
+    ]
     printed = run(BENCH / "compare.py", "--passes=2", f"--out={tmp_path}", file, *short)
     rows = json.loads((tmp_path / "report.json").read_text())
     timed = ["nn.ReLU", "regfast", "no such gradient"]
     assert sorted((row["problem"], row["contestant"]) for row in rows) == sorted(
-        [("test_toy[forward]", name) for name in timed] + [("test_toy[forward+backward]", name) for name in timed[:2]]
+        [("test_toy[forward]", name) for name in timed]
+        + [("test_toy[forward+backward]", name) for name in timed[:2]]
     )
     assert all(row["passes"] == 2 and "of_copy" not in row for row in rows)
-    assert "absent: test_toy, no such library, not installed: No module named 'no_such_library' (4 times)" in printed
-    assert "errors: test_toy, no such gradient, ArithmeticError: no such gradient (2 times)" in printed
+    assert (
+        "absent: test_toy, no such library, not installed: No module named 'no_such_library' (4 times)"
+        in printed
+    )
+    assert (
+        "errors: test_toy, no such gradient, ArithmeticError: no such gradient (2 times)" in printed
+    )
 
 
 def recorded(file: Path, seconds: dict[str, float], **more: object) -> str:
@@ -299,18 +359,28 @@ def recorded(file: Path, seconds: dict[str, float], **more: object) -> str:
         {
             "group": "test_toy[forward]",
             "params": {"contestant": name},
-            "extra_info": {"how": "cpu", "baseline": "plain", "of_copy": 0.25 / median, "saved_bytes": 2**20},
+            "extra_info": {
+                "how": "cpu",
+                "baseline": "plain",
+                "of_copy": 0.25 / median,
+                "saved_bytes": 2**20,
+            },
             "stats": {"median": median},
         }
         for name, median in seconds.items()
     ]
-    about = {"machine_info": {"device": "abacus", "versions": {"torch": "9"}}, "datetime": "2026-01-01T00:00:00"}
+    about = {
+        "machine_info": {"device": "abacus", "versions": {"torch": "9"}},
+        "datetime": "2026-01-01T00:00:00",
+    }
     about |= {"commit_info": {"id": "c0ffee", "dirty": True}, "absent": [], "errors": []}
     file.write_text(json.dumps(about | {"benchmarks": benchmarks} | more))
     return str(file)
 
 
-def test_a_report_has_medians_of_passes_and_of_their_ratios(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_report_has_medians_of_passes_and_of_their_ratios(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     """The ratios are 1/1, 6/2 and 4/4, whose median is not the medians' ratio, 4/2."""
     passes = [
         recorded(tmp_path / "1.json", {"regfast": 1.0, "plain": 1.0, "slow": 9.0}),
@@ -326,15 +396,34 @@ def test_a_report_has_medians_of_passes_and_of_their_ratios(tmp_path: Path, caps
     ]
     printed = capsys.readouterr().out
     assert printed.strip() == (tmp_path / "report.md").read_text().strip()
-    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines() if line.startswith("|")]
-    assert cells[0] == ["problem", "contestant", "how", "time, us", "ratio", "of copy", "saved, MiB"]
+    cells = [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in printed.splitlines()
+        if line.startswith("|")
+    ]
+    assert cells[0] == [
+        "problem",
+        "contestant",
+        "how",
+        "time, us",
+        "ratio",
+        "of copy",
+        "saved, MiB",
+    ]
     assert cells[2] == ["test_toy[forward]", "plain", "cpu", "2000000.0", "1.00", "12%", "1.00"]
     assert cells[3][:3] == ["", "regfast", "cpu"]
-    for note in ("device: abacus", "versions: torch 9", "commit: c0ffee, with uncommitted changes", "passes: 3, 2026"):
+    for note in (
+        "device: abacus",
+        "versions: torch 9",
+        "commit: c0ffee, with uncommitted changes",
+        "passes: 3, 2026",
+    ):
         assert note in printed
 
 
-def test_a_report_says_that_a_device_is_not_trusted_and_needs_no_baseline(tmp_path: Path, capsys) -> None:
+def test_a_report_says_that_a_device_is_not_trusted_and_needs_no_baseline(
+    tmp_path: Path, capsys
+) -> None:
     check = {"check": {"trusted": False, "empty_kernel_us": 40.0}}
     machine = {"device": "abacus", "versions": {}} | check
     file = recorded(tmp_path / "1.json", {"regfast": 1.0}, machine_info=machine)
@@ -343,8 +432,12 @@ def test_a_report_says_that_a_device_is_not_trusted_and_needs_no_baseline(tmp_pa
     assert "ratio" not in json.loads((tmp_path / "report.json").read_text())[0]
 
 
-@pytest.mark.parametrize(("contestant", "status"), [("kornia", 0), ("regfast", 1), ("regfast compiled", 1)])
-def test_the_status_is_bad_where_regfast_failed_or_nothing_ran(tmp_path: Path, contestant: str, status: int) -> None:
+@pytest.mark.parametrize(
+    ("contestant", "status"), [("kornia", 0), ("regfast", 1), ("regfast compiled", 1)]
+)
+def test_the_status_is_bad_where_regfast_failed_or_nothing_ran(
+    tmp_path: Path, contestant: str, status: int
+) -> None:
     errors = [["test_toy[forward]", contestant, "ArithmeticError: no"]]
     file = recorded(tmp_path / "1.json", {"plain": 1.0}, errors=errors)
     assert compare.main(["--from", file, "--out", str(tmp_path)]) == status

@@ -30,8 +30,13 @@ FORMATS = [torch.preserve_format, torch.contiguous_format, torch.channels_last]
 # Sums of a few terms of order one, in an order of their own.
 FLOAT32 = dict(rtol=1e-5, atol=1e-5)
 # One rounding to the dtype of values below 4, after float32. (The interpreter truncates to bfloat16, hence a whole unit.)
-HALF = {torch.float16: dict(rtol=2.0**-10, atol=1e-5), torch.bfloat16: dict(rtol=2.0**-7, atol=1e-5)}
-PERMUTATION, INVOLUTION, REPEATS = (torch.tensor(index) for index in ([2, 0, 3, 1], [1, 0, 3, 2], [1, 1, 3, 1]))
+HALF = {
+    torch.float16: dict(rtol=2.0**-10, atol=1e-5),
+    torch.bfloat16: dict(rtol=2.0**-7, atol=1e-5),
+}
+PERMUTATION, INVOLUTION, REPEATS = (
+    torch.tensor(index) for index in ([2, 0, 3, 1], [1, 0, 3, 2], [1, 1, 3, 1])
+)
 paths = pytest.mark.parametrize("path", ["reference", "triton"])
 
 
@@ -57,11 +62,15 @@ def tensors(device, *values):
 @pytest.mark.parametrize("memory_format", FORMATS, ids=str)
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("box", [False, True], ids=["blended", "boxes"])
-def test_uint8_images_come_out_normalised(box, channels_last, memory_format, path, on_path, device, poisoned):
+def test_uint8_images_come_out_normalised(
+    box, channels_last, memory_format, path, on_path, device, poisoned
+):
     x = images(device, channels_last)
     index, lam, boxes = tensors(device, PERMUTATION, LAM, BOXES)
     boxes[1] = torch.tensor([0, 5, 0, 16])
-    y = mixup(x, index, lam, box=boxes if box else None, mean=MEAN, std=STD, memory_format=memory_format)
+    y = mixup(
+        x, index, lam, box=boxes if box else None, mean=MEAN, std=STD, memory_format=memory_format
+    )
     given = boxes.tolist() if box else [None] * 4
     expected = oracle.mixup(x.cpu().numpy() / 255.0, PERMUTATION.tolist(), LAM, given, MEAN, STD)
     assert y.dtype == torch.float32
@@ -74,12 +83,18 @@ def test_uint8_images_come_out_normalised(box, channels_last, memory_format, pat
 def test_uint8_images_come_out_in_half_precision(dtype, path, on_path, device):
     x, (index, mean, std) = images(device, True), tensors(device, PERMUTATION, MEAN, STD)
     y = mixup(x, index, 0.3, mean=mean, std=std, dtype=dtype)
-    expected = oracle.mixup(x.cpu().numpy() / 255.0, PERMUTATION.tolist(), [0.3] * 4, [None] * 4, MEAN, STD)
+    expected = oracle.mixup(
+        x.cpu().numpy() / 255.0, PERMUTATION.tolist(), [0.3] * 4, [None] * 4, MEAN, STD
+    )
     assert y.dtype == dtype and y.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(y.cpu().float(), torch.from_numpy(expected).float(), **HALF[dtype])
     plain = mixup(x, index, 0.3, dtype=dtype)
-    expected = oracle.mixup(x.cpu().numpy() / 255.0, PERMUTATION.tolist(), [0.3] * 4, [None] * 4, 0.0, 1.0)
-    torch.testing.assert_close(plain.cpu().float(), torch.from_numpy(expected).float(), **HALF[dtype])
+    expected = oracle.mixup(
+        x.cpu().numpy() / 255.0, PERMUTATION.tolist(), [0.3] * 4, [None] * 4, 0.0, 1.0
+    )
+    torch.testing.assert_close(
+        plain.cpu().float(), torch.from_numpy(expected).float(), **HALF[dtype]
+    )
 
 
 # Bytes are blended in float32, in another order than the oracle's: some roundings of values below 4.
@@ -90,7 +105,9 @@ BYTES = dict(rtol=2.0**-21, atol=2.0**-21)
 @pytest.mark.parametrize("channels", [1, 2, 3, 4, 5, 16, 64])
 @pytest.mark.parametrize("memory_format", FORMATS[1:], ids=str)
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
-def test_bytes_of_any_number_of_channels(channels, channels_last, memory_format, path, on_path, device, poisoned):
+def test_bytes_of_any_number_of_channels(
+    channels, channels_last, memory_format, path, on_path, device, poisoned
+):
     """Each channel's numbers are its own, within a format and across; sizes that fill no block."""
     shape = (3, channels, 23, 31) if channels < 16 else (3, channels, 7, 24)
     x = torch.randint(256, shape, dtype=torch.uint8, device=device)
@@ -98,7 +115,9 @@ def test_bytes_of_any_number_of_channels(channels, channels_last, memory_format,
     mean, std = [0.1 + 0.01 * c for c in range(channels)], [0.5 + 0.01 * c for c in range(channels)]
     index, lam = tensors(device, [2, 0, 1], [0.0, 0.3, 1.0])
     y = mixup(x, index, lam, mean=mean, std=std, memory_format=memory_format)
-    expected = oracle.mixup(x.cpu().numpy() / 255.0, [2, 0, 1], [0.0, 0.3, 1.0], [None] * 3, mean, std)
+    expected = oracle.mixup(
+        x.cpu().numpy() / 255.0, [2, 0, 1], [0.0, 0.3, 1.0], [None] * 3, mean, std
+    )
     assert y.is_contiguous(memory_format=memory_format)
     torch.testing.assert_close(y.cpu(), torch.from_numpy(expected).float(), **BYTES)
 
@@ -111,23 +130,38 @@ def test_every_pair_of_bytes(path, on_path, device):
     for lam in (0.0, 0.3, 1.0):
         y = mixup(x, torch.tensor([1, 0], device=device), lam, dtype=torch.float32)
         wide = x.double() / 255
-        torch.testing.assert_close(y.double(), lam * wide + (1 - lam) * wide.flip(0), rtol=3e-7, atol=0)
+        torch.testing.assert_close(
+            y.double(), lam * wide + (1 - lam) * wide.flip(0), rtol=3e-7, atol=0
+        )
 
 
 @pytest.mark.parametrize("box", [False, True], ids=["blended", "boxes"])
 @pytest.mark.parametrize("memory_format", FORMATS[1:], ids=str)
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float16, torch.float32], ids=str)
-def test_a_program_has_several_samples(dtype, memory_format, box, device, kernels, monkeypatch, poisoned):
+def test_a_program_has_several_samples(
+    dtype, memory_format, box, device, kernels, monkeypatch, poisoned
+):
     """As of a large batch: the last program has fewer. Each sample has its own partner, lam and box, or none that exists."""
     from regfast.kernels import mixup as module
 
     monkeypatch.setattr(module, "PROGRAMS", 1)
     shape = (11, 3, 19, 37)
-    x = (torch.randint(256, shape) if dtype == torch.uint8 else torch.randn(shape)).to(device, dtype)
+    x = (torch.randint(256, shape) if dtype == torch.uint8 else torch.randn(shape)).to(
+        device, dtype
+    )
     index = torch.randperm(11, device=device)
-    lam, boxes = torch.rand(11, device=device), torch.tensor([2, 9, 3, 30], device=device).repeat(11, 1)
+    lam, boxes = (
+        torch.rand(11, device=device),
+        torch.tensor([2, 9, 3, 30], device=device).repeat(11, 1),
+    )
     boxes[::3] = -1
-    arguments = dict(mean=MEAN, std=STD, box=boxes if box else None, dtype=torch.float32, memory_format=memory_format)
+    arguments = dict(
+        mean=MEAN,
+        std=STD,
+        box=boxes if box else None,
+        dtype=torch.float32,
+        memory_format=memory_format,
+    )
     y = mixup(x, index, lam, **arguments)
     with regfast.backend("reference"):
         expected = mixup(x, index, lam, **arguments)
@@ -144,7 +178,10 @@ def test_pairs_in_place_where_a_program_has_several_samples(device, kernels, mon
     from regfast.kernels import mixup as module
 
     monkeypatch.setattr(module, "PROGRAMS", 1)
-    x, index = torch.randn(11, 3, 700, device=device).half(), torch.tensor([3, 1, 10, 0, 7, 9, 8, 4, 6, 5, 2], device=device)
+    x, index = (
+        torch.randn(11, 3, 700, device=device).half(),
+        torch.tensor([3, 1, 10, 0, 7, 9, 8, 4, 6, 5, 2], device=device),
+    )
     lam = torch.rand(11, device=device)
     expected = mixup(x, index, lam)
     mixup(x, index, lam, out=x)
@@ -153,9 +190,16 @@ def test_pairs_in_place_where_a_program_has_several_samples(device, kernels, mon
 
 @paths
 @pytest.mark.parametrize(
-    "given,wanted", [(torch.float16, torch.float32), (torch.float32, torch.float64), (torch.float64, torch.float32)]
+    "given,wanted",
+    [
+        (torch.float16, torch.float32),
+        (torch.float32, torch.float64),
+        (torch.float64, torch.float32),
+    ],
 )
-def test_the_result_has_the_dtype_asked_for_and_the_gradient_x_s(given, wanted, path, on_path, device):
+def test_the_result_has_the_dtype_asked_for_and_the_gradient_x_s(
+    given, wanted, path, on_path, device
+):
     x = torch.randn(4, 3, 5, device=device).to(given).requires_grad_()
     y = mixup(x, PERMUTATION.to(device), 0.3, dtype=wanted)
     assert y.dtype == wanted
@@ -163,7 +207,9 @@ def test_the_result_has_the_dtype_asked_for_and_the_gradient_x_s(given, wanted, 
     torch.testing.assert_close(y.double(), 0.3 * wide + 0.7 * wide[PERMUTATION], **FLOAT32)
     (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
     assert dx.dtype == given
-    torch.testing.assert_close(dx, torch.ones_like(dx), **FLOAT32 if given != torch.float16 else HALF[given])
+    torch.testing.assert_close(
+        dx, torch.ones_like(dx), **FLOAT32 if given != torch.float16 else HALF[given]
+    )
 
 
 @paths
@@ -175,7 +221,9 @@ def test_the_gradient_is_the_transpose_of_the_blend(index, path, on_path, device
     np.add.at(matrix, (np.arange(4), index.numpy()), 1 - lam)
     x, g = torch.randn(4, 6, device=device, requires_grad=True), torch.randn(4, 6, device=device)
     (dx,) = torch.autograd.grad(mixup(x, index.to(device), torch.tensor(LAM, device=device)), x, g)
-    torch.testing.assert_close(dx.cpu(), torch.from_numpy(matrix.T @ g.cpu().double().numpy()).float(), **FLOAT32)
+    torch.testing.assert_close(
+        dx.cpu(), torch.from_numpy(matrix.T @ g.cpu().double().numpy()).float(), **FLOAT32
+    )
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
@@ -235,9 +283,13 @@ def test_a_weight_of_zero_reads_nothing(dtype, lam, box, path, on_path, device):
     for index in (PERMUTATION.to(device), REPEATS.to(device)):
         leaf = x.clone().requires_grad_()
         y = mixup(leaf, index, lam, box=box)
-        torch.testing.assert_close(y.detach(), mixed_by_hand(x, index, lam, box), rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(
+            y.detach(), mixed_by_hand(x, index, lam, box), rtol=0, atol=0, equal_nan=True
+        )
         with torch.no_grad():
-            torch.testing.assert_close(mixup(x, index, lam, box=box), y, rtol=0, atol=0, equal_nan=True)
+            torch.testing.assert_close(
+                mixup(x, index, lam, box=box), y, rtol=0, atol=0, equal_nan=True
+            )
         (dx,) = torch.autograd.grad(y, leaf, g)
         # By autograd of plain slices, which read nothing that they do not hold.
         plain = x.double().requires_grad_()
@@ -260,8 +312,12 @@ def test_a_weight_of_zero_reads_nothing_in_place(lam, path, on_path, device):
 def test_a_weight_of_zero_reads_nothing_in_a_compiled_graph(lam, differentiated):
     x, lam = awkward(4, 3, 6, 5).requires_grad_(differentiated), WEIGHTS[lam]
     torch._dynamo.reset()
-    compiled = torch.compile(lambda x, lam: mixup(x, REPEATS, lam), fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x, lam), mixed_by_hand(x, REPEATS, lam, None), equal_nan=True, **FLOAT32)
+    compiled = torch.compile(
+        lambda x, lam: mixup(x, REPEATS, lam), fullgraph=True, backend="aot_eager"
+    )
+    torch.testing.assert_close(
+        compiled(x, lam), mixed_by_hand(x, REPEATS, lam, None), equal_nan=True, **FLOAT32
+    )
 
 
 @pytest.mark.parametrize("weight", [0.0, 1.0])
@@ -291,13 +347,29 @@ class NoFloat64(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.uint8], ids=str)
-@pytest.mark.parametrize("lam", [torch.tensor(0.25, dtype=torch.float64), torch.rand(4, dtype=torch.float64), np.random.rand(4)])
+@pytest.mark.parametrize(
+    "lam",
+    [
+        torch.tensor(0.25, dtype=torch.float64),
+        torch.rand(4, dtype=torch.float64),
+        np.random.rand(4),
+    ],
+)
 def test_no_float64_is_sent_to_a_device(lam, dtype):
     x, index = torch.zeros(4, 3, 6, 5, dtype=dtype, device="meta"), PERMUTATION
-    labels, logits = torch.zeros(4, dtype=torch.int64, device="meta"), torch.zeros(4, 3, device="meta")
+    labels, logits = (
+        torch.zeros(4, dtype=torch.int64, device="meta"),
+        torch.zeros(4, 3, device="meta"),
+    )
     with NoFloat64():
         assert mixup(x, index, lam, mean=np.array(MEAN), std=STD).is_meta
-        assert mixup(x, index, lam, mean=torch.tensor(MEAN, dtype=torch.float64), std=torch.ones(3, device="meta")).is_meta
+        assert mixup(
+            x,
+            index,
+            lam,
+            mean=torch.tensor(MEAN, dtype=torch.float64),
+            std=torch.ones(3, device="meta"),
+        ).is_meta
         assert mixup(x, index, 0.5, mean=torch.zeros(3, device="meta"), std=np.float64(0.5)).is_meta
         for arguments in ({}, {"cutmix_alpha": 1.0, "per_sample": True}):
             mix = regfast.MixUp(1.0, mean=MEAN, std=STD, dtype=torch.float16, **arguments)
@@ -374,8 +446,12 @@ def test_out_may_be_another_part_of_the_same_memory(device):
 @paths
 def test_bytes_become_float64_in_float64(path, on_path, device):
     x, index = images(device, False), PERMUTATION.to(device)
-    y = mixup(x, index, torch.tensor(0.3, dtype=torch.float64), mean=MEAN, std=STD, dtype=torch.float64)
-    expected = oracle.mixup(x.cpu().numpy() / 255.0, PERMUTATION.tolist(), [0.3] * 4, [None] * 4, MEAN, STD)
+    y = mixup(
+        x, index, torch.tensor(0.3, dtype=torch.float64), mean=MEAN, std=STD, dtype=torch.float64
+    )
+    expected = oracle.mixup(
+        x.cpu().numpy() / 255.0, PERMUTATION.tolist(), [0.3] * 4, [None] * 4, MEAN, STD
+    )
     torch.testing.assert_close(y.cpu(), torch.from_numpy(expected), rtol=1e-12, atol=1e-12)
 
 
@@ -392,7 +468,14 @@ def test_an_empty_batch_stays_one(path, device):
 def test_int32_indices_and_numbers_of_other_kinds():
     x = torch.randn(4, 3)
     expected = mixup(x, PERMUTATION, 0.5)
-    numbers = np.float32(0.5), np.float64(0.5), np.array(0.5), np.full(4, 0.5), np.full(4, 0.5, np.float16), Fraction(1, 2)
+    numbers = (
+        np.float32(0.5),
+        np.float64(0.5),
+        np.array(0.5),
+        np.full(4, 0.5),
+        np.full(4, 0.5, np.float16),
+        Fraction(1, 2),
+    )
     for lam in (*numbers, torch.tensor(0.5, dtype=torch.float64)):
         torch.testing.assert_close(mixup(x, PERMUTATION.int(), lam), expected, **FLOAT32)
     y = mixup(x, PERMUTATION, 1)
@@ -404,7 +487,9 @@ def test_int32_indices_and_numbers_of_other_kinds():
 @pytest.mark.parametrize("each", [False, True], ids=["scalar", "each"])
 def test_lam_has_a_gradient(each, box):
     x = torch.randn(4, 2, 6, 5, dtype=torch.float64, requires_grad=True)
-    lam = torch.tensor([0.25, 0.5, 0.75, 0.1] if each else 0.4, dtype=torch.float64, requires_grad=True)
+    lam = torch.tensor(
+        [0.25, 0.5, 0.75, 0.1] if each else 0.4, dtype=torch.float64, requires_grad=True
+    )
     box = None if box is None else torch.tensor(BOXES)
 
     def function(x, lam):
@@ -426,24 +511,37 @@ def test_boxes_and_normalisation_of_numpy():
     x, box = torch.rand(4, 3, 6, 5), np.array([1, 3, 0, 2])
     assert mixup(x, PERMUTATION, 0.5, box=box).equal(mixup(x, PERMUTATION, 0.5, box=(1, 3, 0, 2)))
     expected = mixup(x, PERMUTATION, 0.5, mean=MEAN, std=STD)
-    for mean, std in ((np.array(MEAN), np.array(STD)), ([np.float64(m) for m in MEAN], torch.tensor(STD))):
-        torch.testing.assert_close(mixup(x, PERMUTATION, 0.5, mean=mean, std=std), expected, **FLOAT32)
+    for mean, std in (
+        (np.array(MEAN), np.array(STD)),
+        ([np.float64(m) for m in MEAN], torch.tensor(STD)),
+    ):
+        torch.testing.assert_close(
+            mixup(x, PERMUTATION, 0.5, mean=mean, std=std), expected, **FLOAT32
+        )
     half = np.float32(0.5)
-    assert mixup(x, PERMUTATION, 0.5, mean=half, std=half).equal(mixup(x, PERMUTATION, 0.5, mean=0.5, std=0.5))
+    assert mixup(x, PERMUTATION, 0.5, mean=half, std=half).equal(
+        mixup(x, PERMUTATION, 0.5, mean=0.5, std=0.5)
+    )
 
 
 def test_a_compiled_graph_follows_lam_and_index_and_compiles_once():
     counter = CompileCounter()
-    compiled = torch.compile(lambda x, index, lam: mixup(x, index, lam).relu(), fullgraph=True, backend=counter)
+    compiled = torch.compile(
+        lambda x, index, lam: mixup(x, index, lam).relu(), fullgraph=True, backend=counter
+    )
     x = torch.randn(4, 3, 8, 8)
     for index in (PERMUTATION, INVOLUTION, REPEATS):
         for lam in torch.tensor([0.0, 0.3, 0.9]):
-            torch.testing.assert_close(compiled(x, index, lam), mixup(x, index, lam).relu(), **FLOAT32)
+            torch.testing.assert_close(
+                compiled(x, index, lam), mixup(x, index, lam).relu(), **FLOAT32
+            )
     assert counter.frame_count == 1
 
 
 def test_a_compiled_graph_writes_in_place():
-    compiled = torch.compile(lambda x, index, lam: mixup(x, index, lam, out=x), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(
+        lambda x, index, lam: mixup(x, index, lam, out=x), fullgraph=True, backend="aot_eager"
+    )
     x, lam = torch.randn(4, 3, 8, 8), torch.tensor(0.3)
     expected = mixup(x, INVOLUTION, lam)
     torch.testing.assert_close(compiled(x, INVOLUTION, lam), expected, **FLOAT32)
@@ -465,7 +563,9 @@ def test_values_are_looked_at_on_the_host_alone():
     assert not may_read(torch.zeros(2, device="meta"))
     with regfast.debug():
         assert not may_read(torch.zeros(2, device="meta"))
-    torch.func.vmap(lambda t: t if may_read(t) is False else pytest.fail("a transform's tensor was read"))(torch.zeros(2))
+    torch.func.vmap(
+        lambda t: t if may_read(t) is False else pytest.fail("a transform's tensor was read")
+    )(torch.zeros(2))
     with torch._subclasses.FakeTensorMode():
         assert not may_read(torch.zeros(2))
 
@@ -511,7 +611,9 @@ def test_counting_sorts_as_torch_does(dtype, device, kernels, monkeypatch):
 
     index = torch.randint(-3, 45, (41,), device=device).to(dtype)
     order = torch.full((2 * 41 + 1,), -7, dtype=torch.int32, device=device)
-    module._order_kernel[(-(-42 // module.ORDER_ROWS),)](index, order, 41, ROWS=module.ORDER_ROWS, BLOCK=16)
+    module._order_kernel[(-(-42 // module.ORDER_ROWS),)](
+        index, order, 41, ROWS=module.ORDER_ROWS, BLOCK=16
+    )
     assert torch.equal(order, module._sorted(index))
     x, index = torch.randn(41, 3, device=device, requires_grad=True), index.clamp(0, 40)
     gradients = []
@@ -574,11 +676,17 @@ ARGUMENTS = [
     (lambda: mixup(X, INVOLUTION, LEAF[0, 0, 0, 0].sigmoid(), out=X), ValueError, ["out=", "lam requires"]),
     (lambda: mixup(X, INVOLUTION, 0.5, memory_format=torch.channels_last, out=X), ValueError, ["out", "memory_format"]),
 ]  # fmt: skip
-WIDE, ONE, LEAF = torch.randn(5, 3, 6, 5), torch.randn(1, 3, 6, 5).expand(4, 3, 6, 5), torch.randn(4, 3, 6, 5, requires_grad=True)
+WIDE, ONE, LEAF = (
+    torch.randn(5, 3, 6, 5),
+    torch.randn(1, 3, 6, 5).expand(4, 3, 6, 5),
+    torch.randn(4, 3, 6, 5, requires_grad=True),
+)
 
 
 @paths
-@pytest.mark.parametrize("call,error,words", ARGUMENTS, ids=[" ".join(words) for _, _, words in ARGUMENTS])
+@pytest.mark.parametrize(
+    "call,error,words", ARGUMENTS, ids=[" ".join(words) for _, _, words in ARGUMENTS]
+)
 def test_bad_input_is_named_and_nothing_is_written(call, error, words, path):
     before = X.clone()
     with regfast.backend(path), pytest.raises(error) as raised:
@@ -594,14 +702,20 @@ def calls(draw):
     shape = (batch, *(draw(st.sampled_from([1, 2, 3, 5, 16, 17])) for _ in range(rank - 1)))
     order = [0, *draw(st.permutations(range(1, rank)))]
     dtype = draw(st.sampled_from([torch.float32, torch.float64, torch.uint8]))
-    arguments: dict = {"index": torch.tensor([draw(st.integers(0, batch - 1)) for _ in range(batch)])}
+    arguments: dict = {
+        "index": torch.tensor([draw(st.integers(0, batch - 1)) for _ in range(batch)])
+    }
     arguments["lam"] = draw(st.sampled_from([0.25, torch.tensor(0.5), torch.rand(batch)]))
     if rank >= 2 and (dtype == torch.uint8 or draw(st.booleans())):
-        arguments |= dict(mean=draw(st.sampled_from([0.5, torch.rand(shape[1])])), std=torch.rand(shape[1]) + 0.5)
+        arguments |= dict(
+            mean=draw(st.sampled_from([0.5, torch.rand(shape[1])])), std=torch.rand(shape[1]) + 0.5
+        )
     elif dtype == torch.uint8:
         arguments["dtype"] = torch.float32
     if rank >= 4 and draw(st.booleans()):
-        edges = [sorted((draw(st.integers(0, size)), draw(st.integers(0, size)))) for size in shape[-2:]]
+        edges = [
+            sorted((draw(st.integers(0, size)), draw(st.integers(0, size)))) for size in shape[-2:]
+        ]
         arguments["box"] = torch.tensor(edges).flatten()
     if rank == 4:
         arguments["memory_format"] = draw(st.sampled_from(FORMATS))
@@ -610,16 +724,23 @@ def calls(draw):
 
 def check_drawn(call, device):
     shape, order, dtype, arguments = call
-    x = (torch.randint(256, shape) if dtype == torch.uint8 else torch.randn(shape)).to(device, dtype)
+    x = (torch.randint(256, shape) if dtype == torch.uint8 else torch.randn(shape)).to(
+        device, dtype
+    )
     x = x.permute(order).contiguous().permute(*np.argsort(order).tolist())
-    arguments = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in arguments.items()}
+    arguments = {
+        name: value.to(device) if isinstance(value, torch.Tensor) else value
+        for name, value in arguments.items()
+    }
     x.requires_grad_(x.is_floating_point())
     results = []
     for path in ("triton", "reference"):
         with regfast.backend(path):
             y = mixup(x, **arguments)
         torch.manual_seed(1)
-        results.append((y, *torch.autograd.grad(y, x, torch.randn_like(y))) if x.requires_grad else (y,))
+        results.append(
+            (y, *torch.autograd.grad(y, x, torch.randn_like(y))) if x.requires_grad else (y,)
+        )
     assert results[0][0].stride() == results[1][0].stride()
     for found, expected in zip(*results):
         torch.testing.assert_close(found, expected, **FLOAT32)

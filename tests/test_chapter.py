@@ -21,7 +21,20 @@ from matplotlib.image import imread
 
 from regfast import info
 
-SMALL = ("--limit", "96", "--epochs", "2", "--width", "4", "--batch", "32", "--shift-images", "12", "--device", "cpu")
+SMALL = (
+    "--limit",
+    "96",
+    "--epochs",
+    "2",
+    "--width",
+    "4",
+    "--batch",
+    "32",
+    "--shift-images",
+    "12",
+    "--device",
+    "cpu",
+)
 VARIANTS = ("regular", "anti-aliased", "manifold mixup")
 
 
@@ -39,7 +52,15 @@ def shown(path: Path) -> float:
 
 def test_every_figure_is_drawn_and_is_not_blank(written: list[Path]) -> None:
     names = [path.name for path in written]
-    assert names == ["accuracy.png", "accuracy-time.png", "consistency.png", "shifts.png", "beta.png", "zebra.png", "results.md"]
+    assert names == [
+        "accuracy.png",
+        "accuracy-time.png",
+        "consistency.png",
+        "shifts.png",
+        "beta.png",
+        "zebra.png",
+        "results.md",
+    ]
     for path in written[:-1]:
         assert shown(path) > 0.01, path.name
 
@@ -48,11 +69,16 @@ def test_the_table_has_a_line_a_variant_with_mean_and_spread(written: list[Path]
     lines = written[-1].read_text().splitlines()
     assert [line.split(" | ")[0].strip("| ") for line in lines[2:5]] == list(VARIANTS)
     assert all(line.count("±") == 4 and line.endswith("| 2 |") for line in lines[2:5])
-    assert lines[-1].startswith("    python examples/chapter.py --seeds 2") and "--out OUT -- --limit 96" in lines[-1]
+    assert (
+        lines[-1].startswith("    python examples/chapter.py --seeds 2")
+        and "--out OUT -- --limit 96" in lines[-1]
+    )
     assert all(f"{package} {version}" in lines[-3] for package, version in info.versions().items())
 
 
-def test_a_second_call_trains_no_more_and_says_the_same(written: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_call_trains_no_more_and_says_the_same(
+    written: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = written[-1].read_text()
     monkeypatch.setattr(train.Run, "step", lambda *_: pytest.fail("it trained"))
     out = written[-1].parent
@@ -61,7 +87,10 @@ def test_a_second_call_trains_no_more_and_says_the_same(written: list[Path], mon
 
 
 def test_out_of_time_it_shows_what_has_finished_and_goes_on(
-    written: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    written: list[Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """A minute for three runs of two epochs each, of 25 seconds: one run and a half."""
     seconds, epoch = [0], train.Run.epoch
@@ -78,24 +107,44 @@ def test_out_of_time_it_shows_what_has_finished_and_goes_on(
     *drawn, results = chapter.main(command)
     assert len(drawn) == 6 and all(path.exists() for path in drawn)
     text = results.read_text()
-    assert "| regular |" in text and "| anti-aliased |" not in text and "| manifold mixup |" not in text
+    assert (
+        "| regular |" in text
+        and "| anti-aliased |" not in text
+        and "| manifold mixup |" not in text
+    )
     assert "\nNot finished, and left out: anti-aliased, seed 0; manifold mixup, seed 0.\n" in text
-    assert capsys.readouterr().out.endswith("goes on:\n  anti-aliased, seed 0\n  manifold mixup, seed 0\n")
+    assert capsys.readouterr().out.endswith(
+        "goes on:\n  anti-aliased, seed 0\n  manifold mixup, seed 0\n"
+    )
     text = chapter.main(command)[-1].read_text()
     assert all(f"| {variant} |" in text for variant in VARIANTS) and "Not finished" not in text
     for variant in VARIANTS:
-        whole, broken = (torch.load(chapter.folder_of(out, variant, 0) / "shifts.pt") for out in (written[0].parent, tmp_path))
+        whole, broken = (
+            torch.load(chapter.folder_of(out, variant, 0) / "shifts.pt")
+            for out in (written[0].parent, tmp_path)
+        )
         assert torch.equal(whole["probability"], broken["probability"])
 
 
-def test_with_nothing_finished_it_draws_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert chapter.main(["--minutes", "0", "--variants", "regular", "--out", str(tmp_path), "--", *SMALL]) == []
+def test_with_nothing_finished_it_draws_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert (
+        chapter.main(
+            ["--minutes", "0", "--variants", "regular", "--out", str(tmp_path), "--", *SMALL]
+        )
+        == []
+    )
     assert not list(tmp_path.iterdir())
     assert "regular, seed 0" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("arguments", [("--device", "cuda"), ("--", "--device", "cuda")], ids=" ".join)
-def test_cuda_without_a_gpu_is_one_line(arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+@pytest.mark.parametrize(
+    "arguments", [("--device", "cuda"), ("--", "--device", "cuda")], ids=" ".join
+)
+def test_cuda_without_a_gpu_is_one_line(
+    arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str], monkeypatch
+) -> None:
     """So --device is the training script's, from before the -- and from after it."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit) as raised:

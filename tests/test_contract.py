@@ -48,10 +48,15 @@ def pairs(group: str, slow_ranks: tuple[int, ...] = ()):
         "operation,sample",
         [
             pytest.param(
-                operation, sample, id=f"{operation}-{sample}", marks=pytest.mark.slow if sample.rank in slow_ranks else ()
+                operation,
+                sample,
+                id=f"{operation}-{sample}",
+                marks=pytest.mark.slow if sample.rank in slow_ranks else (),
             )
             for operation in OPERATIONS
-            for sample in (operation.group(group) if group else [s for s in operation.samples if not s.group])
+            for sample in (
+                operation.group(group) if group else [s for s in operation.samples if not s.group]
+            )
         ],
     )
 
@@ -89,7 +94,9 @@ def check_against_reference(operation: Operation, sample: Sample, x: Tensor) -> 
             torch.testing.assert_close(a.double(), b, equal_nan=True, **tolerance)
 
 
-@pytest.mark.parametrize("operation,sample", [pytest.param(o, s, id=f"{o}-{s}") for o in OPERATIONS for s in o.samples])
+@pytest.mark.parametrize(
+    "operation,sample", [pytest.param(o, s, id=f"{o}-{s}") for o in OPERATIONS for s in o.samples]
+)
 def test_the_reference_is_what_scipy_and_numpy_compute(operation, sample):
     x = sample.input(torch.float64)
     expected = torch.from_numpy(operation.oracle(x.numpy(), sample))
@@ -103,12 +110,16 @@ def test_kernels_agree_with_the_reference(operation, sample, device, kernels, po
 
 @pytest.mark.slow
 @pairs("")
-def test_kernels_agree_with_the_reference_on_odd_samples(operation, sample, device, kernels, poisoned):
+def test_kernels_agree_with_the_reference_on_odd_samples(
+    operation, sample, device, kernels, poisoned
+):
     check_against_reference(operation, sample, sample.input(device=device))
 
 
 @pairs("formats")
-def test_kernels_agree_with_the_reference_channels_last(operation, sample, device, kernels, poisoned):
+def test_kernels_agree_with_the_reference_channels_last(
+    operation, sample, device, kernels, poisoned
+):
     check_against_reference(operation, sample, sample.input(device=device, channels_last=True))
 
 
@@ -134,8 +145,13 @@ def test_kernels_round_half_precision_once(operation, sample, dtype, device, ker
             # The gradient of a volume passes three layers, and each rounds it: the blur, the maxima down the slices, and those
             # of each slice. The first two roundings are of terms, which may cancel: no taps are negative, so that the gradient
             # for |grad| is the sum of their sizes.
-            (sizes,) = torch.autograd.grad(reference(operation, sample, leaf), leaf, grad.float().abs())
-            assert ((found.float() - expected).abs() <= UNIT[dtype] * (2 * sizes + expected.abs()) + 1e-6).all()
+            (sizes,) = torch.autograd.grad(
+                reference(operation, sample, leaf), leaf, grad.float().abs()
+            )
+            assert (
+                (found.float() - expected).abs()
+                <= UNIT[dtype] * (2 * sizes + expected.abs()) + 1e-6
+            ).all()
             continue
         # atol: where positive and negative terms cancel, float32's own error of terms of order one remains.
         torch.testing.assert_close(found.float(), expected, rtol=UNIT[dtype], atol=1e-6)
@@ -150,7 +166,9 @@ def test_kernels_round_half_precision_once(operation, sample, dtype, device, ker
     ],
 )
 @pytest.mark.parametrize("value", [math.nan, -math.inf, math.inf], ids=str)
-def test_special_values_reach_the_same_outputs_and_the_same_inputs(operation, sample, value, device, kernels):
+def test_special_values_reach_the_same_outputs_and_the_same_inputs(
+    operation, sample, value, device, kernels
+):
     """inf and NaN are strewn, and -inf fills a corner, so that whole windows are -inf: their first element takes the gradient."""
     x = sample.input(device=device)
     if value == -math.inf:
@@ -162,8 +180,12 @@ def test_special_values_reach_the_same_outputs_and_the_same_inputs(operation, sa
 
 
 @pytest.mark.parametrize("activation", [None, "relu"], ids=str)
-@pytest.mark.parametrize("arguments", [{}, {"kernel_size": 3, "stride": 2, "padding": 1}], ids=["2 2 0", "3 2 1"])
-def test_a_window_that_holds_a_nan_gives_its_gradient_to_one_of_its_own(arguments, activation, device, kernels):
+@pytest.mark.parametrize(
+    "arguments", [{}, {"kernel_size": 3, "stride": 2, "padding": 1}], ids=["2 2 0", "3 2 1"]
+)
+def test_a_window_that_holds_a_nan_gives_its_gradient_to_one_of_its_own(
+    arguments, activation, device, kernels
+):
     """One NaN an image, at each place in turn."""
     sample = Sample((42, 1, 6, 7), arguments | {"activation": activation})
     x = sample.input(device=device)
@@ -185,7 +207,9 @@ def test_any_strides_in_and_the_memory_format_out(operation, sample, device, ker
         "transposed": plain.transpose(-1, -2).contiguous().transpose(-1, -2),
         "channels last": as_format(plain, True),
         "channels last, sliced": as_format(wide, True)[..., ::2],
-        "beside a multiple of 16 bytes": torch.randn(plain.numel() + 1, device=device)[1:].view(sample.shape),
+        "beside a multiple of 16 bytes": torch.randn(plain.numel() + 1, device=device)[1:].view(
+            sample.shape
+        ),
     }
     for name, x in inputs.items():
         leaf = x.detach().requires_grad_()
@@ -203,8 +227,13 @@ def test_any_strides_in_and_the_memory_format_out(operation, sample, device, ker
 def test_a_width_of_one_may_have_any_stride(device, kernels):
     x = torch.randn(1, 2, 4, 4, device=device, requires_grad=True)
     y, expected = (backend_pool(x, path, kernel_size=3) for path in ("triton", "reference"))
-    for grad in (torch.randn(1, device=device).expand_as(y), torch.randn(1, 2, 1, 8, device=device)[..., ::8]):
-        found, wanted = (torch.autograd.grad(output, x, grad, retain_graph=True)[0] for output in (y, expected))
+    for grad in (
+        torch.randn(1, device=device).expand_as(y),
+        torch.randn(1, 2, 1, 8, device=device)[..., ::8],
+    ):
+        found, wanted = (
+            torch.autograd.grad(output, x, grad, retain_graph=True)[0] for output in (y, expected)
+        )
         torch.testing.assert_close(found, wanted, **FLOAT32)
     narrow = torch.randn(1, 2, 4, 8, device=device)[..., ::8]
     arguments = dict(kernel_size=2, stride=1, padding=1, blur_size=(3, 3), padding_mode="replicate")
@@ -233,14 +262,23 @@ def test_gradients_by_finite_differences(operation, sample, path, device, reques
         request.getfixturevalue("kernels")
     shape = operation.least(sample)
     count = math.prod(shape)
-    x = torch.randperm(count, device=device).double().sub_(count // 2 - 0.5).view(shape).div_(7).requires_grad_()
+    x = (
+        torch.randperm(count, device=device)
+        .double()
+        .sub_(count // 2 - 0.5)
+        .view(shape)
+        .div_(7)
+        .requires_grad_()
+    )
 
     def function(x):
         return operation(x, sample) if path == "triton" else reference(operation, sample, x)
 
     # The interpreter runs a kernel for every direction: random directions in place of all of them.
     assert torch.autograd.gradcheck(function, (x,), fast_mode=True, check_forward_ad=True)
-    assert torch.autograd.gradgradcheck(function, (x,), fast_mode=True, check_fwd_over_rev=True, check_rev_over_rev=True)
+    assert torch.autograd.gradgradcheck(
+        function, (x,), fast_mode=True, check_fwd_over_rev=True, check_rev_over_rev=True
+    )
 
 
 @pairs("main", slow_ranks=(2, 3))
@@ -252,11 +290,15 @@ def test_the_ops_pass_opcheck(operation, sample, channels_last, device, kernels)
 
 
 @pairs("main", slow_ranks=(3,))
-@pytest.mark.parametrize("dynamic", [pytest.param(False, marks=pytest.mark.slow), True], ids=["static", "dynamic"])
+@pytest.mark.parametrize(
+    "dynamic", [pytest.param(False, marks=pytest.mark.slow), True], ids=["static", "dynamic"]
+)
 def test_kernels_compile_without_a_graph_break(operation, sample, dynamic, device, kernels):
     """Forward and backward, at two sizes. aot_eager traces as Inductor does, and runs the ops it finds as they are."""
     torch._dynamo.reset()
-    compiled = torch.compile(lambda x: operation(x, sample), fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    compiled = torch.compile(
+        lambda x: operation(x, sample), fullgraph=True, dynamic=dynamic, backend="aot_eager"
+    )
     for grow in (0, 2):
         shape = (*sample.shape[:2], *(size + grow for size in sample.shape[2:]))
         x = torch.randn(shape, device=device, requires_grad=True)
@@ -280,7 +322,9 @@ def test_the_reference_compiles_without_a_graph_break(operation, sample, dynamic
         y, expected = compiled(x), reference(operation, sample, x)
         grad = torch.randn_like(expected)
         torch.testing.assert_close(y, expected, **FLOAT32)
-        torch.testing.assert_close(torch.autograd.grad(y, x, grad), torch.autograd.grad(expected, x, grad), **FLOAT32)
+        torch.testing.assert_close(
+            torch.autograd.grad(y, x, grad), torch.autograd.grad(expected, x, grad), **FLOAT32
+        )
         with torch.no_grad():
             torch.testing.assert_close(compiled(x), expected.detach(), **FLOAT32)
 
@@ -289,7 +333,9 @@ def test_the_compiled_code_follows_the_backend(device, kernels):
     """The choice is guarded: code compiled for one path does not serve the other."""
     sample = OPERATIONS[0].samples[0]
     torch._dynamo.reset()
-    compiled = torch.compile(lambda x: OPERATIONS[0](x, sample), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(
+        lambda x: OPERATIONS[0](x, sample), fullgraph=True, backend="aot_eager"
+    )
     x = sample.input(device=device)
     with regfast.backend("reference"):
         compiled(x)
@@ -302,7 +348,9 @@ def test_the_compiled_code_follows_the_backend(device, kernels):
 def pools(draw):
     """Arguments and a shape that nn.MaxPool accepts."""
     rank = draw(st.sampled_from([1, 2, 2, 3]))
-    arguments = {"padding_mode": draw(st.sampled_from(["partial", "replicate", "reflect", "zeros"]))}
+    arguments = {
+        "padding_mode": draw(st.sampled_from(["partial", "replicate", "reflect", "zeros"]))
+    }
     kernel = [draw(st.integers(1, 4 if rank < 3 else 2)) for _ in range(rank)]
     arguments["kernel_size"] = tuple(kernel)
     arguments["stride"] = tuple(draw(st.integers(1, 3)) for _ in range(rank))
@@ -310,7 +358,9 @@ def pools(draw):
     arguments["dilation"] = tuple(draw(st.integers(1, 3 if rank < 3 else 2)) for _ in range(rank))
     arguments["ceil_mode"] = draw(st.booleans())
     if draw(st.booleans()):
-        arguments["blur_size"] = tuple(draw(st.integers(1, 5 if rank < 3 else 3)) for _ in range(rank))
+        arguments["blur_size"] = tuple(
+            draw(st.integers(1, 5 if rank < 3 else 3)) for _ in range(rank)
+        )
     sizes = [draw(st.integers(1, 12 if rank < 3 else 5)) for _ in range(rank)]
     return Sample((1, draw(st.integers(1, 3)), *sizes), arguments)
 
@@ -320,10 +370,14 @@ def blurs(draw):
     """Arguments and a shape, of which some give no output."""
     rank = draw(st.sampled_from([1, 2, 2, 3]))
     arguments = {"padding_mode": draw(st.sampled_from(["replicate", "reflect", "zeros"]))}
-    arguments["kernel_size"] = tuple(draw(st.integers(1, 6 if rank < 3 else 3)) for _ in range(rank))
+    arguments["kernel_size"] = tuple(
+        draw(st.integers(1, 6 if rank < 3 else 3)) for _ in range(rank)
+    )
     arguments["stride"] = tuple(draw(st.integers(1, 4 if rank < 3 else 2)) for _ in range(rank))
     if draw(st.booleans()):
-        arguments["padding"] = tuple(draw(st.integers(0, 4 if rank < 3 else 2)) for _ in range(rank))
+        arguments["padding"] = tuple(
+            draw(st.integers(0, 4 if rank < 3 else 2)) for _ in range(rank)
+        )
     if draw(st.booleans()):
         arguments["activation"] = "relu"
     sizes = [draw(st.integers(1, 14 if rank < 3 else 5)) for _ in range(rank)]
@@ -333,16 +387,24 @@ def blurs(draw):
 def check_drawn(operation: Operation, sample: Sample, channels_last: bool, device: str) -> None:
     window = pool_window(sample) if operation.name == "max_blur_pool" else blur_window(sample)
     if all(output_size(window, axis, sample.shape[axis + 2]) >= 1 for axis in range(sample.rank)):
-        check_against_reference(operation, sample, sample.input(device=device, channels_last=channels_last))
+        check_against_reference(
+            operation, sample, sample.input(device=device, channels_last=channels_last)
+        )
 
 
 # The kernels fixture lasts over all drawn examples on purpose: it counts their launches together.
-DRAWN = dict(deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
-POOLINGS = [pytest.param(*pair, id=str(pair[0])) for pair in zip(OPERATIONS[:2], (pools(), blurs()))]
+DRAWN = dict(
+    deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+POOLINGS = [
+    pytest.param(*pair, id=str(pair[0])) for pair in zip(OPERATIONS[:2], (pools(), blurs()))
+]
 
 
 @pytest.mark.parametrize("operation,samples", POOLINGS)
-def test_kernels_agree_with_the_reference_on_drawn_arguments(operation, samples, device, kernels, poisoned):
+def test_kernels_agree_with_the_reference_on_drawn_arguments(
+    operation, samples, device, kernels, poisoned
+):
     @settings(max_examples=6, **DRAWN)
     @given(sample=samples, channels_last=st.booleans())
     def run(sample, channels_last):
@@ -353,7 +415,9 @@ def test_kernels_agree_with_the_reference_on_drawn_arguments(operation, samples,
 
 @pytest.mark.slow
 @pytest.mark.parametrize("operation,samples", POOLINGS)
-def test_kernels_agree_with_the_reference_on_many_drawn_arguments(operation, samples, device, kernels, poisoned):
+def test_kernels_agree_with_the_reference_on_many_drawn_arguments(
+    operation, samples, device, kernels, poisoned
+):
     @settings(max_examples=50, **(DRAWN | {"derandomize": False}))
     @given(sample=samples, channels_last=st.booleans())
     def run(sample, channels_last):
@@ -390,7 +454,11 @@ def test_torch_func_takes_the_reference(operation, device):
         grad = torch.randn_like(y)
         leaf = x.clone().requires_grad_()
         expected = operation(leaf, sample)
-        torch.testing.assert_close(pull(grad)[0], torch.autograd.grad(expected, leaf, grad)[0], **FLOAT64)
+        torch.testing.assert_close(
+            pull(grad)[0], torch.autograd.grad(expected, leaf, grad)[0], **FLOAT64
+        )
         two = torch.stack([x, x.flip(-1)])
         each = torch.func.vmap(lambda x, sample=sample: operation(x, sample))(two)
-        torch.testing.assert_close(each, torch.stack([operation(x, sample) for x in two]), **FLOAT64)
+        torch.testing.assert_close(
+            each, torch.stack([operation(x, sample) for x in two]), **FLOAT64
+        )

@@ -20,7 +20,11 @@ ROUNDING = dict(rtol=1e-4, atol=1e-5)
 
 
 def stage(activation: nn.Module | None = None) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(16, 20, 3, 2, 1, bias=False), nn.BatchNorm2d(20), activation or nn.ReLU(inplace=True))
+    return nn.Sequential(
+        nn.Conv2d(16, 20, 3, 2, 1, bias=False),
+        nn.BatchNorm2d(20),
+        activation or nn.ReLU(inplace=True),
+    )
 
 
 class Net(nn.Module):
@@ -103,7 +107,9 @@ def test_in_a_sequential_the_blur_comes_after_the_activation(activation, done):
     if done == "blur after activation":
         expected = regfast.BlurPool2d(3, 2)(activation(expected.clone()))
     else:
-        expected = activation(model[1](regfast.BlurPool2d(3, 2)(F.conv2d(x, model[0].weight, padding=1))))
+        expected = activation(
+            model[1](regfast.BlurPool2d(3, 2)(F.conv2d(x, model[0].weight, padding=1)))
+        )
     keys = list(model.state_dict())
     antialias(model)
     torch.testing.assert_close(model(x), expected, **ROUNDING)
@@ -129,14 +135,20 @@ def test_checkpoints_load_strictly_there_and_back():
 
 def test_restore_gives_back_the_model_with_the_parameters_that_it_has_now():
     model, x = Net(), image()
-    objects, attributes = list(model.modules()), [dict(module.__dict__) for module in model.modules()]
+    objects, attributes = (
+        list(model.modules()),
+        [dict(module.__dict__) for module in model.modules()],
+    )
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     antialias(model)
     model(x).sum().backward()
     optimizer.step()
     weights = copy.deepcopy(model.state_dict())
     assert restore(model) is model
-    assert list(model.modules()) == objects and [dict(module.__dict__) for module in objects] == attributes
+    assert (
+        list(model.modules()) == objects
+        and [dict(module.__dict__) for module in objects] == attributes
+    )
     fresh = Net()
     fresh.load_state_dict(weights, strict=True)
     assert repr(model) == repr(fresh)
@@ -170,7 +182,9 @@ def test_restore_leaves_no_trace_of_a_part_that_was_converted_for_itself():
 
 def test_restore_refuses_a_convolution_alone_whose_blur_is_in_another_layer():
     model = antialias(stage())
-    with pytest.raises(ValueError, match=r"a Conv2dAA, is in another layer: restore the nn\.Sequential of both"):
+    with pytest.raises(
+        ValueError, match=r"a Conv2dAA, is in another layer: restore the nn\.Sequential of both"
+    ):
         restore(model[0])
     assert type(model[0]) is regfast.Conv2dAA and type(restore(model)[0]) is nn.Conv2d
 
@@ -212,7 +226,9 @@ def test_before_it_a_report_says_what_would_be_done():
     before, printed = antialias_report(model), repr(model)
     assert repr(model) == printed
     after = antialias_report(antialias(model))
-    assert [(row.name, row.done, row.why) for row in before] == [(row.name, row.done, row.why) for row in after]
+    assert [(row.name, row.done, row.why) for row in before] == [
+        (row.name, row.done, row.why) for row in after
+    ]
     assert str(antialias_report(nn.Linear(2, 2))) == "nothing decimates"
 
 
@@ -248,7 +264,9 @@ def test_frozen_parameters_stay_frozen_and_are_the_same_objects():
 def test_hooks_are_kept():
     model, called = Net(), []
     for name in ("pool", "conv", "average"):
-        getattr(model, name).register_forward_hook(lambda module, args, y, name=name: called.append((name, tuple(y.shape[2:]))))
+        getattr(model, name).register_forward_hook(
+            lambda module, args, y, name=name: called.append((name, tuple(y.shape[2:])))
+        )
     model.conv.weight.register_hook(lambda grad: called.append("gradient"))
     antialias(model)(image()).sum().backward()
     assert called == [("pool", (24, 24)), ("conv", (12, 12)), ("average", (1, 1)), "gradient"]
@@ -259,7 +277,10 @@ def test_a_hook_on_an_activation_leaves_it_in_its_place():
     model[2].register_forward_hook(lambda module, args, y: seen.append(y.shape))
     antialias(model)(torch.randn(1, 16, 8, 8))
     assert seen == [(1, 20, 4, 4)]
-    assert rows(model)["0"] == ("blur after convolution", "the activation after it, 2, has hooks or a forward of its own")
+    assert rows(model)["0"] == (
+        "blur after convolution",
+        "the activation after it, 2, has hooks or a forward of its own",
+    )
 
 
 def test_an_activation_whose_forward_was_replaced_stays():
@@ -274,7 +295,13 @@ class NormConv2d(nn.Conv2d):
 
 @pytest.mark.parametrize(
     "between",
-    [nn.LayerNorm([16, 4, 4]), nn.LayerNorm(4), nn.RMSNorm([4, 4]), NormConv2d(16, 16, 3, 1, 1), nn.Dropout()],
+    [
+        nn.LayerNorm([16, 4, 4]),
+        nn.LayerNorm(4),
+        nn.RMSNorm([4, 4]),
+        NormConv2d(16, 16, 3, 1, 1),
+        nn.Dropout(),
+    ],
     ids=["LayerNorm of a whole image", "LayerNorm of rows", "RMSNorm", "convolution", "Dropout"],
 )
 def test_what_may_not_see_a_larger_image_is_given_the_blurred_one(between):
@@ -297,7 +324,10 @@ class NormConv(nn.Module):
 
 
 def test_a_block_with_norm_in_its_name_is_no_normalisation():
-    model, x = nn.Sequential(nn.Conv2d(16, 32, 3, 2, 1), NormConv(), nn.ReLU()), torch.randn(1, 16, 33, 32)
+    model, x = (
+        nn.Sequential(nn.Conv2d(16, 32, 3, 2, 1), NormConv(), nn.ReLU()),
+        torch.randn(1, 16, 33, 32),
+    )
     assert model(x).shape == (1, 32, 15, 14)
     assert antialias(model)(x).shape == (1, 32, 15, 14)
     assert rows(model)["0"][0] == "blur after convolution"
@@ -325,10 +355,18 @@ def torchvision_layer(name: str) -> type[nn.Module]:
         lambda: regfast.ConvNormActAA(16, 16, 3, 1, 0),
         lambda: regfast.ResidualBlock(16, 16, norm_layer=nn.BatchNorm2d),
     ],
-    ids=["torchvision's Conv2dNormActivation", "timm's ConvNormAct", "ConvNormActAA", "ResidualBlock"],
+    ids=[
+        "torchvision's Conv2dNormActivation",
+        "timm's ConvNormAct",
+        "ConvNormActAA",
+        "ResidualBlock",
+    ],
 )
 def test_blocks_are_no_normalisations(block):
-    model, x = nn.Sequential(nn.Conv2d(16, 16, 3, 2, 1), block(), nn.ReLU()).eval(), torch.randn(1, 16, 17, 16)
+    model, x = (
+        nn.Sequential(nn.Conv2d(16, 16, 3, 2, 1), block(), nn.ReLU()).eval(),
+        torch.randn(1, 16, 17, 16),
+    )
     shape = model(x).shape
     assert antialias(model)(x).shape == shape and rows(model)["0"][0] == "blur after convolution"
 
@@ -350,17 +388,27 @@ class Scaled(nn.Module):
     ],
 )  # fmt: skip
 def test_normalisations_of_libraries_and_those_that_say_so(norm):
-    model, x = nn.Sequential(nn.Conv2d(16, 16, 3, 2, 1), norm(), nn.ReLU()).eval(), torch.randn(1, 16, 17, 16)
-    expected = regfast.BlurPool2d(3, 2)(model[1](F.conv2d(x, model[0].weight, model[0].bias, padding=1)).relu())
+    model, x = (
+        nn.Sequential(nn.Conv2d(16, 16, 3, 2, 1), norm(), nn.ReLU()).eval(),
+        torch.randn(1, 16, 17, 16),
+    )
+    expected = regfast.BlurPool2d(3, 2)(
+        model[1](F.conv2d(x, model[0].weight, model[0].bias, padding=1)).relu()
+    )
     assert rows(antialias(model))["0"] == ("blur after activation", "in the place of 2")
     torch.testing.assert_close(model(x), expected, **ROUNDING)
 
 
-@pytest.mark.parametrize("name", ["BatchNormAct2d", "GroupNormAct", "LayerNormAct2d", "FrozenBatchNormAct2d"])
+@pytest.mark.parametrize(
+    "name", ["BatchNormAct2d", "GroupNormAct", "LayerNormAct2d", "FrozenBatchNormAct2d"]
+)
 def test_timm_s_norm_act_layers_blur_after_their_own_activation(name):
     arguments = (16, 4) if name == "GroupNormAct" else (16,)
     layer = timm_layer(name)(*arguments, act_layer=nn.SiLU)
-    model, x = nn.Sequential(nn.Conv2d(16, 16, 3, 2, 1, bias=False), layer).eval(), torch.randn(1, 16, 17, 16)
+    model, x = (
+        nn.Sequential(nn.Conv2d(16, 16, 3, 2, 1, bias=False), layer).eval(),
+        torch.randn(1, 16, 17, 16),
+    )
     plain = copy.deepcopy(model)
     expected = regfast.BlurPool2d(3, 2)(model[1](F.conv2d(x, model[0].weight, padding=1)))
     antialias(model)
@@ -413,7 +461,10 @@ def test_taps_may_be_numbers():
 
 @pytest.mark.parametrize("activation", [nn.ReLU(), nn.SiLU()], ids=str)
 def test_a_stride_set_later_is_obeyed_where_the_blur_is_behind_the_activation(activation):
-    model, x = antialias(nn.Sequential(nn.Conv2d(16, 16, 3, 2, 1), activation)), torch.randn(1, 16, 8, 8)
+    model, x = (
+        antialias(nn.Sequential(nn.Conv2d(16, 16, 3, 2, 1), activation)),
+        torch.randn(1, 16, 8, 8),
+    )
     plain = nn.Sequential(nn.Conv2d(16, 16, 3, 1, 1), copy.deepcopy(activation))
     plain.load_state_dict(model.state_dict())
     assert model(x).shape == (1, 16, 4, 4)
@@ -425,9 +476,15 @@ def test_a_stride_set_later_is_obeyed_where_the_blur_is_behind_the_activation(ac
         blurred = regfast.BlurPool2d(6, 4)(plain(x))
         torch.testing.assert_close(converted(x), blurred, **ROUNDING)
         converted[0].blur_filter = "hann"
-        torch.testing.assert_close(converted(x), regfast.BlurPool2d(6, 4, filter="hann")(plain(x)), **ROUNDING)
+        torch.testing.assert_close(
+            converted(x), regfast.BlurPool2d(6, 4, filter="hann")(plain(x)), **ROUNDING
+        )
     restore(model)
-    assert model[0].stride == 4 and "_regfast_follower" not in model[0].__dict__ and type(model[1]) is type(activation)
+    assert (
+        model[0].stride == 4
+        and "_regfast_follower" not in model[0].__dict__
+        and type(model[1]) is type(activation)
+    )
 
 
 # What is blurred already.
@@ -442,7 +499,10 @@ def stand_in(module: str, name: str) -> nn.Module:
     [
         (lambda blur: [nn.Conv2d(16, 16, 3, 2), blur], ("0", "by 1, a blur after it")),
         (lambda blur: [nn.MaxPool2d(2), blur], ("0", "by 1, a blur after it")),
-        (lambda blur: [nn.Conv2d(16, 16, 3, 2), nn.BatchNorm2d(16), nn.ReLU(), blur], ("0", "by 3, a blur after it")),
+        (
+            lambda blur: [nn.Conv2d(16, 16, 3, 2), nn.BatchNorm2d(16), nn.ReLU(), blur],
+            ("0", "by 3, a blur after it"),
+        ),
         (lambda blur: [blur, nn.Conv2d(16, 16, 3, 2)], ("1", "by 0, a blur before it")),
     ],
 )
@@ -469,7 +529,9 @@ def test_what_else_decimates_is_reported_with_a_reason():
         nn.AdaptiveMaxPool2d(1), nn.AdaptiveAvgPool2d((None, 1)), nn.PixelUnshuffle(2),
         nn.Conv2d(3, 32, 2, 2), nn.Conv2d(32, 32, 8, 8), nn.Conv2d(32, 32, 2, 2),
     )  # fmt: skip
-    assert {name: why for name, (done, why) in rows(antialias(model)).items() if done == "left"} == {
+    assert {
+        name: why for name, (done, why) in rows(antialias(model)).items() if done == "left"
+    } == {
         "0": "there is no anti-aliased LPPool2d",
         "2": "its windows are drawn at random, at no one stride",
         "3": "its stride depends on the image's size",
@@ -490,14 +552,19 @@ def test_an_activation_to_skip_stays_in_its_place():
     model = stage(nn.ReLU())
     antialias(model, skip=nn.ReLU)
     assert type(model[2]) is nn.ReLU
-    assert rows(model)["0"] == ("blur after convolution", "the activation after it, 2, is among those to skip")
+    assert rows(model)["0"] == (
+        "blur after convolution",
+        "the activation after it, 2, is among those to skip",
+    )
 
 
 def test_restore_refuses_what_has_become_something_else_since_and_changes_nothing():
     model = antialias(Net())
     nn.utils.parametrizations.weight_norm(model.conv)
     printed = repr(model)
-    with pytest.raises(ValueError, match=r"model\.conv is a ParametrizedConv2dAA by now, no Conv2dAA"):
+    with pytest.raises(
+        ValueError, match=r"model\.conv is a ParametrizedConv2dAA by now, no Conv2dAA"
+    ):
         restore(model)
     assert repr(model) == printed
     nn.utils.parametrize.remove_parametrizations(model.conv, "weight")
@@ -505,8 +572,14 @@ def test_restore_refuses_what_has_become_something_else_since_and_changes_nothin
 
 
 def test_a_pool_of_stride_one_stays_as_it_is():
-    model = antialias(nn.Sequential(nn.MaxPool2d(3, 1, 1), nn.Conv2d(16, 16, 3), nn.AvgPool2d(3, 1)))
-    assert [type(layer) for layer in model] == [nn.MaxPool2d, nn.Conv2d, nn.AvgPool2d] and not antialias_report(model)
+    model = antialias(
+        nn.Sequential(nn.MaxPool2d(3, 1, 1), nn.Conv2d(16, 16, 3), nn.AvgPool2d(3, 1))
+    )
+    assert [type(layer) for layer in model] == [
+        nn.MaxPool2d,
+        nn.Conv2d,
+        nn.AvgPool2d,
+    ] and not antialias_report(model)
 
 
 def test_a_pool_that_returns_indices_stays_as_it_is():
@@ -517,7 +590,12 @@ def test_a_pool_that_returns_indices_stays_as_it_is():
 def test_shared_modules_stay_shared_and_are_converted_once():
     pool, conv, relu = nn.MaxPool2d(2), nn.Conv2d(16, 16, 3, 2, 1), nn.ReLU()
     model = nn.ModuleDict(
-        {"a": nn.Sequential(conv, relu, pool), "b": nn.Sequential(conv, relu), "c": pool, "d": nn.Sequential(relu)}
+        {
+            "a": nn.Sequential(conv, relu, pool),
+            "b": nn.Sequential(conv, relu),
+            "c": pool,
+            "d": nn.Sequential(relu),
+        }
     )
     antialias(model)
     assert model["a"][0] is model["b"][0] is conv and model["a"][2] is model["c"] is pool
@@ -615,15 +693,21 @@ def test_functional_calls_are_left_and_reported():
 
 def test_options_choose_the_layers():
     def left(**options) -> set[str]:
-        return {row.name for row in antialias_report(antialias(Net(), **options)) if row.done == "left"}
+        return {
+            row.name for row in antialias_report(antialias(Net(), **options)) if row.done == "left"
+        }
 
     assert left(max_pool=False) == {"stem", "pool"}
     assert left(conv=False) == {"stem", "conv", "stage.0", "point"}
     assert left(avg_pool=False) == {"stem", "average"}
     assert left(min_channels=0) == set()
-    assert left(skip="stage") == left(skip=["stage.0"]) == left(skip=["st*.0"]) == {"stem", "stage.0"}
+    assert (
+        left(skip="stage") == left(skip=["stage.0"]) == left(skip=["st*.0"]) == {"stem", "stage.0"}
+    )
     assert left(skip=[nn.MaxPool2d, "p*nt"]) == {"stem", "pool", "point"}
-    assert rows(antialias(nn.ModuleDict({"a[0]": nn.MaxPool2d(2)}), skip="a[0]"))["a[0]"][0] == "left"
+    assert (
+        rows(antialias(nn.ModuleDict({"a[0]": nn.MaxPool2d(2)}), skip="a[0]"))["a[0]"][0] == "left"
+    )
     assert left(skip=nn.Sequential) == {"stem", "stage.0"}
     assert "among those to skip" in rows(antialias(Net(), skip="pool"))["pool"][1]
 
@@ -644,7 +728,12 @@ def test_options_choose_the_layers():
         (Net, dict(filter="sinc7"), ValueError, ["filter", "'sinc7'", "binomial"]),
         (Net, dict(filter=[1.0, 1.0], blur_size=3), ValueError, ["2 taps", "3"]),
         (Net, dict(padding_mode="partial"), ValueError, ["padding_mode", "'partial'", "'reflect'"]),
-        (lambda: nn.Sequential(torch.compile(Net())), {}, ValueError, ["model.0", "OptimizedModule", "before torch.compile"]),
+        (
+            lambda: nn.Sequential(torch.compile(Net())),
+            {},
+            ValueError,
+            ["model.0", "OptimizedModule", "before torch.compile"],
+        ),
         (lambda: nn.DataParallel(Net()), {}, ValueError, ["DataParallel", "before it is wrapped"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -675,10 +764,14 @@ def test_a_model_compiled_in_place_or_scripted_is_refused():
 def test_a_model_under_distributed_data_parallel_is_refused(tmp_path):
     from torch.distributed._composable.replicate import replicate
 
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+    )
     try:
         model = nn.parallel.DistributedDataParallel(Net())
-        with pytest.raises(ValueError, match="DistributedDataParallel: convert a model before it is wrapped"):
+        with pytest.raises(
+            ValueError, match="DistributedDataParallel: convert a model before it is wrapped"
+        ):
             antialias(model)
         with pytest.raises(ValueError, match="DDPNet: convert a model before it is wrapped"):
             antialias(replicate(Net()))

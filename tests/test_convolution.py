@@ -14,7 +14,10 @@ from torch import nn
 
 import regfast
 
-MODULES = {1: (nn.Conv1d, regfast.Conv1dAA, regfast.BlurPool1d), 2: (nn.Conv2d, regfast.Conv2dAA, regfast.BlurPool2d)}
+MODULES = {
+    1: (nn.Conv1d, regfast.Conv1dAA, regfast.BlurPool1d),
+    2: (nn.Conv2d, regfast.Conv2dAA, regfast.BlurPool2d),
+}
 SIDES = {1: (17,), 2: (17, 14)}
 # Sums of some tens of products of order one in float32, in another order.
 ROUNDING = dict(rtol=1e-5, atol=1e-5)
@@ -43,7 +46,9 @@ def check_same(found: nn.Module, expected, x: torch.Tensor) -> None:
         leaf = x.detach().clone().requires_grad_()
         y = function(leaf)
         torch.manual_seed(1)
-        results.append([y.detach(), *torch.autograd.grad(y, [leaf, *parameters], torch.randn_like(y))])
+        results.append(
+            [y.detach(), *torch.autograd.grad(y, [leaf, *parameters], torch.randn_like(y))]
+        )
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, **ROUNDING)
 
@@ -59,7 +64,9 @@ def test_the_blur_comes_after_the_convolution(rank, arguments):
     plain, ours = pair(rank, {}, **arguments)
     stride = arguments["stride"]
     blur = MODULES[rank][2](int(1.7 * stride), stride)
-    check_same(ours, (lambda x: blur(plain(x)), list(plain.parameters())), torch.randn(2, 4, *SIDES[rank]))
+    check_same(
+        ours, (lambda x: blur(plain(x)), list(plain.parameters())), torch.randn(2, 4, *SIDES[rank])
+    )
 
 
 @ranks
@@ -68,7 +75,11 @@ def test_an_activation_stands_between_them(rank, arguments):
     options = dict(activation="relu", blur_size=4, blur_filter="hann", blur_padding_mode="zeros")
     plain, ours = pair(rank, options, **arguments)
     blur = MODULES[rank][2](4, arguments["stride"], filter="hann", padding_mode="zeros")
-    check_same(ours, (lambda x: blur(plain(x).relu()), list(plain.parameters())), torch.randn(2, 4, *SIDES[rank]))
+    check_same(
+        ours,
+        (lambda x: blur(plain(x).relu()), list(plain.parameters())),
+        torch.randn(2, 4, *SIDES[rank]),
+    )
 
 
 @ranks
@@ -78,12 +89,18 @@ def test_or_the_blur_comes_before_the_convolution(rank, arguments):
     blur = MODULES[rank][2](int(1.7 * arguments["stride"]), 1)
     strided = MODULES[rank][0](4, 6, **arguments)
     strided.load_state_dict(plain.state_dict())
-    check_same(ours, (lambda x: strided(blur(x)), list(strided.parameters())), torch.randn(2, 4, *SIDES[rank]))
+    check_same(
+        ours,
+        (lambda x: strided(blur(x)), list(strided.parameters())),
+        torch.randn(2, 4, *SIDES[rank]),
+    )
 
 
 @ranks
 @pytest.mark.parametrize("blur", ["after", "before"])
-@pytest.mark.parametrize("options", [{}, {"blur_padding_mode": "zeros"}, {"blur_filter": [1.0, 2.0, 1.0]}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"blur_padding_mode": "zeros"}, {"blur_filter": [1.0, 2.0, 1.0]}], ids=str
+)
 @pytest.mark.parametrize("bias", [False, True])
 def test_a_pointwise_convolution_is_the_same_function_both_ways(rank, blur, options, bias):
     """Also where a bias would not survive the blur: then it comes after, as said."""
@@ -99,7 +116,9 @@ def test_a_pointwise_convolution_has_a_quarter_of_the_arithmetic(monkeypatch):
     sizes = []
     convolve = torch.nn.functional.conv2d
     monkeypatch.setattr(
-        regfast.Conv2dAA, "_convolve", staticmethod(lambda x, *args: (sizes.append(x.shape), convolve(x, *args))[1])
+        regfast.Conv2dAA,
+        "_convolve",
+        staticmethod(lambda x, *args: (sizes.append(x.shape), convolve(x, *args))[1]),
     )
     regfast.Conv2dAA(4, 6, 1, 2)(torch.randn(1, 4, 16, 16))
     regfast.Conv2dAA(4, 6, 1, 2, activation="relu")(torch.randn(1, 4, 16, 16))
@@ -115,7 +134,9 @@ def test_none_leaves_the_decimation_to_a_later_layer():
 @ranks
 @pytest.mark.parametrize("blur", ["after", "before", None])
 def test_with_stride_one_it_is_nn_conv(rank, blur):
-    plain, ours = pair(rank, {"blur": blur}, kernel_size=3, stride=1, padding="same", padding_mode="reflect")
+    plain, ours = pair(
+        rank, {"blur": blur}, kernel_size=3, stride=1, padding="same", padding_mode="reflect"
+    )
     x = torch.randn(2, 4, *SIDES[rank])
     assert torch.equal(ours(x), plain(x))
 
@@ -124,8 +145,13 @@ def test_with_stride_one_it_is_nn_conv(rank, blur):
 def convolutions(draw):
     rank = draw(st.sampled_from([1, 2, 2]))
     each = lambda low, high: tuple(draw(st.integers(low, high)) for _ in range(rank))  # noqa: E731
-    arguments = dict(kernel_size=each(1, 4), stride=each(1, 4), padding=each(0, 3), dilation=each(1, 3))
-    sizes = [draw(st.integers(d * (k - 1) + 1, 20)) for k, d in zip(arguments["kernel_size"], arguments["dilation"])]
+    arguments = dict(
+        kernel_size=each(1, 4), stride=each(1, 4), padding=each(0, 3), dilation=each(1, 3)
+    )
+    sizes = [
+        draw(st.integers(d * (k - 1) + 1, 20))
+        for k, d in zip(arguments["kernel_size"], arguments["dilation"])
+    ]
     return rank, arguments, sizes, draw(st.sampled_from(["after", "before"])), draw(st.booleans())
 
 
@@ -133,7 +159,10 @@ def convolutions(draw):
 @given(convolutions())
 def test_sizes_are_nn_conv_s(drawn):
     rank, arguments, sizes, blur, unbatched = drawn
-    theirs, ours = MODULES[rank][0](2, 3, **arguments), MODULES[rank][1](2, 3, **arguments, blur=blur)
+    theirs, ours = (
+        MODULES[rank][0](2, 3, **arguments),
+        MODULES[rank][1](2, 3, **arguments, blur=blur),
+    )
     x = torch.randn(2, *sizes) if unbatched else torch.randn(2, 2, *sizes)
     assert ours(x).shape == theirs(x).shape
 
@@ -172,7 +201,10 @@ def test_surgery_on_a_layer_is_obeyed():
     # As fusing a normalisation does.
     layer = regfast.Conv2dAA(4, 6, 1, 2, bias=False, blur_padding_mode="zeros")
     layer.bias = nn.Parameter(torch.ones(6))
-    torch.testing.assert_close(layer(x), regfast.BlurPool2d(3, 2, padding_mode="zeros")(nn.Conv2d.forward(no_stride(layer), x)))
+    torch.testing.assert_close(
+        layer(x),
+        regfast.BlurPool2d(3, 2, padding_mode="zeros")(nn.Conv2d.forward(no_stride(layer), x)),
+    )
 
 
 def no_stride(layer: nn.Module) -> nn.Module:
@@ -182,11 +214,16 @@ def no_stride(layer: nn.Module) -> nn.Module:
 
 
 def test_modules_copy_pickle_and_print():
-    layer, x = regfast.Conv2dAA(4, 6, 3, 2, 1, blur_size=4, blur_filter="hann", activation="relu"), torch.randn(1, 4, 9, 8)
+    layer, x = (
+        regfast.Conv2dAA(4, 6, 3, 2, 1, blur_size=4, blur_filter="hann", activation="relu"),
+        torch.randn(1, 4, 9, 8),
+    )
     for copied in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
         assert repr(copied) == repr(layer)
         assert torch.equal(copied(x), layer(x))
-    assert "stride=(2, 2)" in repr(layer) and "blur='after', blur_size=4, blur_filter='hann'" in repr(layer)
+    assert "stride=(2, 2)" in repr(
+        layer
+    ) and "blur='after', blur_size=4, blur_filter='hann'" in repr(layer)
 
 
 @pytest.mark.parametrize("blur", ["after", "before"])
@@ -196,7 +233,11 @@ def test_layers_compile_export_and_trace(blur, kernel_size):
     layer, x = regfast.Conv2dAA(4, 6, kernel_size, 2, blur=blur), torch.randn(2, 4, 9, 8)
     expected = layer(x)
     exported = torch.export.export(layer, (x,)).module()
-    for traced in (torch.compile(layer, fullgraph=True, backend="aot_eager"), exported, torch.fx.symbolic_trace(layer)):
+    for traced in (
+        torch.compile(layer, fullgraph=True, backend="aot_eager"),
+        exported,
+        torch.fx.symbolic_trace(layer),
+    ):
         torch.testing.assert_close(traced(x), expected, **ROUNDING)
 
 
@@ -204,8 +245,17 @@ def test_layers_compile_export_and_trace(blur, kernel_size):
 @pytest.mark.parametrize("norm_layer", [nn.BatchNorm2d, None])
 def test_the_chapter_s_order(activation_layer, norm_layer):
     """Convolution at stride 1, normalisation, activation, blur; with torchvision's Conv2dNormActivation's parameters."""
-    stage = regfast.ConvNormActAA(4, 6, 5, 2, norm_layer=norm_layer, activation_layer=activation_layer, dilation=2)
-    names = ["0.weight", "1.weight", "1.bias", "1.running_mean", "1.running_var", "1.num_batches_tracked"]
+    stage = regfast.ConvNormActAA(
+        4, 6, 5, 2, norm_layer=norm_layer, activation_layer=activation_layer, dilation=2
+    )
+    names = [
+        "0.weight",
+        "1.weight",
+        "1.bias",
+        "1.running_mean",
+        "1.running_var",
+        "1.num_batches_tracked",
+    ]
     assert list(stage.state_dict()) == (names if norm_layer else ["0.weight", "0.bias"])
     x = torch.randn(2, 4, 17, 16)
     expected = stage[0](x)
@@ -219,15 +269,22 @@ def test_the_chapter_s_order(activation_layer, norm_layer):
 def test_an_activation_with_a_hook_is_called():
     activation, called = nn.ReLU(), []
     activation.register_forward_hook(lambda *_: called.append(True))
-    stage, x = regfast.ConvNormActAA(4, 6, activation_layer=lambda: activation), torch.randn(2, 4, 9, 8)
+    stage, x = (
+        regfast.ConvNormActAA(4, 6, activation_layer=lambda: activation),
+        torch.randn(2, 4, 9, 8),
+    )
     assert stage(x).shape == (2, 6, 5, 4) and called and stage[2] is activation
 
 
 def test_the_chapter_s_order_with_stride_one_has_no_blur():
     stage = regfast.ConvNormActAA(4, 6, stride=1, device="meta", dtype=torch.float64)
     assert [type(layer) for layer in stage] == [nn.Conv2d, nn.BatchNorm2d, nn.ReLU]
-    assert {p.dtype for p in stage.parameters()} == {torch.float64} and {p.device.type for p in stage.parameters()} == {"meta"}
-    stage = regfast.ConvNormActAA(4, 6, activation_layer=nn.PReLU, device="meta", dtype=torch.float64)
+    assert {p.dtype for p in stage.parameters()} == {torch.float64} and {
+        p.device.type for p in stage.parameters()
+    } == {"meta"}
+    stage = regfast.ConvNormActAA(
+        4, 6, activation_layer=nn.PReLU, device="meta", dtype=torch.float64
+    )
     assert (stage[2].weight.dtype, stage[2].weight.device.type) == (torch.float64, "meta")
 
 

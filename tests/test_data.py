@@ -35,10 +35,13 @@ def encoded(image: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def write_parquet(path: Path, images: list[bytes], labels: list, image: str = "img", label: str = "label") -> None:
+def write_parquet(
+    path: Path, images: list[bytes], labels: list, image: str = "img", label: str = "label"
+) -> None:
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     cells = pa.array(
-        [{"bytes": bytes_, "path": None} for bytes_ in images], pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+        [{"bytes": bytes_, "path": None} for bytes_ in images],
+        pa.struct([("bytes", pa.binary()), ("path", pa.string())]),
     )
     pq.write_table(pa.table({image: cells, label: pa.array(labels, pa.int64())}), path)
 
@@ -46,17 +49,28 @@ def write_parquet(path: Path, images: list[bytes], labels: list, image: str = "i
 def parquet(root: Path, ten: bool, images: np.ndarray, labels: list[int]) -> None:
     names = {} if ten else {"label": "fine_label"}
     write_parquet(root / "train.parquet", list(map(encoded, images)), labels, **names)
-    write_parquet(root / "test-00000-of-00001.parquet", list(map(encoded, images[:2])), labels[:2], "image", **names)
+    write_parquet(
+        root / "test-00000-of-00001.parquet",
+        list(map(encoded, images[:2])),
+        labels[:2],
+        "image",
+        **names,
+    )
 
 
 def binary(root: Path, ten: bool, images: np.ndarray, labels: list[int]) -> None:
     def records(images: np.ndarray, labels: list[int]) -> bytes:
         rows = zip(images.transpose(0, 3, 1, 2), labels)
-        return b"".join(bytes([label] if ten else [label // 5, label]) + image.tobytes() for image, label in rows)
+        return b"".join(
+            bytes([label] if ten else [label // 5, label]) + image.tobytes()
+            for image, label in rows
+        )
 
     for n in range(5 if ten else 1):
         part = slice(n, None, 5) if ten else slice(None)
-        (root / (f"data_batch_{n + 1}.bin" if ten else "train.bin")).write_bytes(records(images[part], labels[part]))
+        (root / (f"data_batch_{n + 1}.bin" if ten else "train.bin")).write_bytes(
+            records(images[part], labels[part])
+        )
     (root / ("test_batch.bin" if ten else "test.bin")).write_bytes(records(images[:2], labels[:2]))
 
 
@@ -70,7 +84,9 @@ def test_cifar_is_read_in_whichever_form_it_lies(tmp_path: Path, ten: bool, form
     order = [0, 5, 1, 6, 2, 7, 3, 8, 4, 9] if ten and form is binary else list(range(10))
     assert torch.equal(found.train.x, torch.from_numpy(images[order]).permute(0, 3, 1, 2))
     assert found.train.y.tolist() == [labels[i] for i in order]
-    assert torch.equal(found.test.x, torch.from_numpy(images[:2]).permute(0, 3, 1, 2)) and found.test.y.tolist() == [3, 1]
+    assert torch.equal(
+        found.test.x, torch.from_numpy(images[:2]).permute(0, 3, 1, 2)
+    ) and found.test.y.tolist() == [3, 1]
     assert len(found.classes) == (10 if ten else 100)
     assert len(load("cifar10" if ten else "cifar100", tmp_path, limit=3).train.x) == 3
 
@@ -81,21 +97,34 @@ def torchvision_datasets() -> ModuleType:
     return libraries.load("torchvision").datasets
 
 
-def test_torchvision_s_folder_is_read_by_torchvision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torchvision_s_folder_is_read_by_torchvision(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It checks sums that a small copy has not, so that the sums are taken for right here."""
     datasets = torchvision_datasets()
     folder = tmp_path / "cifar-10-batches-py"
     folder.mkdir()
     images = pixels(6)
     flat = images.transpose(0, 3, 1, 2).reshape(6, -1)
-    for n, name in enumerate(["data_batch_1", "data_batch_2", "data_batch_3", "data_batch_4", "data_batch_5", "test_batch"]):
+    for n, name in enumerate(
+        [
+            "data_batch_1",
+            "data_batch_2",
+            "data_batch_3",
+            "data_batch_4",
+            "data_batch_5",
+            "test_batch",
+        ]
+    ):
         (folder / name).write_bytes(pickle.dumps({"data": flat[n : n + 1], "labels": [n]}))
     (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": list("abcdefghij")}))
     with pytest.raises(DataError, match=r"torchvision cannot read cifar10"):
         load("cifar10", tmp_path)
     monkeypatch.setattr(datasets.cifar, "check_integrity", lambda *_: True)
     found = load("cifar10", tmp_path)
-    assert torch.equal(found.train.x, torch.from_numpy(images[:5]).permute(0, 3, 1, 2)) and found.test.y.tolist() == [5]
+    assert torch.equal(
+        found.train.x, torch.from_numpy(images[:5]).permute(0, 3, 1, 2)
+    ) and found.test.y.tolist() == [5]
 
 
 def test_a_folder_of_classes_is_read_and_cut_to_squares(tmp_path: Path) -> None:
@@ -118,12 +147,23 @@ def write_folder(root: Path, images: dict[str, int]) -> None:
         (root / name).mkdir(parents=True)
         for n in range(count):
             colour += 1
-            Image.new("RGB", (8, 8), (colour, 2 * colour, 3 * colour)).save(root / name / f"{n}.png")
+            Image.new("RGB", (8, 8), (colour, 2 * colour, 3 * colour)).save(
+                root / name / f"{n}.png"
+            )
 
 
 def test_a_folder_is_read_as_torchvision_reads_it(tmp_path: Path) -> None:
     """Folders within a class, links and upper case included; files beside the classes and of other kinds are not."""
-    folders = ("train/cat", "train/cat/b", "train/cat-b", "train/dog/old", "test/cat", "test/cat-b", "test/dog", "more")
+    folders = (
+        "train/cat",
+        "train/cat/b",
+        "train/cat-b",
+        "train/dog/old",
+        "test/cat",
+        "test/cat-b",
+        "test/dog",
+        "more",
+    )
     write_folder(tmp_path, dict.fromkeys(folders, 2))
     (tmp_path / "train" / "dog" / "more").symlink_to(tmp_path / "more")
     (tmp_path / "train" / "dog" / "old" / "0.png").rename(tmp_path / "train" / "dog" / "0.PNG")
@@ -135,7 +175,10 @@ def test_a_folder_is_read_as_torchvision_reads_it(tmp_path: Path) -> None:
         theirs = torchvision_datasets().ImageFolder(tmp_path / name)
         assert list(found.classes) == theirs.classes
         expected = sorted((label, *image.getpixel((0, 0))) for image, label in theirs)
-        assert sorted((label, *x[:, 0, 0].tolist()) for x, label in zip(split.x, split.y.tolist())) == expected
+        assert (
+            sorted((label, *x[:, 0, 0].tolist()) for x, label in zip(split.x, split.y.tolist()))
+            == expected
+        )
 
 
 def test_what_is_hidden_is_no_class_and_no_image(tmp_path: Path) -> None:
@@ -165,7 +208,10 @@ def test_a_class_without_images_is_named(tmp_path: Path, split: str, name: str) 
 
 def test_the_first_images_of_a_folder_are_of_every_class(tmp_path: Path) -> None:
     """They are what a limit leaves, and the ones that are shifted in the end."""
-    write_folder(tmp_path, {f"{split}/{name}": 5 for split in ("train", "test") for name in ("cat", "dog", "eel")})
+    write_folder(
+        tmp_path,
+        {f"{split}/{name}": 5 for split in ("train", "test") for name in ("cat", "dog", "eel")},
+    )
     found = load("folder", tmp_path, limit=6)
     assert found.train.y.bincount().tolist() == found.test.y.bincount().tolist() == [2, 2, 2]
 
@@ -174,12 +220,19 @@ def png(pixels: np.ndarray) -> bytes:
     """16 bits a channel, grey (H, W) or RGB (H, W, 3), which PIL reads and does not write."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+        return (
+            struct.pack(">I", len(content))
+            + kind
+            + content
+            + struct.pack(">I", zlib.crc32(kind + content))
+        )
 
     height, width = pixels.shape[:2]
     header = struct.pack(">IIBBBBB", width, height, 16, 0 if pixels.ndim == 2 else 2, 0, 0, 0)
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
-    return b"\x89PNG\r\n\x1a\n" + b"".join(map(chunk, (b"IHDR", b"IDAT", b"IEND"), (header, zlib.compress(rows), b"")))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        map(chunk, (b"IHDR", b"IDAT", b"IEND"), (header, zlib.compress(rows), b""))
+    )
 
 
 def saved(pixels: np.ndarray, kind: str) -> bytes:
@@ -208,9 +261,13 @@ def test_wide_colours_are_scaled_to_bytes(tmp_path: Path) -> None:
     assert (read_as_folder(tmp_path, png(colours), "png") == colours // 256).all()
 
 
-@pytest.mark.parametrize("dtype,words", [(np.int32, "32-bit integers"), (np.float32, "32-bit floats")])
+@pytest.mark.parametrize(
+    "dtype,words", [(np.int32, "32-bit integers"), (np.float32, "32-bit floats")]
+)
 def test_pixels_of_an_unknown_range_are_refused(tmp_path: Path, dtype: type, words: str) -> None:
-    with pytest.raises(DataError, match=rf"0\.tif: this is no readable image: its pixels are {words}"):
+    with pytest.raises(
+        DataError, match=rf"0\.tif: this is no readable image: its pixels are {words}"
+    ):
         read_as_folder(tmp_path, saved(np.full((8, 8), 1000, dtype), "TIFF"), "tif")
 
 
@@ -219,17 +276,26 @@ def test_pixels_of_an_unknown_range_are_refused(tmp_path: Path, dtype: type, wor
 def test_one_cifar_is_not_taken_for_the_other(tmp_path: Path, ten: bool, form: Callable) -> None:
     form(tmp_path, ten, pixels(10), list(range(10)))
     if form is parquet:
-        words = ["train.parquet has no column", "fine_label, but img, label" if ten else "label, but img, fine_label"]
+        words = [
+            "train.parquet has no column",
+            "fine_label, but img, label" if ten else "label, but img, fine_label",
+        ]
     else:
         words = ["none of", "but data_batch_1.bin" if ten else "but test.bin, train.bin"]
     check_refused("cifar100" if ten else "cifar10", tmp_path, words)
 
 
-@pytest.mark.parametrize("ten,words", [(True, "class below 10, got 10"), (False, "class below 100, got 100")])
-def test_a_label_of_no_class_is_refused_in_the_binaries_too(tmp_path: Path, ten: bool, words: str) -> None:
+@pytest.mark.parametrize(
+    "ten,words", [(True, "class below 10, got 10"), (False, "class below 100, got 100")]
+)
+def test_a_label_of_no_class_is_refused_in_the_binaries_too(
+    tmp_path: Path, ten: bool, words: str
+) -> None:
     binary(tmp_path, ten, pixels(10), [*range(9), 10 if ten else 100])
     check_refused(
-        "cifar10" if ten else "cifar100", tmp_path, ["data_batch_5.bin, record 1" if ten else "train.bin, record 9", words]
+        "cifar10" if ten else "cifar100",
+        tmp_path,
+        ["data_batch_5.bin, record 1" if ten else "train.bin, record 9", words],
     )
 
 
@@ -243,13 +309,20 @@ def test_the_digits_are_in_the_box() -> None:
 
 
 DAMAGED = {
-    "truncated parquet": (lambda root: shorten(root / "train.parquet"), ["train.parquet", "no readable parquet file"]),
+    "truncated parquet": (
+        lambda root: shorten(root / "train.parquet"),
+        ["train.parquet", "no readable parquet file"],
+    ),
     "wrong columns": (
-        lambda root: write_parquet(root / "train.parquet", [encoded(pixels(1)[0])], [1], image="picture"),
+        lambda root: write_parquet(
+            root / "train.parquet", [encoded(pixels(1)[0])], [1], image="picture"
+        ),
         ["train.parquet", "no column img or image", "picture, label"],
     ),
     "an unreadable image": (
-        lambda root: write_parquet(root / "train.parquet", [encoded(pixels(1)[0]), b"no image"], [1, 2]),
+        lambda root: write_parquet(
+            root / "train.parquet", [encoded(pixels(1)[0]), b"no image"], [1, 2]
+        ),
         ["train.parquet, row 1", "no readable image"],
     ),
     "a truncated image": (
@@ -268,7 +341,10 @@ DAMAGED = {
         lambda root: write_parquet(root / "train.parquet", [encoded(pixels(1)[0])], [None]),
         ["train.parquet, row 0", "got None"],
     ),
-    "no test split": (lambda root: (root / "test-00000-of-00001.parquet").unlink(), ["no test*.parquet"]),
+    "no test split": (
+        lambda root: (root / "test-00000-of-00001.parquet").unlink(),
+        ["no test*.parquet"],
+    ),
 }
 
 
@@ -277,7 +353,9 @@ def shorten(path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage,words", DAMAGED.values(), ids=list(DAMAGED))
-def test_damaged_parquet_names_the_file_and_the_row(tmp_path: Path, damage: Callable, words: list[str]) -> None:
+def test_damaged_parquet_names_the_file_and_the_row(
+    tmp_path: Path, damage: Callable, words: list[str]
+) -> None:
     parquet(tmp_path, True, pixels(3), [1, 2, 3])
     damage(tmp_path)
     check_refused("cifar10", tmp_path, words)
@@ -292,7 +370,9 @@ def check_refused(name: str, root: Path | None, words: list[str]) -> None:
 def test_damaged_binaries_and_folders_are_named(tmp_path: Path) -> None:
     check_refused("cifar10", None, ["--root", "nothing is downloaded"])
     check_refused("cifar10", tmp_path / "none", ["no such folder"])
-    check_refused("cifar10", tmp_path, ["holds no cifar10", "cifar-10-batches-py", "train*.parquet"])
+    check_refused(
+        "cifar10", tmp_path, ["holds no cifar10", "cifar-10-batches-py", "train*.parquet"]
+    )
     binary(tmp_path, True, pixels(10), list(range(10)))
     shorten(tmp_path / "data_batch_3.bin")
     check_refused("cifar10", tmp_path, ["data_batch_3.bin", "cut off"])

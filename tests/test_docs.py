@@ -60,7 +60,9 @@ def test_the_readme_is_short_and_its_links_are_absolute() -> None:
 
 
 def test_links_to_files_of_the_repository_lead_to_files() -> None:
-    repository = "https://(?:github.com|raw.githubusercontent.com)/regfast/regfast/(?:(?:blob|tree)/)?main/"
+    repository = (
+        "https://(?:github.com|raw.githubusercontent.com)/regfast/regfast/(?:(?:blob|tree)/)?main/"
+    )
     found = [
         (page, path)
         for page in PAGES

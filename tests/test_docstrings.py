@@ -20,7 +20,16 @@ DOCUMENTED = {
     for name in module.__all__
     if ">>>" in (inspect.getdoc(getattr(module, name)) or "")
 }
-NEEDS_ONE = ["BlurPool2d", "Conv2dAA", "ManifoldMixup", "MaxPool2dAA", "MixUp", "MixupCollator", "MixupLoss", "warm_up"]
+NEEDS_ONE = [
+    "BlurPool2d",
+    "Conv2dAA",
+    "ManifoldMixup",
+    "MaxPool2dAA",
+    "MixUp",
+    "MixupCollator",
+    "MixupLoss",
+    "warm_up",
+]
 
 
 class Quiet(doctest.OutputChecker):
@@ -38,7 +47,9 @@ def peers(text: str) -> dict[str, Any]:
             found["torchvision"] = load("torchvision")
         if "timm" in text:
             timm = load("timm")
-            found["timm"] = type("timm", (), {"create_model": lambda name, pretrained: timm.create_model(name)})
+            found["timm"] = type(
+                "timm", (), {"create_model": lambda name, pretrained: timm.create_model(name)}
+            )
     except AbsentError as absent:
         pytest.skip(str(absent))
     return found
@@ -53,7 +64,9 @@ def test_examples_run(name: str) -> None:
     text = inspect.getdoc(DOCUMENTED[name]) or ""
     # What an example leaves to its reader: a classifier and its images.
     block = regfast.ResidualBlock(4, 4)
-    model = nn.Sequential(nn.Conv2d(3, 4, 3, 8), block, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10))
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3, 8), block, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10)
+    )
     given = dict(model=model, images=torch.rand(1, 3, 240, 240), labels=torch.randint(10, (1,)))
     names = dict(regfast=regfast, torch=torch, nn=nn) | given | peers(text)
     example = doctest.DocTestParser().get_doctest(text, names, name, None, None)

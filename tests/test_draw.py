@@ -33,7 +33,11 @@ def test_a_stream_that_was_used_before_its_rank_was_known_parts_from_the_others(
         before = torch.rand(3, generator=stream.generator)
         stream.set_state(stream.get_state())
         monkeypatch.setattr(draw, "_rank", lambda: rank)
-        return before, torch.rand(3, generator=stream.generator), torch.rand(3, generator=stream.generator)
+        return (
+            before,
+            torch.rand(3, generator=stream.generator),
+            torch.rand(3, generator=stream.generator),
+        )
 
     zero, one, again = draws(0), draws(1), draws(1)
     assert torch.equal(zero[0], one[0])
@@ -54,7 +58,11 @@ def test_beta_is_scipy_s(alpha, generator):
     (Of Beta(0.01, 0.01) a quarter lies below 1e-30, and as much so near to 1 that float32 says 1.)
     """
     lam = beta(alpha, (4, 25000), generator)
-    assert lam.shape == (4, 25000) and lam.dtype == torch.float32 and bool(((lam >= 0) & (lam <= 1)).all())
+    assert (
+        lam.shape == (4, 25000)
+        and lam.dtype == torch.float32
+        and bool(((lam >= 0) & (lam <= 1)).all())
+    )
     lam, expected = lam.flatten().double().numpy(), stats.beta(alpha, alpha)
     low, high = expected.cdf(1e-30), 0.5
     within = lam[(lam > 1e-30) & (lam <= 0.5)]
@@ -76,7 +84,9 @@ def test_beta_of_extreme_alphas_is_a_weight(alpha, generator):
     lam = beta(alpha, (1000,), generator)
     assert bool(((lam >= 0) & (lam <= 1)).all())
     if alpha < 1:
-        assert 400 < int((lam > 0.5).sum()) < 600 and bool(((lam < 0.01) | (lam > 0.99)).float().mean() > 0.98)
+        assert 400 < int((lam > 0.5).sum()) < 600 and bool(
+            ((lam < 0.01) | (lam > 0.99)).float().mean() > 0.98
+        )
     else:
         torch.testing.assert_close(lam, torch.full_like(lam, 0.5), rtol=0.01, atol=0)
 
@@ -144,7 +154,10 @@ def test_a_box_s_centre_is_uniform(generator):
     box, left = boxes(lam, 6, 6, generator)
     assert torch.equal(box[:, 1] - box[:, 0], torch.ones(6000, dtype=torch.int64))
     assert torch.equal(left, torch.full_like(left, 35 / 36))
-    assert stats.chisquare(torch.bincount(box[:, 0] * 6 + box[:, 2], minlength=36).numpy()).pvalue > P_VALUE
+    assert (
+        stats.chisquare(torch.bincount(box[:, 0] * 6 + box[:, 2], minlength=36).numpy()).pvalue
+        > P_VALUE
+    )
 
 
 def test_one_box_for_one_lam(generator):
@@ -212,7 +225,11 @@ def test_a_stream_goes_on_from_a_saved_state(given):
     assert stream.get_state().dtype == torch.uint8
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda stream: pickle.loads(pickle.dumps(stream))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize(
+    "copied",
+    [copy.deepcopy, lambda stream: pickle.loads(pickle.dumps(stream))],
+    ids=["deepcopy", "pickle"],
+)
 @pytest.mark.parametrize("given", [False, True])
 def test_a_copied_stream_goes_on_alike_and_apart(copied, given):
     stream = Stream(torch.Generator().manual_seed(5) if given else None)
@@ -267,7 +284,9 @@ def test_a_spawned_worker_knows_its_parent_s_rank(monkeypatch):
 
 def draw_in_a_group(rank: int, folder: str) -> None:
     os.environ.pop("RANK", None)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2
+    )
     runs = []
     for _ in range(2):
         torch.manual_seed(3)
@@ -276,7 +295,9 @@ def draw_in_a_group(rank: int, folder: str) -> None:
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch.distributed is not available")
+@pytest.mark.skipif(
+    not torch.distributed.is_available(), reason="torch.distributed is not available"
+)
 def test_two_ranks_over_gloo_draw_differently_and_reproduce(tmp_path):
     torch.multiprocessing.spawn(draw_in_a_group, (str(tmp_path),), nprocs=2)
     (first, again), (other, other_again) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
@@ -290,8 +311,16 @@ def test_two_ranks_over_gloo_draw_differently_and_reproduce(tmp_path):
     [
         (lambda: Stream(3), TypeError, ["generator", "torch.Generator", "int"]),
         (lambda: Stream().set_state("state"), TypeError, ["state", "uint8", "str"]),
-        (lambda: Stream().set_state(torch.zeros(3)), TypeError, ["state", "uint8", "torch.float32"]),
-        (lambda: Stream().set_state(torch.get_rng_state()), ValueError, ["state", "its own cpu", "(5056,)"]),
+        (
+            lambda: Stream().set_state(torch.zeros(3)),
+            TypeError,
+            ["state", "uint8", "torch.float32"],
+        ),
+        (
+            lambda: Stream().set_state(torch.get_rng_state()),
+            ValueError,
+            ["state", "its own cpu", "(5056,)"],
+        ),
         (lambda: draw.check_alpha("alpha", -1), ValueError, ["alpha", "-1", "at least 0"]),
         (lambda: draw.check_alpha("alpha", float("nan")), ValueError, ["alpha", "nan", "finite"]),
         (lambda: draw.check_alpha("alpha", float("inf")), ValueError, ["alpha", "inf", "finite"]),

@@ -130,7 +130,9 @@ def test_the_torchscript_exporter_makes_onnx(layer, dynamic):
     runtime = pytest.importorskip("onnxruntime")
     model, file, x = network(layer), io.BytesIO(), torch.randn(2, 3, 16, 16)
     axes = {name: {0: "n", 2: f"{name}_h", 3: f"{name}_w"} for name in ("x", "y")}
-    options = dict(dynamo=False, input_names=["x"], output_names=["y"], dynamic_axes=axes if dynamic else None)
+    options = dict(
+        dynamo=False, input_names=["x"], output_names=["y"], dynamic_axes=axes if dynamic else None
+    )
     torch.onnx.export(model, (x,), file, **options)
     session = runtime.InferenceSession(file.getvalue())
     for shape in SHAPES if dynamic else [x.shape]:
@@ -174,5 +176,7 @@ def test_torch_jit_script_is_refused_in_one_line(module):
         with pytest.raises(RuntimeError) as raised:
             torch.jit.script(scripted)
         message = str(raised.value)
-        assert "\n" not in message and message.startswith("torch.jit.script cannot compile "), message
+        assert "\n" not in message and message.startswith("torch.jit.script cannot compile "), (
+            message
+        )
         assert message.endswith(": use torch.export.export or torch.jit.trace"), message

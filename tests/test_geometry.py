@@ -28,7 +28,15 @@ def test_output_size_is_that_of_max_pooling(rank):
         sizes = [draw.randint(1, draw.choice([6, 20, 400])) for _ in range(rank)]
         expected = oracle.max_pool_outputs(sizes, k, s, p, d, ceil_mode)
         taps = draw.choice([None, [draw.randint(1, 9) for _ in range(rank)]])
-        drawn = window(rank, kernel_size=k, stride=s, padding=p, dilation=d, ceil_mode=ceil_mode, blur_size=taps)
+        drawn = window(
+            rank,
+            kernel_size=k,
+            stride=s,
+            padding=p,
+            dilation=d,
+            ceil_mode=ceil_mode,
+            blur_size=taps,
+        )
         got = tuple(output_size(drawn, axis, size) for axis, size in enumerate(sizes))
         if expected is None:
             refused += 1
@@ -51,7 +59,12 @@ def test_blur_output_size():
         ("replicate", 8, {}, (0, 6)),
         ("zeros", 8, {"blur_size": 1, "stride": 1}, (0, 6)),
         ("partial", 9, {"kernel_size": 3, "stride": 2, "padding": 1}, (-1, 9)),
-        ("reflect", 1, {"kernel_size": 2, "dilation": 3, "padding": 1, "ceil_mode": True, "stride": 4}, (0, 0)),
+        (
+            "reflect",
+            1,
+            {"kernel_size": 2, "dilation": 3, "padding": 1, "ceil_mode": True, "stride": 4},
+            (0, 0),
+        ),
     ],
 )
 def test_limits(mode, size, changes, limits):
@@ -62,7 +75,9 @@ def extended(window, size):
     """The positions of the max map that outputs read, by NumPy's padding of the positions: None for a zero."""
     low, high = map_limits(window, 0, size)
     s, taps, lead = window.stride[0], window.taps[0], window.lead[0]
-    mode = {"partial": "edge", "replicate": "edge", "reflect": "reflect", "zeros": "constant"}[window.padding_mode]
+    mode = {"partial": "edge", "replicate": "edge", "reflect": "reflect", "zeros": "constant"}[
+        window.padding_mode
+    ]
     before = lead + max(-low, 0)
     outputs = max(output_size(window, 0, size), 0)
     after = max(outputs * s + len(taps) - high, 0)
@@ -79,7 +94,9 @@ def draw_window(draw):
     k, s = draw.randint(1, 5), draw.randint(1, 4)
     mode = draw.choice(["partial", "replicate", "reflect", "zeros"])
     if k == 1 and mode != "partial":
-        return blur_window(1, draw.randint(1, 7), s, draw.choice(["same", 0, 1, 3]), "binomial", mode)
+        return blur_window(
+            1, draw.randint(1, 7), s, draw.choice(["same", 0, 1, 3]), "binomial", mode
+        )
     return window(
         1, kernel_size=k, stride=s, padding=draw.randint(0, k // 2), ceil_mode=draw.random() < 0.5,
         blur_size=(draw.randint(1, 7),), padding_mode=mode,
@@ -100,18 +117,33 @@ def test_the_kernels_know_which_outputs_read_a_window():
             if not reads:
                 continue
             # What is beyond the limits, on either side.
-            first, last = -drawn.lead[0], (len(reads) - 1) * s - drawn.lead[0] + len(drawn.taps[0]) - 1
-            assert axis.edge == ("high" if last > high else "low" if first < low else "none"), (drawn, size)
+            first, last = (
+                -drawn.lead[0],
+                (len(reads) - 1) * s - drawn.lead[0] + len(drawn.taps[0]) - 1,
+            )
+            assert axis.edge == ("high" if last > high else "low" if first < low else "none"), (
+                drawn,
+                size,
+            )
             edges[axis.edge] += 1
             for o, places in enumerate(reads):
                 for j, q in enumerate(places):
                     place = o * s - drawn.lead[0] + j
-                    assert place_within(place, low, high, drawn.padding_mode) == q, (drawn, size, place)
+                    assert place_within(place, low, high, drawn.padding_mode) == q, (
+                        drawn,
+                        size,
+                        place,
+                    )
                     if q is None:
                         continue
                     # The groups that hold an element of the window, each with this output among its readers.
-                    for group in range(max((q - p) // axis.group, 0), (min(q - p + k, size) - 1) // axis.group + 1):
-                        e, reader = q - p + k - 1 - group * axis.group, o - group * outputs - axis.first
+                    for group in range(
+                        max((q - p) // axis.group, 0), (min(q - p + k, size) - 1) // axis.group + 1
+                    ):
+                        e, reader = (
+                            q - p + k - 1 - group * axis.group,
+                            o - group * outputs - axis.first,
+                        )
                         assert 0 <= reader < axis.readers, (drawn, size, q, o)
                         taps = dict(axis.reads[e])
                         assert reader in taps, (drawn, size, q, o)
@@ -123,7 +155,9 @@ def test_the_kernels_know_which_outputs_read_a_window():
 @pytest.mark.parametrize("size", [*range(1, 40), 1030])
 def test_binomial_is_the_distribution(size):
     # SciPy's probabilities come from logarithms of gamma functions, which cost it digits as the size grows.
-    assert binomial(size) == pytest.approx(binom.pmf(range(size), size - 1, 0.5), rel=1e-9, abs=1e-300)
+    assert binomial(size) == pytest.approx(
+        binom.pmf(range(size), size - 1, 0.5), rel=1e-9, abs=1e-300
+    )
     assert sum(binomial(size)) == pytest.approx(1, rel=1e-15)
     assert binomial(size) == binomial(size)[::-1]
 

@@ -44,8 +44,13 @@ def check_kernels_and_host(out: Path) -> None:
     parts, report = results(out)
     assert set(statuses(parts).values()) == {"ok", "absent"}, report
     assert "A device copy" in report and "rezero gate gelu backward" in report
-    assert [row["direction"] for row in parts["kernels"]["files"]["kernels-times.jsonl"][1:]] == ["forward", "backward"]
-    assert {"operation", "state", "us", "ratio", "limit"} <= parts["host"]["files"]["host.json"][0].keys()
+    assert [row["direction"] for row in parts["kernels"]["files"]["kernels-times.jsonl"][1:]] == [
+        "forward",
+        "backward",
+    ]
+    assert {"operation", "state", "us", "ratio", "limit"} <= parts["host"]["files"]["host.json"][
+        0
+    ].keys()
     assert torch.__version__ in report.split("## Where")[1]
 
 
@@ -96,7 +101,9 @@ def test_a_part_in_trouble_costs_no_other_its_results(tmp_path, monkeypatch):
         yield python("kernels-times", WRITER, raw / "kernels-times.jsonl", share=4)
 
     def sanitize(cpu: bool, raw: Path) -> Iterator[Step]:
-        yield python("sanitize-unable", "raise SystemExit('Device not supported')", unable="not supported")
+        yield python(
+            "sanitize-unable", "raise SystemExit('Device not supported')", unable="not supported"
+        )
         yield python("sanitize-ends-in-time", "import sys; print(sys.argv[1])", "{seconds}")
         yield python("sanitize-well", "print('done')", share=10)
 
@@ -138,7 +145,11 @@ def test_what_is_whole_does_not_run_again_unless_it_is_named(tmp_path, monkeypat
     def setting(device: str) -> dict[str, str]:
         return {"commit": commit[0], "device": device, "date": "now"}
 
-    parts = {"tests": part_of("tests", "failed"), "host": part_of("host", "ok", "absent"), "tune": part_of("tune", "ok")}
+    parts = {
+        "tests": part_of("tests", "failed"),
+        "host": part_of("host", "ok", "absent"),
+        "tune": part_of("tune", "ok"),
+    }
     monkeypatch.setattr(gpu, "PARTS", {"kernels": part_of("kernels", "ok", "cut")} | parts)
     monkeypatch.setattr(gpu, "run_all", run_all)
     monkeypatch.setattr(gpu, "setting", setting)
@@ -162,7 +173,10 @@ def test_what_is_whole_does_not_run_again_unless_it_is_named(tmp_path, monkeypat
 def test_what_is_no_part_is_refused(capsys):
     with pytest.raises(SystemExit):
         gpu.main(["bench"])
-    assert "PART is one of tests, kernels, host, steps, sanitize, tune, got bench" in capsys.readouterr().err
+    assert (
+        "PART is one of tests, kernels, host, steps, sanitize, tune, got bench"
+        in capsys.readouterr().err
+    )
 
 
 def test_the_tests_for_a_gpu_are_there():
@@ -181,17 +195,28 @@ def test_the_tests_for_a_gpu_are_there():
     for path in (ROOT / "tests").glob("test_*.py"):
         for name in only_cuda.findall(path.read_text()):
             in_files = path.name in gpu.FILES or f"{path.name}::{name}" in gpu.FILES
-            assert in_files and not any(p in name for p in " or ".join(gpu.LEFT_OUT).split(" or ")), name
+            assert in_files and not any(
+                p in name for p in " or ".join(gpu.LEFT_OUT).split(" or ")
+            ), name
 
 
 @pytest.mark.slow
 def test_the_tests_of_a_sample_have_one_process():
     pytest.importorskip("xdist")
-    chosen = ["tests/test_contract.py", "-k", "(scipy or two_backward) and rezero", "-v", "--numprocesses=2", "--dist=loadgroup"]
+    chosen = [
+        "tests/test_contract.py",
+        "-k",
+        "(scipy or two_backward) and rezero",
+        "-v",
+        "--numprocesses=2",
+        "--dist=loadgroup",
+    ]
     done = subprocess.run([sys.executable, "-m", "pytest", *chosen], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     passed = re.findall(r"^\[(gw\d)\] .* PASSED .*\[(rezero-.*)\] *$", done.stdout, flags=re.M)
-    processes = {sample: {process for process, other in passed if other == sample} for _, sample in passed}
+    processes = {
+        sample: {process for process, other in passed if other == sample} for _, sample in passed
+    }
     assert len(processes) < len(passed) and {len(found) for found in processes.values()} == {1}
     assert len({process for process, _ in passed}) == 2
 
@@ -209,20 +234,75 @@ def test_every_problem_has_its_calls(toy, monkeypatch):
 
 
 def row(direction: str, case: str = "2d k=2", **more) -> dict:
-    key = {"operation": "max_blur_pool", "direction": direction, "case": case, "format": "channels last", "dtype": "bf16"}
-    return key | {"elements": 205520896, "floor": 512 * 10**6, "per_element": 7.4, "foretold_us": 126.0} | more
+    key = {
+        "operation": "max_blur_pool",
+        "direction": direction,
+        "case": case,
+        "format": "channels last",
+        "dtype": "bf16",
+    }
+    return (
+        key
+        | {"elements": 205520896, "floor": 512 * 10**6, "per_element": 7.4, "foretold_us": 126.0}
+        | more
+    )
 
 
 # ncu's raw page: its own messages, a line of names, one of units, and a line a launch.
 NAMES = ["ID", "Process ID", "Kernel Name", "Context", "Block Size", *kernels.COUNTERS.values()]
-UNITS = ["", "", "", "", "", "ns", "%", "%", "%", "%", "register/thread", "inst", *["inst"] * len(kernels.REASONS)]
+UNITS = [
+    "",
+    "",
+    "",
+    "",
+    "",
+    "ns",
+    "%",
+    "%",
+    "%",
+    "%",
+    "register/thread",
+    "inst",
+    *["inst"] * len(kernels.REASONS),
+]
 STALLS = ["15.4", "0.1", "0.8", "0.5", "0", "0.2", "0.3", "n/a", "0.1"]
 LAUNCHES = [
-    ["0", "77", "_forward_kernel", "1", "(128, 1, 1)", "139,264", "79.12", "88.5", "66", "29.4", "64", "51,380,224", *STALLS],
-    ["1", "77", "_backward_kernel", "1", "(128, 1, 1)", "256,000", "47.1", "59", "56", "24", "108", "128,450,560", *STALLS],
+    [
+        "0",
+        "77",
+        "_forward_kernel",
+        "1",
+        "(128, 1, 1)",
+        "139,264",
+        "79.12",
+        "88.5",
+        "66",
+        "29.4",
+        "64",
+        "51,380,224",
+        *STALLS,
+    ],
+    [
+        "1",
+        "77",
+        "_backward_kernel",
+        "1",
+        "(128, 1, 1)",
+        "256,000",
+        "47.1",
+        "59",
+        "56",
+        "24",
+        "108",
+        "128,450,560",
+        *STALLS,
+    ],
 ]
 RAW = "\n".join(
-    ["==PROF== Connected to process 77", *(",".join(f'"{word}"' for word in line) for line in [NAMES, UNITS, *LAUNCHES])]
+    [
+        "==PROF== Connected to process 77",
+        *(",".join(f'"{word}"' for word in line) for line in [NAMES, UNITS, *LAUNCHES]),
+    ]
 )
 
 
@@ -239,26 +319,38 @@ def test_the_kernels_tables_are_of_times_and_counters():
     }
     text = re.sub(" +", " ", "\n".join(gpu.show_kernels(files)))
     # 512 MB in 160 us are 3.2 TB/s, of 4.
-    assert "| max_blur_pool 2d k=2 forward | 0.80 (160; 126; 1.27) | 0.51 (250; 126; 1.98) |" in text
+    assert (
+        "| max_blur_pool 2d k=2 forward | 0.80 (160; 126; 1.27) | 0.51 (250; 126; 1.98) |" in text
+    )
     assert "| max_blur_pool 2d k=2 backward | out of shared memory |" in text
     assert (
         "| max_blur_pool 2d k=2 forward NHWC bf16 | 139.3 | 0.9191 | 79.12 | 88.5 | 66 | 29.4 | 64 | 8 | 7.4 "
         "| long_scoreboard:15.4 wait:0.8 |" in text
     )
-    assert "| max_blur_pool 2d k=2 backward NHWC bf16 | 256 | 0.5 | 47.1 | 59 | 56 | 24 | 108 | 20 |" in text
+    assert (
+        "| max_blur_pool 2d k=2 backward NHWC bf16 | 256 | 0.5 | 47.1 | 59 | 56 | 24 | 108 | 20 |"
+        in text
+    )
 
 
 def test_a_launch_of_another_kernel_is_not_taken_for_the_row_s():
     with pytest.raises(ValueError, match="_forward_kernel was counted where"):
         kernels.counted([row("backward"), row("forward")], RAW)
     # A run that was cut has fewer launches, or none.
-    assert len(kernels.counted([row("forward"), row("backward")], "\n".join(RAW.splitlines()[:-1]))) == 1
+    assert (
+        len(kernels.counted([row("forward"), row("backward")], "\n".join(RAW.splitlines()[:-1])))
+        == 1
+    )
     assert kernels.counted([row("forward")], "==ERROR== no") == []
 
 
 def test_the_table_of_networks_is_of_pytest_benchmark_s_json():
     figures = {"how": "graph", "eager_us": 31000.0, "host_us": 29000.0, "peak_bytes": 2.0**32}
-    benchmark = {"params": {"name": "resnet50", "contestant": "regfast"}, "stats": {"median": 0.0296}, "extra_info": figures}
+    benchmark = {
+        "params": {"name": "resnet50", "contestant": "regfast"},
+        "stats": {"median": 0.0296},
+        "extra_info": figures,
+    }
     files = {"steps-resnet50.json": {"benchmarks": [benchmark]}, "steps-compiled.json": {}}
     text = re.sub(" +", " ", "\n".join(gpu.show_steps(files)))
     assert "| resnet50 | regfast | 29.6 | graph | 31 | 29 | 4 |" in text

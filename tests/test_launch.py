@@ -32,8 +32,12 @@ DRIVER = Path(__file__).parent / "noting_driver.py"
 
 def notes(*checks: str, **environment: str) -> dict:
     """What noting_driver.py prints of its checks."""
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | environment
-    done = subprocess.run([sys.executable, DRIVER, *checks], env=env, capture_output=True, text=True)
+    env = {
+        name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"
+    } | environment
+    done = subprocess.run(
+        [sys.executable, DRIVER, *checks], env=env, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(done.stdout)
 
@@ -52,7 +56,10 @@ def test_a_handle_is_given_what_tritons_launcher_gives_its_kernel(noted):
 
 
 def test_launch_hooks_see_repeated_launches(noted):
-    assert noted["hooks"] == {"ways": ["triton", "handle", "handle"], "seen": ["_forward_kernel"] * 2}
+    assert noted["hooks"] == {
+        "ways": ["triton", "handle", "handle"],
+        "seen": ["_forward_kernel"] * 2,
+    }
 
 
 def test_whatever_would_compile_another_kernel_takes_the_ordinary_way(noted):
@@ -60,7 +67,10 @@ def test_whatever_would_compile_another_kernel_takes_the_ordinary_way(noted):
     assert set(noted["switches"]) == {"debug", "instrumentation_mode", "pre_run_hook"}
     assert noted["switches"].pop("pre_run_hook")[:2] == ["triton", "handle"]
     # The switch on, then off; and for a launch that is met with it on, off, and off again.
-    assert all(ways == ["triton", "handle", "triton", "triton", "handle"] for ways in noted["switches"].values())
+    assert all(
+        ways == ["triton", "handle", "triton", "triton", "handle"]
+        for ways in noted["switches"].values()
+    )
 
 
 def test_addresses_that_are_no_multiples_of_16_take_the_ordinary_way(noted):
@@ -81,7 +91,12 @@ def test_the_environment_has_triton_make_every_launch():
 
 def test_a_misspelt_choice_of_the_launch_is_named():
     env = os.environ | {"REGFAST_LAUNCH": "cuda"}
-    done = subprocess.run([sys.executable, "-c", "import regfast.kernels.launch"], env=env, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", "import regfast.kernels.launch"],
+        env=env,
+        capture_output=True,
+        text=True,
+    )
     assert "ValueError: REGFAST_LAUNCH must be 'handle' or 'triton', got 'cuda'" in done.stderr
 
 
@@ -119,15 +134,24 @@ def operators(call: Callable[[], Any]) -> set[str]:
     with torch.profiler.profile() as profile:
         call()
     names = {event.key for event in profile.key_averages() if event.key.startswith("aten::")}
-    return {name for name in names if not name.startswith(("aten::empty", "aten::new_empty", "aten::detach", "aten::view"))}
+    return {
+        name
+        for name in names
+        if not name.startswith(("aten::empty", "aten::new_empty", "aten::detach", "aten::view"))
+    }
 
 
-def calls_of(operation: Operation, device: str) -> tuple[list[torch.Tensor], Callable[[], torch.Tensor]]:
+def calls_of(
+    operation: Operation, device: str
+) -> tuple[list[torch.Tensor], Callable[[], torch.Tensor]]:
     """What a call is differentiated by, and the call; of rezero, all three."""
     sample = operation.group("main")[0]
     x = sample.input(device=device).requires_grad_()
     if operation.name == "rezero":
-        stream, alpha = torch.randn_like(x).requires_grad_(), torch.ones(1, device=device).requires_grad_()
+        stream, alpha = (
+            torch.randn_like(x).requires_grad_(),
+            torch.ones(1, device=device).requires_grad_(),
+        )
         return [x, stream, alpha], lambda: rezero(stream, x, alpha)
     if operation.name == "mixup_cross_entropy":
         a, b = torch.randint(sample.shape[1], (2, sample.shape[0]), device=device)
@@ -149,7 +173,9 @@ def test_a_call_is_one_launch(operation: Operation, device, launched):
     y = call()
     del launched[:]
     assert operators(lambda: torch.autograd.grad(y, leaves, grad)) == set()
-    expected = {"mixup": (1, 2), "mixup_cross_entropy": (2, 1), "rezero": (1, 2)}.get(operation.name, (1, 1))
+    expected = {"mixup": (1, 2), "mixup_cross_entropy": (2, 1), "rezero": (1, 2)}.get(
+        operation.name, (1, 1)
+    )
     assert (forward, len(launched)) == expected
 
 

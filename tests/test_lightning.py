@@ -24,16 +24,30 @@ import lightning_module
 import models
 from torch.utils.data import DataLoader, TensorDataset
 
-QUIET = dict(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+QUIET = dict(
+    accelerator="cpu",
+    logger=False,
+    enable_checkpointing=False,
+    enable_progress_bar=False,
+    enable_model_summary=False,
+)
 
 
 @pytest.mark.parametrize("manifold", [False, True])
 def test_a_lightning_module_trains_on_mixed_batches(manifold: bool) -> None:
     images = data.load("digits", limit=128)
-    model = lightning_module.MixedClassifier(models.make("cnn", 1, 10, width=4), *images.statistics(), manifold=manifold)
+    model = lightning_module.MixedClassifier(
+        models.make("cnn", 1, 10, width=4), *images.statistics(), manifold=manifold
+    )
     before = [p.detach().clone() for p in model.model.parameters()]
     trainer = lightning_module.Trainer(max_epochs=2, **QUIET)
-    trainer.fit(model, *(DataLoader(TensorDataset(*split), batch_size=32) for split in (images.train, images.test)))
+    trainer.fit(
+        model,
+        *(
+            DataLoader(TensorDataset(*split), batch_size=32)
+            for split in (images.train, images.test)
+        ),
+    )
     metrics = trainer.callback_metrics
     assert 0 < metrics["train_loss"] < 10 and 0 <= metrics["accuracy"] <= 1
     assert all(not torch.equal(a, b) for a, b in zip(before, model.model.parameters()))

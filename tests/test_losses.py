@@ -7,7 +7,13 @@ import pytest
 import torch
 from torch import nn
 
-from regfast.losses import MixupBCEWithLogitsLoss, MixupCrossEntropyLoss, MixupLoss, mixup_accuracy, mixup_criterion
+from regfast.losses import (
+    MixupBCEWithLogitsLoss,
+    MixupCrossEntropyLoss,
+    MixupLoss,
+    mixup_accuracy,
+    mixup_criterion,
+)
 from regfast.mixing import MixedTarget, MixUp
 
 # float32 sums of the same terms in another order.
@@ -21,7 +27,9 @@ def close(found, expected):
 
 
 def gradient(loss, logits):
-    return torch.autograd.grad((loss * torch.linspace(1, 2, loss.numel()).view_as(loss)).sum(), logits, retain_graph=True)[0]
+    return torch.autograd.grad(
+        (loss * torch.linspace(1, 2, loss.numel()).view_as(loss)).sum(), logits, retain_graph=True
+    )[0]
 
 
 @pytest.fixture
@@ -34,12 +42,19 @@ def labels():
     return torch.randint(5, (2, 6)).unbind()
 
 
-@pytest.mark.parametrize("kind", [tuple, list, lambda target: MixedTarget(*target)], ids=["tuple", "list", "MixedTarget"])
+@pytest.mark.parametrize(
+    "kind", [tuple, list, lambda target: MixedTarget(*target)], ids=["tuple", "list", "MixedTarget"]
+)
 @pytest.mark.parametrize("lam", SCALARS, ids=NAMES)
 def test_the_book_s_loss(lam, kind, logits, labels):
     a, b = labels
-    expected = lam * nn.functional.cross_entropy(logits, a) + (1 - lam) * nn.functional.cross_entropy(logits, b)
-    for found in (MixupLoss()(logits, kind((a, b, lam))), mixup_criterion(nn.CrossEntropyLoss(), logits, a, b, lam)):
+    expected = lam * nn.functional.cross_entropy(logits, a) + (
+        1 - lam
+    ) * nn.functional.cross_entropy(logits, b)
+    for found in (
+        MixupLoss()(logits, kind((a, b, lam))),
+        mixup_criterion(nn.CrossEntropyLoss(), logits, a, b, lam),
+    ):
         assert found.dtype == torch.float32
         close(found, expected.float())
         close(gradient(found, logits), gradient(expected, logits))
@@ -80,7 +95,9 @@ def test_a_lam_a_sample_is_refused_where_the_loss_was_reduced(reduction, size, l
         lambda: mixup_criterion(base, logits[:size], a, b, lam),
         lambda: mixup_accuracy(lambda x, y: 0.5, logits[:size], a, b, lam),
     ):
-        with pytest.raises(ValueError, match=rf"lam of shape \({size},\).*a value a sample.*got shape \(\)"):
+        with pytest.raises(
+            ValueError, match=rf"lam of shape \({size},\).*a value a sample.*got shape \(\)"
+        ):
             call()
 
 
@@ -88,7 +105,9 @@ def test_the_loss_keeps_its_dtype(logits, labels):
     for dtype in (torch.bfloat16, torch.float32, torch.float64):
         for lam in (0.3, torch.tensor(0.3), torch.tensor(0.3, dtype=torch.float64)):
             assert MixupLoss()(logits.to(dtype), (*labels, lam)).dtype == dtype
-    found = mixup_accuracy(lambda preds, y: (preds.argmax(1) == y).sum(), logits, *labels, torch.tensor(0.3))
+    found = mixup_accuracy(
+        lambda preds, y: (preds.argmax(1) == y).sum(), logits, *labels, torch.tensor(0.3)
+    )
     assert found.is_floating_point()
 
 
@@ -98,15 +117,22 @@ def test_the_blog_s_accuracy(logits, labels):
     def accuracy(preds, y):
         return (preds.argmax(1) == y).float().mean()
 
-    close(mixup_accuracy(accuracy, logits, a, b, 0.3), 0.3 * accuracy(logits, a) + 0.7 * accuracy(logits, b))
+    close(
+        mixup_accuracy(accuracy, logits, a, b, 0.3),
+        0.3 * accuracy(logits, a) + 0.7 * accuracy(logits, b),
+    )
     as_number = mixup_accuracy(lambda preds, y: accuracy(preds, y).item(), logits, a, b, 0.3)
-    assert isinstance(as_number, float) and as_number == pytest.approx(mixup_accuracy(accuracy, logits, a, b, 0.3).item())
+    assert isinstance(as_number, float) and as_number == pytest.approx(
+        mixup_accuracy(accuracy, logits, a, b, 0.3).item()
+    )
     lam = torch.rand(6)
     each = mixup_accuracy(lambda preds, y: (preds.argmax(1) == y).float(), logits, a, b, lam)
     close(each, lam * (logits.argmax(1) == a) + (1 - lam) * (logits.argmax(1) == b))
 
 
-@pytest.mark.parametrize("lam", [*SCALARS, torch.tensor([0.0, 0.1, 0.5, 0.7, 0.9, 1.0])], ids=[*NAMES, "a sample"])
+@pytest.mark.parametrize(
+    "lam", [*SCALARS, torch.tensor([0.0, 0.1, 0.5, 0.7, 0.9, 1.0])], ids=[*NAMES, "a sample"]
+)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_cross_entropy_is_that_of_each_label(smoothing, reduction, lam, logits, labels):
@@ -130,7 +156,10 @@ def test_cross_entropy_is_that_of_each_label(smoothing, reduction, lam, logits, 
 def test_cross_entropy_of_plain_labels_is_torch_s(reduction, logits, labels):
     arguments = dict(weight=torch.rand(5), reduction=reduction, label_smoothing=0.1)
     for target, ignored in ((labels[0], 2), (labels[0], -100), (torch.rand(6, 5), -100)):
-        ours, theirs = (loss(**arguments, ignore_index=ignored) for loss in (MixupCrossEntropyLoss, nn.CrossEntropyLoss))
+        ours, theirs = (
+            loss(**arguments, ignore_index=ignored)
+            for loss in (MixupCrossEntropyLoss, nn.CrossEntropyLoss)
+        )
         torch.testing.assert_close(ours(logits, target), theirs(logits, target), rtol=0, atol=0)
 
 
@@ -143,20 +172,40 @@ def test_cross_entropy_keeps_its_weight_as_torch_does():
     torch.testing.assert_close(theirs.weight, weight, rtol=0, atol=0)
     assert isinstance(ours, nn.CrossEntropyLoss)
     positional = MixupCrossEntropyLoss(weight, 3, "sum", 0.2)
-    assert (positional.ignore_index, positional.reduction, positional.label_smoothing) == (3, "sum", 0.2)
+    assert (positional.ignore_index, positional.reduction, positional.label_smoothing) == (
+        3,
+        "sum",
+        0.2,
+    )
 
 
-@pytest.mark.parametrize("lam", [*SCALARS, torch.tensor([0.0, 0.1, 0.5, 0.7, 0.9, 1.0])], ids=[*NAMES, "a sample"])
+@pytest.mark.parametrize(
+    "lam", [*SCALARS, torch.tensor([0.0, 0.1, 0.5, 0.7, 0.9, 1.0])], ids=[*NAMES, "a sample"]
+)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_bce_is_that_of_each_label(reduction, lam, logits):
     a, b = torch.rand(2, 6, 5) > 0.6
     arguments = dict(weight=torch.rand(6, 1), pos_weight=torch.rand(5) + 0.5)
     share = lam.view(-1, 1) if isinstance(lam, torch.Tensor) and lam.ndim else lam
-    each = [nn.functional.binary_cross_entropy_with_logits(logits, y.float(), **arguments, reduction="none") for y in (a, b)]
+    each = [
+        nn.functional.binary_cross_entropy_with_logits(
+            logits, y.float(), **arguments, reduction="none"
+        )
+        for y in (a, b)
+    ]
     expected = share * each[0] + (1 - share) * each[1]
     expected = {"mean": expected.mean(), "sum": expected.sum(), "none": expected}[reduction].float()
-    for dtype in (torch.bool, torch.int64, torch.uint8, torch.float16, torch.float32, torch.float64):
-        found = MixupBCEWithLogitsLoss(**arguments, reduction=reduction)(logits, (a.to(dtype), b.to(dtype), lam))
+    for dtype in (
+        torch.bool,
+        torch.int64,
+        torch.uint8,
+        torch.float16,
+        torch.float32,
+        torch.float64,
+    ):
+        found = MixupBCEWithLogitsLoss(**arguments, reduction=reduction)(
+            logits, (a.to(dtype), b.to(dtype), lam)
+        )
         assert found.dtype == torch.float32
         close(found, expected)
     close(gradient(found, logits), gradient(expected, logits))
@@ -168,7 +217,9 @@ def test_bce_of_plain_labels_is_torch_s(reduction, logits):
     ours, theirs = MixupBCEWithLogitsLoss(**arguments), nn.BCEWithLogitsLoss(**arguments)
     target = torch.rand(6, 5) > 0.5
     for dtype in (torch.bool, torch.int64, torch.float32):
-        torch.testing.assert_close(ours(logits, target.to(dtype)), theirs(logits, target.float()), rtol=0, atol=0)
+        torch.testing.assert_close(
+            ours(logits, target.to(dtype)), theirs(logits, target.float()), rtol=0, atol=0
+        )
     assert list(ours.state_dict()) == list(theirs.state_dict()) == ["weight", "pos_weight"]
 
 
@@ -184,16 +235,22 @@ def test_bce_keeps_the_logits_dtype(dtype, logits):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("lam", [0.3, torch.tensor(0.3), torch.rand(6)], ids=["number", "0-d", "a sample"])
+@pytest.mark.parametrize(
+    "lam", [0.3, torch.tensor(0.3), torch.rand(6)], ids=["number", "0-d", "a sample"]
+)
 def test_bce_rounds_the_blended_labels_once(lam, dtype, logits):
     a, b = torch.rand(2, 6, 5).to(dtype)
     share = lam.view(-1, 1) if isinstance(lam, torch.Tensor) and lam.ndim else lam
     blended = (share * a.float() + (1 - share) * b.float()).to(dtype)
     loss = MixupBCEWithLogitsLoss(reduction="none")
-    torch.testing.assert_close(loss(logits.to(dtype), (a, b, lam)), loss(logits.to(dtype), blended), rtol=0, atol=0)
+    torch.testing.assert_close(
+        loss(logits.to(dtype), (a, b, lam)), loss(logits.to(dtype), blended), rtol=0, atol=0
+    )
 
 
-@pytest.mark.parametrize("loss", [MixupLoss(), MixupCrossEntropyLoss()], ids=["MixupLoss", "MixupCrossEntropyLoss"])
+@pytest.mark.parametrize(
+    "loss", [MixupLoss(), MixupCrossEntropyLoss()], ids=["MixupLoss", "MixupCrossEntropyLoss"]
+)
 @pytest.mark.parametrize("training", [True, False])
 def test_what_mixup_returns_is_what_the_losses_take(loss, training, logits, labels):
     _, target = MixUp().train(training)(torch.randn(6, 3), labels[0])

@@ -82,8 +82,16 @@ def check_every_candidate(mm, blocks, x, y, calls=60, **tolerance):
 
 def resnet_blocks(model):
     pool = model.avgpool if hasattr(model, "avgpool") else model.global_pool
-    stem = nn.Sequential(*itertools.takewhile(lambda child: child is not model.layer1, model.children()))
-    return [stem, model.layer1, model.layer2, model.layer3, nn.Sequential(model.layer4, pool, nn.Flatten(), model.fc)]
+    stem = nn.Sequential(
+        *itertools.takewhile(lambda child: child is not model.layer1, model.children())
+    )
+    return [
+        stem,
+        model.layer1,
+        model.layer2,
+        model.layer3,
+        nn.Sequential(model.layer4, pool, nn.Flatten(), model.fc),
+    ]
 
 
 def mlp(width=8, classes=3):
@@ -93,7 +101,12 @@ def mlp(width=8, classes=3):
 
 
 def hooks(model):
-    return [hook for m in model.modules() for table in (m._forward_hooks, m._forward_pre_hooks) for hook in table.values()]
+    return [
+        hook
+        for m in model.modules()
+        for table in (m._forward_hooks, m._forward_pre_hooks)
+        for hook in table.values()
+    ]
 
 
 # What it computes
@@ -103,7 +116,9 @@ def hooks(model):
 def test_one_prefix_equals_two_in_a_resnet(library, request):
     package = request.getfixturevalue(library)
     model = (
-        package.models.resnet18(num_classes=10) if library == "torchvision" else package.create_model("resnet18", num_classes=10)
+        package.models.resnet18(num_classes=10)
+        if library == "torchvision"
+        else package.create_model("resnet18", num_classes=10)
     )
     mm = ManifoldMixup(model)
     model.eval()
@@ -125,7 +140,9 @@ def test_a_plain_sequential():
     """With stages among its children these count; without, each layer and what follows it."""
     model = mlp()
     assert ManifoldMixup(model).candidates == ("input", "stem", "1", "2")
-    layers = OrderedDict(a=nn.Linear(8, 8), b=nn.Tanh(), c=nn.Linear(8, 8), d=nn.Tanh(), e=nn.Linear(8, 3))
+    layers = OrderedDict(
+        a=nn.Linear(8, 8), b=nn.Tanh(), c=nn.Linear(8, 8), d=nn.Tanh(), e=nn.Linear(8, 3)
+    )
     flat = nn.Sequential(layers)
     mm = ManifoldMixup(flat)
     assert mm.candidates == ("input", "b", "d")
@@ -135,7 +152,9 @@ def test_a_plain_sequential():
 
 def test_a_plain_sequential_with_one_activation_in_many_places():
     relu = nn.ReLU()
-    model = nn.Sequential(nn.Linear(8, 8), relu, nn.Linear(8, 8), relu, nn.Linear(8, 8), relu, nn.Linear(8, 3))
+    model = nn.Sequential(
+        nn.Linear(8, 8), relu, nn.Linear(8, 8), relu, nn.Linear(8, 8), relu, nn.Linear(8, 3)
+    )
     mm = ManifoldMixup(model)
     assert mm.candidates == ("input", "1", "3", "5")
     check_every_candidate(mm, [model[:2], model[2:4], model[4:6], model[6:]], *batch(6, 8))
@@ -143,7 +162,9 @@ def test_a_plain_sequential_with_one_activation_in_many_places():
 
 def test_two_stages_count_where_nothing_within_them_does():
     stages = [nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(2)]
-    model = nn.Sequential(OrderedDict(stem=nn.Tanh(), a=stages[0], b=stages[1], head=nn.Linear(8, 3)))
+    model = nn.Sequential(
+        OrderedDict(stem=nn.Tanh(), a=stages[0], b=stages[1], head=nn.Linear(8, 3))
+    )
     mm = ManifoldMixup(model)
     assert mm.candidates == ("input", "stem", "a")
     check_every_candidate(mm, [model[:1], model[1], model[2:]], *batch(6, 8))
@@ -168,7 +189,11 @@ FAMILIES = {
     "timm resnetv2_50": ({}, 32, STAGES),
     "timm resnext50_32x4d": ({}, 0, "stem layer1 layer2 layer3"),
     "timm vgg11_bn": ({"mlp_ratio": 0.1}, 32, "features.3 features.10 features.17 features.24"),
-    "timm densenet121": ({}, 32, "stem features.transition1 features.transition2 features.transition3"),
+    "timm densenet121": (
+        {},
+        32,
+        "stem features.transition1 features.transition2 features.transition3",
+    ),
     "timm regnety_002": ({}, 32, "stem s1 s2 s3"),
     "timm efficientnet_b0": ({}, 32, "stem blocks.1 blocks.3 blocks.5"),
     "timm mobilenetv3_small_050": ({}, 32, "stem blocks.1 blocks.2 blocks.4"),
@@ -193,7 +218,11 @@ FAMILIES = {
         32,
         "inception3a inception4a inception4c inception4e",
     ),
-    "torchvision densenet121": ({}, 32, "stem features.transition1 features.transition2 features.transition3"),
+    "torchvision densenet121": (
+        {},
+        32,
+        "stem features.transition1 features.transition2 features.transition3",
+    ),
     "torchvision regnet_y_400mf": (
         {},
         32,
@@ -222,7 +251,10 @@ QUICK = {
 
 def network(name):
     library, name = name.split()
-    return partial(peer(library).create_model if library == "timm" else peer("torchvision.models").get_model, name)
+    return partial(
+        peer(library).create_model if library == "timm" else peer("torchvision.models").get_model,
+        name,
+    )
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -237,11 +269,18 @@ def test_the_candidates_of_every_family(name):
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n, row in FAMILIES.items() if row[1]]
+    "name",
+    [
+        pytest.param(n, marks=() if n in QUICK else pytest.mark.slow)
+        for n, row in FAMILIES.items()
+        if row[1]
+    ],
 )
 def test_each_family_mixes_at_each_candidate(name):
     options, size, _ = FAMILIES[name]
-    check_runs(ManifoldMixup(network(name)(**options, num_classes=7)), torch.randn(4, 3, size, size))
+    check_runs(
+        ManifoldMixup(network(name)(**options, num_classes=7)), torch.randn(4, 3, size, size)
+    )
 
 
 def as_trained(model, x):
@@ -290,7 +329,11 @@ def test_a_vit_s_blocks(timm):
         return model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(x))))
 
     rest = nn.Sequential(model.blocks[3], model.norm)
-    blocks = [lambda x: model.blocks[0](embed(x)), lambda x: model.blocks[2](model.blocks[1](x)), rest]
+    blocks = [
+        lambda x: model.blocks[0](embed(x)),
+        lambda x: model.blocks[2](model.blocks[1](x)),
+        rest,
+    ]
     for _ in range(8):
         x, y = batch(4, 3, 32, 32)
         output, target = mm(x, y)
@@ -315,7 +358,10 @@ Pair = namedtuple("Pair", ["first", "second"])
         (lambda h, ids: (h, ids), lambda out: out),
         (lambda h, ids: [h, ids], tuple),
         (lambda h, ids: Pair(h, ids), lambda out: (out.first, out.second)),
-        (lambda h, ids: OrderedDict(h=h, rest={"ids": ids}), lambda out: (out["h"], out["rest"]["ids"])),
+        (
+            lambda h, ids: OrderedDict(h=h, rest={"ids": ids}),
+            lambda out: (out["h"], out["rest"]["ids"]),
+        ),
         (lambda h, ids: Features(h, ids, 0.5), lambda out: (out.hidden, out.tokens)),
     ],
     ids=["tuple", "list", "namedtuple", "dict", "dataclass"],
@@ -404,7 +450,9 @@ def test_the_loss_takes_the_target():
     x, y = torch.randn(6, 8), torch.randint(3, (6,))
     output, target = mm(x, y)
     loss = regfast.MixupCrossEntropyLoss()
-    torch.testing.assert_close(loss(output, target), regfast.mixup_criterion(nn.CrossEntropyLoss(), output, *target))
+    torch.testing.assert_close(
+        loss(output, target), regfast.mixup_criterion(nn.CrossEntropyLoss(), output, *target)
+    )
     torch.testing.assert_close(loss(*mm.eval()(x, y)), nn.CrossEntropyLoss()(mm(x), y))
 
 
@@ -418,12 +466,16 @@ def test_activations_keep_autocast_s_dtype():
     mm = ManifoldMixup(mlp(), ["0", "1"], include_input=False)
     seen = []
     for name in ("1", "2"):
-        mm.model.get_submodule(name).register_forward_pre_hook(lambda module, args: seen.append(args[0].dtype))
+        mm.model.get_submodule(name).register_forward_pre_hook(
+            lambda module, args: seen.append(args[0].dtype)
+        )
     with torch.autocast("cpu", torch.bfloat16):
         for _ in range(4):
             x, y = batch(6, 8)
             output, target = mm(x, y)
-            expected = two_prefixes([mm.model[0], mm.model[1], mm.model[2:]], mm.last_k + 1, x, target.b, target.lam)
+            expected = two_prefixes(
+                [mm.model[0], mm.model[1], mm.model[2:]], mm.last_k + 1, x, target.b, target.lam
+            )
             # One rounding of the blend to bfloat16, and what follows from it.
             torch.testing.assert_close(output, expected, rtol=2**-6, atol=2**-6)
     assert set(seen) == {torch.bfloat16}
@@ -434,7 +486,10 @@ def test_activations_keep_autocast_s_dtype():
 
 def draws(mm, count, size=4):
     x, y = batch(size, 8)
-    return [(mm.last_k, mm.last_lam, target.b.tolist()) for _, target in (mm(x, y) for _ in range(count))]
+    return [
+        (mm.last_k, mm.last_lam, target.b.tolist())
+        for _, target in (mm(x, y) for _ in range(count))
+    ]
 
 
 def test_candidates_are_alike_and_lam_is_beta():
@@ -450,7 +505,13 @@ def test_without_the_input():
     x, y = batch(6, 8)
     for _ in range(20):
         output, target = mm(x, y)
-        expected = two_prefixes([mm.model[0], mm.model[1], mm.model[2], mm.model[3:]], mm.last_k + 1, x, target.b, target.lam)
+        expected = two_prefixes(
+            [mm.model[0], mm.model[1], mm.model[2], mm.model[3:]],
+            mm.last_k + 1,
+            x,
+            target.b,
+            target.lam,
+        )
         torch.testing.assert_close(output, expected, **ROUNDING)
 
 
@@ -461,11 +522,15 @@ def test_draws_follow_the_seed():
         return draws(ManifoldMixup(model), 8)
 
     assert seeded(1) == seeded(1) != seeded(2)
-    assert draws(ManifoldMixup(mlp(), generator=generator(3)), 8) == draws(ManifoldMixup(mlp(), generator=generator(3)), 8)
+    assert draws(ManifoldMixup(mlp(), generator=generator(3)), 8) == draws(
+        ManifoldMixup(mlp(), generator=generator(3)), 8
+    )
 
     mm, state = ManifoldMixup(mlp(), generator=generator(3)), torch.get_rng_state()
     mm(torch.zeros(4, 8), torch.arange(4))
-    assert torch.equal(torch.get_rng_state(), state), "a given generator is the only one that is drawn from"
+    assert torch.equal(torch.get_rng_state(), state), (
+        "a given generator is the only one that is drawn from"
+    )
 
 
 @pytest.mark.parametrize("given", [None, 7])
@@ -518,16 +583,27 @@ def test_hooks_are_gone_when_it_is_closed_or_deleted():
 def test_two_on_one_model():
     model = mlp()
     x, y = batch(6, 8)
-    first, second = ManifoldMixup(model, ["1"], include_input=False), ManifoldMixup(model, ["2"], include_input=False)
+    first, second = (
+        ManifoldMixup(model, ["1"], include_input=False),
+        ManifoldMixup(model, ["2"], include_input=False),
+    )
     for mm, split in ((first, 2), (second, 3), (first, 2)):
         output, target = mm(x, y)
-        torch.testing.assert_close(output, two_prefixes([model[:split], model[split:]], 1, x, target.b, target.lam), **ROUNDING)
+        torch.testing.assert_close(
+            output,
+            two_prefixes([model[:split], model[split:]], 1, x, target.b, target.lam),
+            **ROUNDING,
+        )
     first.close()
     assert len(hooks(model)) == 1
     second(x, y)
 
 
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda mm: pickle.loads(pickle.dumps(mm))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize(
+    "duplicate",
+    [copy.deepcopy, lambda mm: pickle.loads(pickle.dumps(mm))],
+    ids=["deepcopy", "pickle"],
+)
 def test_copies_have_a_model_and_hooks_of_their_own(duplicate):
     mm = ManifoldMixup(mlp())
     draws(mm, 3)
@@ -554,7 +630,11 @@ def test_a_copy_of_the_model_alone_mixes_nothing():
 
     x, y = batch(6, 8)
     expected = average(x)
-    mm.model.register_forward_hook(lambda module, args, output: torch.testing.assert_close(average(x), expected, rtol=0, atol=0))
+    mm.model.register_forward_hook(
+        lambda module, args, output: torch.testing.assert_close(
+            average(x), expected, rtol=0, atol=0
+        )
+    )
     for _ in range(5):
         mm(x, y)
     pickle.dumps(average)
@@ -623,7 +703,13 @@ class Net(nn.Module):
 
 
 REENTRANT = [partial(checkpoint, use_reentrant=flag) for flag in (False, True)]
-PLACEMENTS = ["blocks within a stage", "each stage", "a function of two stages", "all", "round a stage's call"]
+PLACEMENTS = [
+    "blocks within a stage",
+    "each stage",
+    "a function of two stages",
+    "all",
+    "round a stage's call",
+]
 
 
 def twins(layers, **placement):
@@ -657,8 +743,12 @@ def gradients(mm, order, forwards=4, call=None):
 
 
 def check_gradients(plain, checkpointed, steps=4, **kwargs):
-    for _, order in itertools.product(range(steps), ("in turn", "reversed", "summed", "in a thread")):
-        for ours, expected in zip(gradients(checkpointed, order, **kwargs), gradients(plain, order)):
+    for _, order in itertools.product(
+        range(steps), ("in turn", "reversed", "summed", "in a thread")
+    ):
+        for ours, expected in zip(
+            gradients(checkpointed, order, **kwargs), gradients(plain, order)
+        ):
             # The same sums, in another order where gradients accumulate.
             torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-12)
 
@@ -672,7 +762,9 @@ def test_a_recomputation_replays_the_mix_of_its_forward(placement, run):
     check_gradients(*twins(layers, placement=placement, run=run))
 
 
-@pytest.mark.parametrize("run,outer", list(itertools.product(REENTRANT, REENTRANT)), ids=["nn", "nr", "rn", "rr"])
+@pytest.mark.parametrize(
+    "run,outer", list(itertools.product(REENTRANT, REENTRANT)), ids=["nn", "nr", "rn", "rr"]
+)
 def test_checkpoints_within_checkpoints(run, outer):
     check_gradients(*twins(["stem", "stage1", "stage2"], placement="nested", run=run, outer=outer))
 
@@ -707,7 +799,10 @@ def test_a_mix_that_was_forgotten_is_an_error(monkeypatch):
 
 def test_checkpoints_that_go_round_a_stage_s_own_call_are_named():
     mm = ManifoldMixup(Net("round a stage's call", REENTRANT[0]), ["stem", "stage1", "stage2"])
-    with pytest.raises(RuntimeError, match=r"'stage1', 'stage2' never ran.*last block.*\['stem', 'stage1.1', 'stage2.1'\]"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"'stage1', 'stage2' never ran.*last block.*\['stem', 'stage1.1', 'stage2.1'\]",
+    ):
         mm(*batch(6, 8))
 
 
@@ -718,7 +813,9 @@ def test_timm_s_checkpointing(timm):
     with pytest.raises(RuntimeError) as raised:
         ManifoldMixup(model)(x, y)
     layers = ["maxpool", "layer1.1", "layer2.1", "layer3.1"]
-    assert "'layer1', 'layer2', 'layer3' never ran" in str(raised.value) and f"layers={layers}" in str(raised.value)
+    assert "'layer1', 'layer2', 'layer3' never ran" in str(
+        raised.value
+    ) and f"layers={layers}" in str(raised.value)
 
     def step(enable):
         mm = ManifoldMixup(model, layers, generator=generator())
@@ -736,7 +833,9 @@ def test_timm_s_checkpointing_of_nested_stages(timm):
     model = timm.create_model("efficientnet_b0", num_classes=10).eval()
     model.set_grad_checkpointing()
     x, y = batch(4, 3, 32, 32)
-    with pytest.raises(RuntimeError, match=r"'stem', 'blocks\.1', 'blocks\.3', 'blocks\.5' never ran") as raised:
+    with pytest.raises(
+        RuntimeError, match=r"'stem', 'blocks\.1', 'blocks\.3', 'blocks\.5' never ran"
+    ) as raised:
         ManifoldMixup(model)(x, y)
     layers = ["bn1", "blocks.1.1", "blocks.3.2", "blocks.5.3"]
     assert f"layers={layers}" in str(raised.value)
@@ -763,7 +862,9 @@ def test_a_gradient_within_the_forward_is_no_second_run():
 
 @pytest.fixture
 def process_group(tmp_path):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+    )
     yield
     torch.distributed.destroy_process_group()
 
@@ -785,12 +886,16 @@ def test_within_distributed_data_parallel(process_group):
         output, target = parallel(x, y)
         assert isinstance(target, MixedTarget)
         blocks = [*mm.model[:3], mm.model[3:]]
-        torch.testing.assert_close(output, two_prefixes(blocks, mm.last_k, x, target.b, target.lam), **ROUNDING)
+        torch.testing.assert_close(
+            output, two_prefixes(blocks, mm.last_k, x, target.b, target.lam), **ROUNDING
+        )
         output.sum().backward()
 
 
 def train_in_a_group(rank, folder):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2
+    )
     torch.manual_seed(0)
     mm = ManifoldMixup(mlp())
     parallel = DistributedDataParallel(mm)
@@ -807,7 +912,9 @@ def train_in_a_group(rank, folder):
 @pytest.mark.slow
 def test_two_ranks_draw_apart_and_train_together(tmp_path):
     torch.multiprocessing.spawn(train_in_a_group, (str(tmp_path),), nprocs=2)
-    (first, gradients_0), (second, gradients_1) = (torch.load(tmp_path / str(rank)) for rank in range(2))
+    (first, gradients_0), (second, gradients_1) = (
+        torch.load(tmp_path / str(rank)) for rank in range(2)
+    )
     assert all(a[1] != b[1] and a[2] != b[2] for a, b in zip(first, second))
     assert all(map(torch.equal, gradients_0, gradients_1))
 
@@ -898,12 +1005,32 @@ X, Y = torch.randn(6, 8), torch.arange(6)
         (lambda: ManifoldMixup(mlp(), "1"), TypeError, ["layers", "'1'", "sequence"]),
         (lambda: ManifoldMixup(mlp(), [1]), TypeError, ["layers", "[1]", "sequence"]),
         (lambda: ManifoldMixup(mlp(), [""]), ValueError, ["layers", "''", "children", "'4'"]),
-        (lambda: ManifoldMixup(Net(), ["stage11"]), ValueError, ["'stage11'", "did you mean", "'stage1'"]),
-        (lambda: ManifoldMixup(Net(), ["zzz"]), ValueError, ["'zzz'", "children", "'stem'", "'head'"]),
+        (
+            lambda: ManifoldMixup(Net(), ["stage11"]),
+            ValueError,
+            ["'stage11'", "did you mean", "'stage1'"],
+        ),
+        (
+            lambda: ManifoldMixup(Net(), ["zzz"]),
+            ValueError,
+            ["'zzz'", "children", "'stem'", "'head'"],
+        ),
         (lambda: ManifoldMixup(Net(), ["stem", "stage1", "stem"]), ValueError, ["'stem'", "once"]),
-        (lambda: ManifoldMixup(Net(), [], include_input=False), ValueError, ["layers", "[]", "include_input"]),
-        (lambda: ManifoldMixup(Twice()), ValueError, ["layers", "Twice", "nn.Sequential", "'layer', 'unused'"]),
-        (lambda: ManifoldMixup(mlp(), include_input=1), TypeError, ["include_input", "1", "True or False"]),
+        (
+            lambda: ManifoldMixup(Net(), [], include_input=False),
+            ValueError,
+            ["layers", "[]", "include_input"],
+        ),
+        (
+            lambda: ManifoldMixup(Twice()),
+            ValueError,
+            ["layers", "Twice", "nn.Sequential", "'layer', 'unused'"],
+        ),
+        (
+            lambda: ManifoldMixup(mlp(), include_input=1),
+            TypeError,
+            ["include_input", "1", "True or False"],
+        ),
         (lambda: ManifoldMixup(mlp(), alpha=-1), ValueError, ["alpha", "-1", "at least 0"]),
         (lambda: ManifoldMixup(mlp(), alpha="big"), TypeError, ["alpha", "'big'", "number"]),
         (lambda: ManifoldMixup(mlp(), generator=3), TypeError, ["generator", "int"]),
@@ -916,11 +1043,23 @@ X, Y = torch.randn(6, 8), torch.arange(6)
             ValueError,
             ["candidate", "torch.int64", "include_input=False", "floating"],
         ),
-        (lambda: ManifoldMixup(Turn(), [])([X[:3]], Y), ValueError, ["'input'", "list", "(3, 8)", "batch, 6"]),
+        (
+            lambda: ManifoldMixup(Turn(), [])([X[:3]], Y),
+            ValueError,
+            ["'input'", "list", "(3, 8)", "batch, 6"],
+        ),
         (lambda: ManifoldMixup(Twice(), ["layer"])(X, Y), RuntimeError, ["'layer'", "twice"]),
         (lambda: ManifoldMixup(Twice(), ["unused"])(X, Y), RuntimeError, ["'unused'", "never ran"]),
-        (lambda: ManifoldMixup(Transposed(), ["turn"], include_input=False)(X, Y), ValueError, ["'turn'", "(8, 6)", "batch, 6"]),
-        (lambda: ManifoldMixup(Transposed(), ["shape"], include_input=False)(X, Y), ValueError, ["'shape'", "int", "batch, 6"]),
+        (
+            lambda: ManifoldMixup(Transposed(), ["turn"], include_input=False)(X, Y),
+            ValueError,
+            ["'turn'", "(8, 6)", "batch, 6"],
+        ),
+        (
+            lambda: ManifoldMixup(Transposed(), ["shape"], include_input=False)(X, Y),
+            ValueError,
+            ["'shape'", "int", "batch, 6"],
+        ),
     ],
 )
 def test_bad_input(call, error, words):
@@ -960,10 +1099,14 @@ def test_the_seeds_resnet18mm(torchvision):
     for _ in range(60):
         output, index, lam = model(x, mixup=True)
         assert lam == model.last_lam and sorted(index) == list(range(4))
-        torch.testing.assert_close(output, two_prefixes(blocks, model.last_k, x, index, lam), **ROUNDING)
+        torch.testing.assert_close(
+            output, two_prefixes(blocks, model.last_k, x, index, lam), **ROUNDING
+        )
         drawn.add(model.last_k)
         if drawn == set(range(5)):
             break
     assert drawn == set(range(5))
     model.train()
-    regfast.mixup_criterion(nn.CrossEntropyLoss(), model(x, True)[0], torch.arange(4), index, lam).backward()
+    regfast.mixup_criterion(
+        nn.CrossEntropyLoss(), model(x, True)[0], torch.arange(4), index, lam
+    ).backward()

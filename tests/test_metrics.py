@@ -29,14 +29,23 @@ def test_against_a_model_that_looks_at_one_pixel(batch_size, labelled):
     """Then an image's corner is all that there is to know: each shift's logit is the pixel where its crop begins."""
     images = torch.randn(6, 2, 7, 9)
     labels = torch.tensor([0, 1, 1, 0, 1, 0])
-    found = shift_consistency(Corner(), images, labels if labelled else None, crop=(4, 5), batch_size=batch_size, progress=False)
+    found = shift_consistency(
+        Corner(),
+        images,
+        labels if labelled else None,
+        crop=(4, 5),
+        batch_size=batch_size,
+        progress=False,
+    )
     pixels = images[:, 0, :4, :5].reshape(6, 20).double()
     prediction = (pixels < 0).long()
     followed = labels if labelled else (images[:, 0, 1, 2] < 0).long()
     probability = torch.where(followed[:, None] == 0, pixels, -pixels).sigmoid()
     torch.testing.assert_close(found.probability, probability.float(), **ROUNDING)
     assert torch.equal(found.prediction, prediction)
-    assert found.deviation == pytest.approx(probability.std(1, correction=0).quantile(0.5).item(), rel=1e-5)
+    assert found.deviation == pytest.approx(
+        probability.std(1, correction=0).quantile(0.5).item(), rel=1e-5
+    )
     pairs = [(row[:, None] == row[None, :]).double().mean().item() for row in prediction]
     assert found.consistency == pytest.approx(sum(pairs) / 6, rel=1e-6)
 
@@ -44,7 +53,12 @@ def test_against_a_model_that_looks_at_one_pixel(batch_size, labelled):
 def test_it_is_every_crop_shown_by_itself():
     torch.manual_seed(0)
     model = nn.Sequential(
-        nn.Conv2d(3, 4, 3, 2), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5)
+        nn.Conv2d(3, 4, 3, 2),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(4, 5),
     )
     images, labels = torch.randn(3, 3, 10, 11), torch.tensor([1, 0, 4])
     found = shift_consistency(model, images, labels, crop=8, progress=False)
@@ -53,7 +67,9 @@ def test_it_is_every_crop_shown_by_itself():
         for n in range(3):
             for place, (y, x) in enumerate((y, x) for y in range(3) for x in range(4)):
                 logits = model(images[n : n + 1, :, y : y + 8, x : x + 8])[0]
-                torch.testing.assert_close(found.probability[n, place], logits.softmax(0)[labels[n]], **ROUNDING)
+                torch.testing.assert_close(
+                    found.probability[n, place], logits.softmax(0)[labels[n]], **ROUNDING
+                )
                 assert found.prediction[n, place] == logits.argmax()
 
 
@@ -82,7 +98,10 @@ def test_the_model_s_modes_are_kept_even_by_an_error():
 def test_half_precision_and_the_progress_bar(capsys, monkeypatch):
     """Probabilities are float32's. Without rich there is no bar, and nothing is missing."""
     pytest.importorskip("rich")
-    model, images = nn.Sequential(nn.Flatten(), nn.Linear(4, 2)).bfloat16(), torch.randn(2, 1, 3, 3).bfloat16()
+    model, images = (
+        nn.Sequential(nn.Flatten(), nn.Linear(4, 2)).bfloat16(),
+        torch.randn(2, 1, 3, 3).bfloat16(),
+    )
     first = shift_consistency(model, images, crop=2)
     assert "shifts" in capsys.readouterr().out and first.probability.dtype == torch.float32
     monkeypatch.setitem(sys.modules, "rich.progress", None)
@@ -99,12 +118,48 @@ def test_half_precision_and_the_progress_bar(capsys, monkeypatch):
         (Corner(), torch.randn(0, 1, 4, 4), dict(crop=2), ValueError, ["images", "(0, 1, 4, 4)"]),
         (Corner(), torch.randn(2, 1, 4, 4), dict(crop=5), ValueError, ["crop", "5", "(4, 4)"]),
         (Corner(), torch.randn(2, 1, 4, 4), dict(crop=0), ValueError, ["crop", "0", "at least 1"]),
-        (Corner(), torch.randn(2, 1, 4, 4), dict(crop=2, batch_size=0), ValueError, ["batch_size", "0"]),
-        (Corner(), torch.randn(2, 1, 4, 4), dict(crop=2, labels=torch.zeros(3).long()), ValueError, ["labels", "(2,)", "(3,)"]),
-        (Corner(), torch.randn(2, 1, 4, 4), dict(crop=2, labels=torch.zeros(2)), TypeError, ["labels", "torch.float32"]),
-        (Corner(), torch.randn(2, 1, 4, 4), dict(crop=2, labels=torch.tensor([0, 2])), ValueError, ["labels", "[0, 2)", "2"]),
-        (Corner(), torch.randn(2, 1, 4, 4), dict(crop=2, batch_size=(4, 4)), ValueError, ["batch_size", "(4, 4)"]),
-        (nn.Identity(), torch.randn(2, 1, 4, 4), dict(crop=2), ValueError, ["logits", "(2, 1, 2, 2)"]),
+        (
+            Corner(),
+            torch.randn(2, 1, 4, 4),
+            dict(crop=2, batch_size=0),
+            ValueError,
+            ["batch_size", "0"],
+        ),
+        (
+            Corner(),
+            torch.randn(2, 1, 4, 4),
+            dict(crop=2, labels=torch.zeros(3).long()),
+            ValueError,
+            ["labels", "(2,)", "(3,)"],
+        ),
+        (
+            Corner(),
+            torch.randn(2, 1, 4, 4),
+            dict(crop=2, labels=torch.zeros(2)),
+            TypeError,
+            ["labels", "torch.float32"],
+        ),
+        (
+            Corner(),
+            torch.randn(2, 1, 4, 4),
+            dict(crop=2, labels=torch.tensor([0, 2])),
+            ValueError,
+            ["labels", "[0, 2)", "2"],
+        ),
+        (
+            Corner(),
+            torch.randn(2, 1, 4, 4),
+            dict(crop=2, batch_size=(4, 4)),
+            ValueError,
+            ["batch_size", "(4, 4)"],
+        ),
+        (
+            nn.Identity(),
+            torch.randn(2, 1, 4, 4),
+            dict(crop=2),
+            ValueError,
+            ["logits", "(2, 1, 2, 2)"],
+        ),
         (
             nn.Sequential(nn.Flatten(), nn.Linear(4, 0)),
             torch.randn(2, 1, 4, 4),
@@ -113,7 +168,9 @@ def test_half_precision_and_the_progress_bar(capsys, monkeypatch):
             ["logits", "classes", "(2, 0)"],
         ),
     ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) and isinstance(value[0], str) else "",
+    ids=lambda value: (
+        " ".join(value) if isinstance(value, list) and isinstance(value[0], str) else ""
+    ),
 )
 def test_bad_input(model, images, arguments, error, words):
     with pytest.raises(error) as raised:
@@ -131,6 +188,8 @@ def test_a_blur_makes_a_network_more_consistent():
         nn.init.constant_(head.weight[:1], 1 / 16)
         nn.init.constant_(head.weight[1:], 0.0)
         nn.init.constant_(head.bias, 0.0)
-        return shift_consistency(nn.Sequential(pool, nn.Flatten(), head), stripes, crop=8, progress=False).deviation
+        return shift_consistency(
+            nn.Sequential(pool, nn.Flatten(), head), stripes, crop=8, progress=False
+        ).deviation
 
     assert deviation(nn.AvgPool2d(1, 2)) > 0.1 > 10 * deviation(BlurPool2d(3, 2))

@@ -57,7 +57,9 @@ def expected_blend(x, index, lam, box=None):
 
 @pytest.mark.parametrize("size", [1, 7, 8])
 @pytest.mark.parametrize("per_sample", [False, True])
-@pytest.mark.parametrize("arguments", [{}, ALWAYS_CUT, dict(alpha=1.0, cutmix_alpha=1.0, prob=0.7)], ids=str)
+@pytest.mark.parametrize(
+    "arguments", [{}, ALWAYS_CUT, dict(alpha=1.0, cutmix_alpha=1.0, prob=0.7)], ids=str
+)
 @pytest.mark.parametrize("name", PAIRINGS)
 def test_it_mixes_what_it_draws(name, arguments, per_sample, size):
     x, y = torch.randn(size, 3, 6, 7), torch.randint(10, (size,))
@@ -69,7 +71,11 @@ def test_it_mixes_what_it_draws(name, arguments, per_sample, size):
         mixed, target = mix(x, y)
         assert isinstance(target, MixedTarget) and (box is None) == (mix.cutmix_alpha == 0)
         assert target.a is y and torch.equal(target.b, y[index])
-        assert torch.equal(target.lam, lam) and lam.dtype == torch.float32 and lam.shape == ((size,) if per_sample else ())
+        assert (
+            torch.equal(target.lam, lam)
+            and lam.dtype == torch.float32
+            and lam.shape == ((size,) if per_sample else ())
+        )
         torch.testing.assert_close(mixed, expected_blend(x, index, lam, box), **ROUNDING)
 
 
@@ -106,7 +112,14 @@ def test_what_is_not_mixed_reads_nothing_of_its_partner(arguments):
 def test_numpy_s_numbers_and_arrays_are_taken():
     x, y = torch.rand(4, 3, 8, 8), torch.arange(4)
     for number in (np.float32(0.5), np.int64(1), np.array(0.5)):
-        mix = MixUp(number, prob=number, cutmix_alpha=number, switch_prob=number, mean=np.full(3, 0.5), std=np.array(0.5))
+        mix = MixUp(
+            number,
+            prob=number,
+            cutmix_alpha=number,
+            switch_prob=number,
+            mean=np.full(3, 0.5),
+            std=np.array(0.5),
+        )
         assert mix(x, y)[0].shape == x.shape and "array" not in repr(mix)
         assert MixupCollator(number)([(x[0], 0), (x[1], 1)])[0].shape == (2, 3, 8, 8)
         assert mixup_data(x, y, number)[0].shape == x.shape
@@ -182,7 +195,9 @@ def test_eval_mode_does_not_mix(batch):
 def test_uint8_images_are_normalised(form, dtype, cut):
     x = torch.randint(256, (5, 3, 6, 7), dtype=torch.uint8).contiguous(memory_format=form)
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    normalised = (x.double() / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    normalised = (x.double() / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(
+        3, 1, 1
+    )
     # The result's own rounding: half a unit in the last place of values up to 3, and of float32 the sums' before it.
     tolerance = {torch.float16: 2e-3, torch.bfloat16: 2e-2, torch.float64: 1e-6}.get(dtype, 2e-6)
     mix = MixUp(**(ALWAYS_CUT if cut else {}), mean=mean, std=std, dtype=dtype, pairing="roll")
@@ -191,14 +206,20 @@ def test_uint8_images_are_normalised(form, dtype, cut):
     mix.set_extra_state(state)
     mixed, _ = mix(x, torch.arange(5))
     plain, _ = mix.eval()(x, torch.arange(5))
-    for found, expected in ((mixed, expected_blend(normalised, index, lam, box)), (plain, normalised)):
+    for found, expected in (
+        (mixed, expected_blend(normalised, index, lam, box)),
+        (plain, normalised),
+    ):
         assert found.dtype == (dtype or torch.float32) and found.is_contiguous(memory_format=form)
         torch.testing.assert_close(found.double(), expected, rtol=0, atol=tolerance)
 
 
 def test_float_images_are_normalised_too(batch):
     x, y = batch
-    for arguments, scale in ((dict(mean=0.5, std=0.25), 4), (dict(mean=[0.5] * 3, std=torch.full((3,), 0.5)), 2)):
+    for arguments, scale in (
+        (dict(mean=0.5, std=0.25), 4),
+        (dict(mean=[0.5] * 3, std=torch.full((3,), 0.5)), 2),
+    ):
         found, _ = MixUp(**arguments).eval()(x, y)
         torch.testing.assert_close(found, (x - 0.5) * scale, **ROUNDING)
 
@@ -223,7 +244,9 @@ def test_the_constants_are_where_the_batch_is_and_keep_their_precision():
     x, y = torch.rand(4, 2, 3, 3, dtype=torch.float64), torch.arange(4)
     mix = MixUp(alpha=0, mean=(0.3, 0.4), std=(0.1, 0.2)).half()
     assert not list(mix.buffers())
-    expected = (x - torch.tensor([0.3, 0.4]).double().view(2, 1, 1)) / torch.tensor([0.1, 0.2]).double().view(2, 1, 1)
+    expected = (x - torch.tensor([0.3, 0.4]).double().view(2, 1, 1)) / torch.tensor(
+        [0.1, 0.2]
+    ).double().view(2, 1, 1)
     # The tensors of the expected value went through float32.
     torch.testing.assert_close(mix(x, y)[0], expected, rtol=1e-6, atol=1e-6)
     exact = (x[:, 0] - 0.3) / 0.1
@@ -257,7 +280,9 @@ def test_gradients_flow(batch):
     mixed, target = MixUp(1.0, pairing="roll")(x, y)
     weight = torch.randn_like(mixed)
     (found,) = torch.autograd.grad((mixed * weight).sum(), x)
-    torch.testing.assert_close(found, target.lam * weight + (1 - target.lam) * weight.roll(-1, 0), **ROUNDING)
+    torch.testing.assert_close(
+        found, target.lam * weight + (1 - target.lam) * weight.roll(-1, 0), **ROUNDING
+    )
 
 
 def test_it_is_reproducible_from_manual_seed(batch):
@@ -268,7 +293,11 @@ def test_it_is_reproducible_from_manual_seed(batch):
 
     first, again, other = run(3), run(3), run(4)
     for (x, target), (x_again, target_again), (x_other, _) in zip(first, again, other):
-        assert torch.equal(x, x_again) and torch.equal(target.b, target_again.b) and target.lam == target_again.lam
+        assert (
+            torch.equal(x, x_again)
+            and torch.equal(target.b, target_again.b)
+            and target.lam == target_again.lam
+        )
         assert not torch.equal(x, x_other)
     assert len({target.lam.item() for _, target in first}) == 3
 
@@ -291,10 +320,18 @@ def test_checkpoint_and_resume_give_the_same_stream(batch, tmp_path):
     resumed.load_state_dict(torch.load(tmp_path / "checkpoint.pt", weights_only=True), strict=True)
     for x, target in expected:
         found, labels = resumed["mix"](*batch)
-        assert torch.equal(found, x) and torch.equal(labels.b, target.b) and torch.equal(labels.lam, target.lam)
+        assert (
+            torch.equal(found, x)
+            and torch.equal(labels.b, target.b)
+            and torch.equal(labels.lam, target.lam)
+        )
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda mix: pickle.loads(pickle.dumps(mix))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize(
+    "copied",
+    [copy.deepcopy, lambda mix: pickle.loads(pickle.dumps(mix))],
+    ids=["deepcopy", "pickle"],
+)
 def test_it_copies_and_pickles(copied, batch):
     mix = MixUp(1.0, mean=0.5, std=0.5, per_sample=True)
     mix(*batch)
@@ -358,7 +395,9 @@ def test_torchvision_s_mixup_and_cutmix(generator, batch):
     ):
         params |= dict(labels=y, batch_size=8)
         weight = lam if box is None else 1 - 8 / 42
-        torch.testing.assert_close(F.mixup(x, index, weight, box=box), theirs.transform(x, params), **ROUNDING)
+        torch.testing.assert_close(
+            F.mixup(x, index, weight, box=box), theirs.transform(x, params), **ROUNDING
+        )
         soft = MixedTarget(y, y[index], weight).soft(10)
         torch.testing.assert_close(soft, theirs.transform(y, params), **ROUNDING)
 
@@ -387,14 +426,22 @@ def test_a_mixed_target_is_pinned_as_one(monkeypatch):
         assert type(pinned) is MixedTarget and pinned.a is not a and torch.equal(pinned.b, b)
 
 
-@pytest.mark.parametrize("lam", [0.3, torch.tensor(0.3), torch.tensor([0.3, 0.6, 0.0, 1.0])], ids=lambda lam: str(lam))
+@pytest.mark.parametrize(
+    "lam", [0.3, torch.tensor(0.3), torch.tensor([0.3, 0.6, 0.0, 1.0])], ids=lambda lam: str(lam)
+)
 @pytest.mark.parametrize("smoothing", [0, 0.1, 1])
 def test_soft_targets(lam, smoothing):
     a, b = torch.randint(5, (2, 4))
     onehot = nn.functional.one_hot
     weight = lam.view(-1, 1) if isinstance(lam, torch.Tensor) else lam
-    expected = (weight * onehot(a, 5) + (1 - weight) * onehot(b, 5)) * (1 - smoothing) + smoothing / 5
-    for labels in ((a, b), (onehot(a, 5).double(), onehot(b, 5).double()), (onehot(a, 5).bool(), onehot(b, 5).bool())):
+    expected = (weight * onehot(a, 5) + (1 - weight) * onehot(b, 5)) * (
+        1 - smoothing
+    ) + smoothing / 5
+    for labels in (
+        (a, b),
+        (onehot(a, 5).double(), onehot(b, 5).double()),
+        (onehot(a, 5).bool(), onehot(b, 5).bool()),
+    ):
         soft = MixedTarget(*labels, lam).soft(5, smoothing)
         assert soft.dtype == torch.float32
         torch.testing.assert_close(soft, expected, **ROUNDING)
@@ -411,7 +458,11 @@ def test_soft_targets_are_what_cross_entropy_smooths():
 @pytest.mark.parametrize(
     "target,num_classes,words",
     [
-        (MixedTarget(torch.tensor([0, 1]), torch.tensor([1, 0]), 0.5), 0, ["num_classes", "0", "at least 1"]),
+        (
+            MixedTarget(torch.tensor([0, 1]), torch.tensor([1, 0]), 0.5),
+            0,
+            ["num_classes", "0", "at least 1"],
+        ),
         (MixedTarget(torch.tensor([0, 1]), torch.tensor([1, 0]), 7.0), 2, ["lam", "7.0", "[0, 1]"]),
         (MixedTarget(torch.rand(2, 3), torch.rand(2, 3), 0.5), 4, ["dense labels", "4", "(2, 3)"]),
     ],
@@ -435,7 +486,14 @@ def test_the_blog_s_function(batch):
     x, y = batch
     mixed, y_a, y_b, lam = mixup_data(x, y)
     assert isinstance(lam, float) and y_a is y
-    index = torch.tensor([i for k in range(8) for i in range(8) if torch.allclose(mixed[k], lam * x[k] + (1 - lam) * x[i])])
+    index = torch.tensor(
+        [
+            i
+            for k in range(8)
+            for i in range(8)
+            if torch.allclose(mixed[k], lam * x[k] + (1 - lam) * x[i])
+        ]
+    )
     assert sorted(index.tolist()) == list(range(8)) and torch.equal(y_b, y[index])
     mixed, _, _, lam = mixup_data(x, y, 0)
     assert lam == 1 and torch.equal(mixed, x)
@@ -467,7 +525,9 @@ def test_the_book_s_collator():
     y_i, y_j, lam = target
     assert isinstance(target, MixedTarget) and isinstance(lam, float)
     assert y_i.tolist() == list(range(6)) and sorted(y_j.tolist()) == list(range(6))
-    torch.testing.assert_close(x, (lam * y_i + (1 - lam) * y_j).view(-1, 1).expand(6, 2), **ROUNDING)
+    torch.testing.assert_close(
+        x, (lam * y_i + (1 - lam) * y_j).view(-1, 1).expand(6, 2), **ROUNDING
+    )
 
 
 def test_the_collator_s_alpha_and_base_collate():
@@ -489,7 +549,11 @@ def epochs(context, number=2, generator=None, workers=2):
     if workers:
         collate([Numbers()[0]])  # seeds the parent's stream, which the workers then hold copies of
     loader = DataLoader(
-        Numbers(), 4, num_workers=workers, collate_fn=collate, multiprocessing_context=context if workers else None
+        Numbers(),
+        4,
+        num_workers=workers,
+        collate_fn=collate,
+        multiprocessing_context=context if workers else None,
     )
     return [[(target.lam, target.b.tolist()) for _, target in loader] for _ in range(number)]
 
@@ -516,7 +580,9 @@ def test_workers_have_streams_of_their_own_beside_a_given_generator():
         return epochs("fork", generator=torch.Generator().manual_seed(seed))
 
     first = run(5)
-    assert len(set(lams(first))) == 8 and run(5) == first and not set(lams(run(6))) & set(lams(first))
+    assert (
+        len(set(lams(first))) == 8 and run(5) == first and not set(lams(run(6))) & set(lams(first))
+    )
 
 
 def test_a_loader_without_workers():
@@ -526,7 +592,9 @@ def test_a_loader_without_workers():
 
 def test_persistent_workers_go_on():
     torch.manual_seed(3)
-    loader = DataLoader(Numbers(), 4, num_workers=2, collate_fn=MixupCollator(1.0), persistent_workers=True)
+    loader = DataLoader(
+        Numbers(), 4, num_workers=2, collate_fn=MixupCollator(1.0), persistent_workers=True
+    )
     assert len({target.lam for _ in range(2) for _, target in loader}) == 8
 
 
@@ -535,7 +603,11 @@ def test_mixup_itself_within_a_worker():
     mix.draw(1)
 
     loader = DataLoader(
-        Numbers(), 4, num_workers=2, collate_fn=lambda samples: mix(*default_collate(samples)), multiprocessing_context="fork"
+        Numbers(),
+        4,
+        num_workers=2,
+        collate_fn=lambda samples: mix(*default_collate(samples)),
+        multiprocessing_context="fork",
     )
     assert len({target.lam.item() for _ in range(2) for _, target in loader}) == 8
 
@@ -547,7 +619,13 @@ class Step(nn.Module):
         super().__init__()
         from regfast.losses import MixupCrossEntropyLoss
 
-        self.model = nn.Sequential(nn.Conv2d(3, 8, 3, 2), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 3 * 3, 10))
+        self.model = nn.Sequential(
+            nn.Conv2d(3, 8, 3, 2),
+            nn.BatchNorm2d(8),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(8 * 3 * 3, 10),
+        )
         self.loss = MixupCrossEntropyLoss(label_smoothing=0.1)
 
     def forward(self, x, index, lam, box, y):
@@ -556,7 +634,14 @@ class Step(nn.Module):
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
-    "arguments", [dict(), dict(per_sample=True), dict(cutmix_alpha=1.0, per_sample=True), dict(cutmix_alpha=1.0)], ids=str
+    "arguments",
+    [
+        dict(),
+        dict(per_sample=True),
+        dict(cutmix_alpha=1.0, per_sample=True),
+        dict(cutmix_alpha=1.0),
+    ],
+    ids=str,
 )
 def test_a_whole_step_compiles_once(arguments, backend):
     """In one graph; every later step's own index and lam count, and none compiles anything again."""
@@ -612,9 +697,19 @@ def test_the_module_s_draws_stay_outside_a_compiled_graph(batch):
 def test_nothing_waits_for_the_device(on_device, per_sample):
     generator = torch.Generator("cuda").manual_seed(3) if on_device else None
     mix = MixUp(
-        1.0, cutmix_alpha=1.0, prob=0.9, per_sample=per_sample, pairing="pairs", mean=0.5, std=0.5, generator=generator
+        1.0,
+        cutmix_alpha=1.0,
+        prob=0.9,
+        per_sample=per_sample,
+        pairing="pairs",
+        mean=0.5,
+        std=0.5,
+        generator=generator,
     ).cuda()
-    x, y = torch.randint(256, (8, 3, 6, 7), dtype=torch.uint8, device="cuda"), torch.arange(8, device="cuda")
+    x, y = (
+        torch.randint(256, (8, 3, 6, 7), dtype=torch.uint8, device="cuda"),
+        torch.arange(8, device="cuda"),
+    )
     mix(x, y)
     mode = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
@@ -651,11 +746,19 @@ BAD = [
     (lambda: MixUp().draw(2.5), ValueError, ["B", "2.5", "number of samples"]),
     (lambda: MixUp(**ALWAYS_CUT).draw(4), ValueError, ["size", "None", "(H, W)"]),
     (lambda: MixUp(**ALWAYS_CUT).draw(4, (0, 3)), ValueError, ["size", "(0, 3)", "at least 1"]),
-    (lambda: MixUp(**ALWAYS_CUT)(IMAGES[0], LABELS[:3]), ValueError, ["CutMix", "(3, 6, 7)", "(B, C, ..., H, W)"]),
+    (
+        lambda: MixUp(**ALWAYS_CUT)(IMAGES[0], LABELS[:3]),
+        ValueError,
+        ["CutMix", "(3, 6, 7)", "(B, C, ..., H, W)"],
+    ),
     (lambda: MixUp()([1.0], LABELS), TypeError, ["x", "list", "Tensor"]),
     (lambda: MixUp()(IMAGES.int(), LABELS), TypeError, ["x", "torch.int32", "uint8"]),
     (lambda: MixUp()(IMAGES.byte(), LABELS), ValueError, ["torch.uint8", "mean and std", "dtype"]),
-    (lambda: MixUp().eval()(IMAGES.byte(), LABELS), ValueError, ["torch.uint8", "mean and std", "dtype"]),
+    (
+        lambda: MixUp().eval()(IMAGES.byte(), LABELS),
+        ValueError,
+        ["torch.uint8", "mean and std", "dtype"],
+    ),
     (lambda: MixUp()(IMAGES[0, 0, 0, 0], LABELS), ValueError, ["x", "(B, ...)", "0-d"]),
     (lambda: MixUp()(IMAGES, LABELS.tolist()), TypeError, ["y", "list", "Tensor"]),
     (lambda: MixUp()(IMAGES, LABELS[:3]), ValueError, ["y", "(3,)", "(4, ...)"]),
@@ -664,19 +767,47 @@ BAD = [
     (lambda: MixUp()(IMAGES, LABELS[0]), ValueError, ["y", "()", "(4, ...)"]),
     (lambda: MixUp(mean=[0.5] * 2, std=1)(IMAGES, LABELS), ValueError, ["mean", "got 2", "3"]),
     (lambda: MixUp(mean=0.5, std=1)(IMAGES[:, 0, 0, 0], LABELS), ValueError, ["channels", "(4,)"]),
-    (lambda: MixUp().set_extra_state(torch.zeros(3, dtype=torch.uint8)), ValueError, ["state", "(3,)", "(5064,)"]),
+    (
+        lambda: MixUp().set_extra_state(torch.zeros(3, dtype=torch.uint8)),
+        ValueError,
+        ["state", "(3,)", "(5064,)"],
+    ),
     (lambda: mixup_data(IMAGES, LABELS, -1), ValueError, ["alpha", "-1", "at least 0"]),
     (lambda: mixup_data(IMAGES, LABELS[:3]), ValueError, ["y", "(3,)", "(4, ...)"]),
-    (lambda: mixup_data(IMAGES, LABELS, generator=3), TypeError, ["generator", "int", "torch.Generator"]),
-    (lambda: mixup_data(IMAGES.byte(), LABELS), TypeError, ["torch.uint8", "floating-point", "regfast.MixUp"]),
+    (
+        lambda: mixup_data(IMAGES, LABELS, generator=3),
+        TypeError,
+        ["generator", "int", "torch.Generator"],
+    ),
+    (
+        lambda: mixup_data(IMAGES.byte(), LABELS),
+        TypeError,
+        ["torch.uint8", "floating-point", "regfast.MixUp"],
+    ),
     (lambda: MixupCollator(-1), ValueError, ["alpha", "-1", "at least 0"]),
     (lambda: MixupCollator(base_collate=3), TypeError, ["base_collate", "3", "callable"]),
     (lambda: MixupCollator()([1.0, 2.0]), ValueError, ["base_collate", "pair (x, y)", "Tensor"]),
-    (lambda: MixupCollator()([(IMAGES[0], 1, 2)]), ValueError, ["base_collate", "pair (x, y)", "3"]),
-    (lambda: MixupCollator()([(IMAGES[0].byte(), 1)]), TypeError, ["torch.uint8", "floating-point", "regfast.MixUp"]),
-    (lambda: MixedTarget(LABELS, LABELS, 0.5).soft(4, 1.5), ValueError, ["smoothing", "1.5", "[0, 1]"]),
+    (
+        lambda: MixupCollator()([(IMAGES[0], 1, 2)]),
+        ValueError,
+        ["base_collate", "pair (x, y)", "3"],
+    ),
+    (
+        lambda: MixupCollator()([(IMAGES[0].byte(), 1)]),
+        TypeError,
+        ["torch.uint8", "floating-point", "regfast.MixUp"],
+    ),
+    (
+        lambda: MixedTarget(LABELS, LABELS, 0.5).soft(4, 1.5),
+        ValueError,
+        ["smoothing", "1.5", "[0, 1]"],
+    ),
     (lambda: MixedTarget(LABELS, LABELS, 0.5).soft(3), ValueError, ["labels", "3", "[0, 3)"]),
-    (lambda: MixedTarget(LABELS, LABELS - 101, 0.5).soft(4), ValueError, ["labels", "-101", "[0, 4)"]),
+    (
+        lambda: MixedTarget(LABELS, LABELS - 101, 0.5).soft(4),
+        ValueError,
+        ["labels", "-101", "[0, 4)"],
+    ),
 ]
 
 

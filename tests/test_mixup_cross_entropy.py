@@ -51,7 +51,9 @@ class Case(NamedTuple):
 
     def __call__(self, z: Tensor | None = None, **options) -> Tensor:
         with no_synchronisation():
-            return mixup_cross_entropy(self.z if z is None else z, (self.a, self.b, self.lam), **self.options, **options)
+            return mixup_cross_entropy(
+                self.z if z is None else z, (self.a, self.b, self.lam), **self.options, **options
+            )
 
 
 def case(shape, reduction="mean", full=True, device="cpu", dtype=torch.float32) -> Case:
@@ -62,7 +64,9 @@ def case(shape, reduction="mean", full=True, device="cpu", dtype=torch.float32) 
     if full:
         a.view(-1)[0], b.view(-1)[-1] = -100, -100
         lam = torch.rand(shape[0])
-        options |= dict(weight=(torch.rand(2 * shape[1]) + 0.1).to(device)[::2], label_smoothing=0.1)
+        options |= dict(
+            weight=(torch.rand(2 * shape[1]) + 0.1).to(device)[::2], label_smoothing=0.1
+        )
     z = 3 * torch.randn(shape)
     return Case(z.to(device, dtype), a.to(device), b.to(device), lam.to(device), options)
 
@@ -72,10 +76,18 @@ def two_terms(z, a, b, lam, reduction="mean", **options):
     losses, weights = [], []
     weight = options.get("weight")
     for labels, share in ((a, lam), (b, 1 - lam)):
-        share = share.view(-1, *(1,) * (labels.ndim - 1)) if isinstance(share, Tensor) and share.ndim else share
+        share = (
+            share.view(-1, *(1,) * (labels.ndim - 1))
+            if isinstance(share, Tensor) and share.ndim
+            else share
+        )
         loss = F.cross_entropy(z, labels, reduction="none", **options)
         counted = labels != options.get("ignore_index", -100)
-        of_label = counted.to(z.dtype) if weight is None else torch.where(counted, weight[labels.where(counted, 0)], 0)
+        of_label = (
+            counted.to(z.dtype)
+            if weight is None
+            else torch.where(counted, weight[labels.where(counted, 0)], 0)
+        )
         losses.append(share * loss)
         weights.append(of_label.sum())
     if reduction == "none":
@@ -88,7 +100,10 @@ def two_terms(z, a, b, lam, reduction="mean", **options):
 def exactly(c: Case, grad=None):
     """The two-term sum and its gradient in float64, on the same data; one number of the gradient that it takes a row."""
     z = c.z.detach().double().requires_grad_()
-    options = {name: value.double() if isinstance(value, Tensor) else value for name, value in c.options.items()}
+    options = {
+        name: value.double() if isinstance(value, Tensor) else value
+        for name, value in c.options.items()
+    }
     loss = two_terms(z, c.a.long(), c.b.long(), c.lam.double(), **options)
     grad = torch.randn_like(loss) if grad is None else grad
     return loss.detach(), grad, torch.autograd.grad(loss, z, grad)[0]
@@ -121,14 +136,20 @@ def path(request):
 def test_the_reference_is_two_cross_entropies(shape, reduction):
     rows = (shape[0], *shape[2:])
     lams = [0.3, torch.tensor(0.8), torch.rand(shape[0])]
-    for lam, weight, smoothing, ignore_index in itertools.product(lams, [None, torch.rand(shape[1])], [0.0, 0.2], [-100, 0]):
+    for lam, weight, smoothing, ignore_index in itertools.product(
+        lams, [None, torch.rand(shape[1])], [0.0, 0.2], [-100, 0]
+    ):
         a, b = torch.randint(shape[1], rows), torch.randint(shape[1], rows)
         a.view(-1)[1] = ignore_index
-        options = dict(weight=weight, label_smoothing=smoothing, ignore_index=ignore_index, reduction=reduction)
+        options = dict(
+            weight=weight, label_smoothing=smoothing, ignore_index=ignore_index, reduction=reduction
+        )
         for dtype, tolerance in ((torch.float64, FLOAT64), (torch.float32, FLOAT32)):
             z = torch.randn(shape, dtype=dtype, requires_grad=True)
             wide = dict(options, weight=None if weight is None else weight.double())
-            expected = two_terms(z.double(), a, b, lam.double() if isinstance(lam, Tensor) else lam, **wide)
+            expected = two_terms(
+                z.double(), a, b, lam.double() if isinstance(lam, Tensor) else lam, **wide
+            )
             loss, grad = mixup_cross_entropy(z, (a, b, lam), **options), torch.randn_like(expected)
             gradients = (torch.autograd.grad(y, z, grad.to(y.dtype))[0] for y in (loss, expected))
             torch.testing.assert_close(loss.double(), expected, equal_nan=True, **tolerance)
@@ -140,9 +161,13 @@ def test_the_two_terms_are_pytorchs_mean():
     c = case((6, 5, 3))
     c.options["weight"] = c.options["weight"].double()
     z, lam = c.z.double(), 0.3
-    expected = lam * F.cross_entropy(z, c.a, **c.options) + (1 - lam) * F.cross_entropy(z, c.b, **c.options)
+    expected = lam * F.cross_entropy(z, c.a, **c.options) + (1 - lam) * F.cross_entropy(
+        z, c.b, **c.options
+    )
     torch.testing.assert_close(two_terms(z, c.a, c.b, lam, **c.options), expected, **FLOAT64)
-    torch.testing.assert_close(mixup_cross_entropy(z, (c.a, c.b, lam), **c.options), expected, **FLOAT64)
+    torch.testing.assert_close(
+        mixup_cross_entropy(z, (c.a, c.b, lam), **c.options), expected, **FLOAT64
+    )
 
 
 @pytest.mark.parametrize("shape", [*SHAPES, *WIDE], ids=str)
@@ -217,7 +242,11 @@ def prepared():
     """The launches of a test, but for those that only add up."""
     from regfast.kernels.launch import LAUNCHES, Launch
 
-    found = (launch for kept in LAUNCHES.values() for launch in (kept if isinstance(kept, tuple) else (kept,)))
+    found = (
+        launch
+        for kept in LAUNCHES.values()
+        for launch in (kept if isinstance(kept, tuple) else (kept,))
+    )
     return [launch for launch in found if isinstance(launch, Launch) and "TILE" in launch.options]
 
 
@@ -237,7 +266,10 @@ def test_a_cropped_volume_and_labels_of_any_strides(device, kernels, poisoned):
     a, b = c.a.transpose(-1, -2).contiguous().transpose(-1, -2), c.b.int()[:1].expand_as(c.b)
     check(c._replace(z=F.pad(c.z, (1, 1, 1, 1, 1, 1))[..., 1:-1, 1:-1, 1:-1], a=a, b=b), **FLOAT32)
     z = c.z.transpose(-1, -3).contiguous().transpose(-1, -3)
-    assert check(c._replace(z=z, a=a, b=b, lam=torch.rand(4, device=device)[::2]), **FLOAT32).stride() == z.stride()
+    assert (
+        check(c._replace(z=z, a=a, b=b, lam=torch.rand(4, device=device)[::2]), **FLOAT32).stride()
+        == z.stride()
+    )
 
 
 @pytest.mark.parametrize("dim", range(4))
@@ -252,7 +284,8 @@ def test_offsets_past_two_to_the_31(dim, device, kernels):
     z = storage.as_strided(c.z.shape, stride).copy_(c.z)
     grad = torch.randn(c.a.shape, device=device, dtype=torch.float16)
     (loss, dz), (expected, expected_dz) = (
-        (loss := c(leaf.requires_grad_()), torch.autograd.grad(loss, leaf, grad)[0]) for leaf in (z, c.z)
+        (loss := c(leaf.requires_grad_()), torch.autograd.grad(loss, leaf, grad)[0])
+        for leaf in (z, c.z)
     )
     assert torch.equal(loss, expected) and torch.equal(dz, expected_dz)
 
@@ -261,9 +294,14 @@ def test_offsets_past_two_to_the_31(dim, device, kernels):
 def test_labels_of_other_integers(dtype, path, device):
     c = case((4, 9, 2), device=device if path == "kernels" else "cpu")
     a, b = (labels.clamp(min=0).to(dtype) for labels in (c.a, c.b))
-    a[0], c.options["ignore_index"] = 255 if dtype == torch.uint8 else 7, 255 if dtype == torch.uint8 else 7
+    a[0], c.options["ignore_index"] = (
+        255 if dtype == torch.uint8 else 7,
+        255 if dtype == torch.uint8 else 7,
+    )
     z = c.z.requires_grad_()
-    found, expected = (mixup_cross_entropy(z, (x, y, 0.4), **c.options) for x, y in ((a, b), (a.long(), b.long())))
+    found, expected = (
+        mixup_cross_entropy(z, (x, y, 0.4), **c.options) for x, y in ((a, b), (a.long(), b.long()))
+    )
     torch.testing.assert_close(found, expected)
 
 
@@ -277,7 +315,9 @@ def test_an_expanded_gradient(device, kernels):
 def special_rows() -> Tensor:
     """Rows of eight classes with infinities and NaN in the place of labels, of others, of all."""
     z = torch.randn(10, 8)
-    z[0, 2], z[1, 5], z[2, 2], z[3, 5], z[4, 2], z[5, 5] = (-math.inf,) * 2 + (math.inf,) * 2 + (math.nan,) * 2
+    z[0, 2], z[1, 5], z[2, 2], z[3, 5], z[4, 2], z[5, 5] = (
+        (-math.inf,) * 2 + (math.inf,) * 2 + (math.nan,) * 2
+    )
     z[6], z[7], z[8, :4], z[9, 1:] = -math.inf, math.inf, -math.inf, -math.inf
     return z
 
@@ -294,7 +334,9 @@ def test_infinities_and_nan_are_pytorchs(ignored, smoothing, layout, path, devic
         z, a, b = z.t()[None], a[None], b[None]
     elif layout == "a run":
         z = torch.cat([z[0, :1], z.flatten()])[1:].view_as(z)
-    c = Case(z, a, b, torch.tensor(0.25, device=where), dict(reduction="none", label_smoothing=smoothing))
+    c = Case(
+        z, a, b, torch.tensor(0.25, device=where), dict(reduction="none", label_smoothing=smoothing)
+    )
     check(c, **FLOAT32)
     check(c._replace(b=a), **FLOAT32)
 
@@ -330,9 +372,14 @@ def test_an_empty_batch(reduction, path, device):
     where = device if path == "kernels" else "cpu"
     if path == "kernels" and reduction == "none":
         case((2, 3), device=where)()  # An empty loss launches nothing.
-    z, labels = torch.randn(0, 5, device=where, requires_grad=True), torch.zeros(0, dtype=torch.long, device=where)
+    z, labels = (
+        torch.randn(0, 5, device=where, requires_grad=True),
+        torch.zeros(0, dtype=torch.long, device=where),
+    )
     loss = mixup_cross_entropy(z, (labels, labels, 0.5), reduction=reduction)
-    torch.testing.assert_close(loss, F.cross_entropy(z, labels, reduction=reduction), equal_nan=True)
+    torch.testing.assert_close(
+        loss, F.cross_entropy(z, labels, reduction=reduction), equal_nan=True
+    )
     assert torch.autograd.grad(loss.sum(), z)[0].shape == (0, 5)
 
 
@@ -381,9 +428,14 @@ def test_on_the_device_a_label_that_is_no_class_gives_nan(label, reduction, devi
 def test_a_plain_tensor_gives_pytorchs_cross_entropy(shape, reduction):
     z = torch.randn(shape, requires_grad=True)
     labels = torch.randint(3, shape[:1] + shape[2:] if len(shape) > 1 else ())
-    options = dict(reduction=reduction, label_smoothing=0.1, weight=torch.rand(shape[min(len(shape) - 1, 1)]))
+    options = dict(
+        reduction=reduction, label_smoothing=0.1, weight=torch.rand(shape[min(len(shape) - 1, 1)])
+    )
     for target in (labels, torch.rand(shape)):
-        found, expected = mixup_cross_entropy(z, target, **options), F.cross_entropy(z, target, **options)
+        found, expected = (
+            mixup_cross_entropy(z, target, **options),
+            F.cross_entropy(z, target, **options),
+        )
         assert torch.equal(found, expected)
 
 
@@ -396,7 +448,9 @@ def test_a_row_without_a_batch(reduction, path, device):
     expected = two_terms(z[None], a[None], b[None], 0.3, reduction=reduction).squeeze()
     assert found.shape == ()
     torch.testing.assert_close(found, expected, **FLOAT64)
-    torch.testing.assert_close(torch.autograd.grad(found, z), torch.autograd.grad(expected, z), **FLOAT64)
+    torch.testing.assert_close(
+        torch.autograd.grad(found, z), torch.autograd.grad(expected, z), **FLOAT64
+    )
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -415,7 +469,9 @@ def test_labels_that_are_probabilities(reduction, per_row):
 
 def test_indices_are_one_hot_probabilities():
     z, a, b, lam = torch.randn(6, 5), torch.randint(5, (6,)), torch.randint(5, (6,)), torch.rand(6)
-    hot = mixup_cross_entropy(z, (F.one_hot(a, 5).float(), F.one_hot(b, 5).float(), lam), label_smoothing=0.1)
+    hot = mixup_cross_entropy(
+        z, (F.one_hot(a, 5).float(), F.one_hot(b, 5).float(), lam), label_smoothing=0.1
+    )
     torch.testing.assert_close(mixup_cross_entropy(z, (a, b, lam), label_smoothing=0.1), hot)
 
 
@@ -440,7 +496,9 @@ def test_gradients_by_finite_differences(shape, reduction, path, device):
     c = c._replace(lam=c.lam.double(), options=dict(c.options, weight=c.options["weight"].double()))
     z = c.z.requires_grad_()
     assert torch.autograd.gradcheck(c, (z,), fast_mode=True, check_forward_ad=True)
-    assert torch.autograd.gradgradcheck(c, (z,), fast_mode=True, check_fwd_over_rev=True, check_rev_over_rev=True)
+    assert torch.autograd.gradgradcheck(
+        c, (z,), fast_mode=True, check_fwd_over_rev=True, check_rev_over_rev=True
+    )
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -451,7 +509,9 @@ def test_lam_and_weights_may_be_differentiated(reduction):
     def function(z, lam, weight):
         return mixup_cross_entropy(z, (c.a, c.b, lam), weight, **c.options)
 
-    assert torch.autograd.gradcheck(function, (c.z.requires_grad_(), lam, weight), check_forward_ad=True)
+    assert torch.autograd.gradcheck(
+        function, (c.z.requires_grad_(), lam, weight), check_forward_ad=True
+    )
 
 
 @pytest.mark.parametrize("name", ["lam", "weight"])
@@ -464,7 +524,12 @@ def test_what_no_kernel_differentiates_by_is_named(name):
 
 
 def test_transforms_of_torch_func_take_the_reference():
-    z, a, b, lam = torch.randn(3, 4, 5), torch.randint(5, (3, 4)), torch.randint(5, (3, 4)), torch.rand(3)
+    z, a, b, lam = (
+        torch.randn(3, 4, 5),
+        torch.randint(5, (3, 4)),
+        torch.randint(5, (3, 4)),
+        torch.rand(3),
+    )
 
     def function(z, a, b, lam):
         return mixup_cross_entropy(z, (a, b, lam), label_smoothing=0.1)
@@ -488,7 +553,9 @@ def test_the_ops_pass_opcheck(channels_last, reduction, device, kernels):
     c = case((2, 3, 2, 3), reduction, device=device)
     z, ops, weight = as_format(c.z, channels_last), torch.ops.regfast, c.options["weight"]
     arguments = (z, c.a, c.b, c.lam, weight)
-    torch.library.opcheck(ops.mixup_cross_entropy.default, (*arguments, -100, reduction, 0.1, torch.float32))
+    torch.library.opcheck(
+        ops.mixup_cross_entropy.default, (*arguments, -100, reduction, 0.1, torch.float32)
+    )
     loss, statistics = ops.mixup_cross_entropy(*arguments, -100, reduction, 0.1, torch.float32)
     backward = (loss, *arguments, statistics, -100, reduction, 0.1)
     torch.library.opcheck(ops.mixup_cross_entropy_backward.default, backward)
@@ -511,7 +578,9 @@ def check_compiled(function, device: str, **options) -> None:
         z = c.z.requires_grad_()
         loss = function(z, c.a, c.b, lam)
         (dz,) = torch.autograd.grad(loss, z)
-        expected, _, expected_dz = exactly(c._replace(lam=lam, options=options), loss.new_ones((), dtype=torch.float64))
+        expected, _, expected_dz = exactly(
+            c._replace(lam=lam, options=options), loss.new_ones((), dtype=torch.float64)
+        )
         torch.testing.assert_close(loss.double(), expected, **FLOAT32)
         torch.testing.assert_close(dz.double(), expected_dz, **FLOAT32)
 
@@ -577,7 +646,9 @@ BAD = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("arguments,options,error,words", BAD, ids=[" ".join(words) for *_, words in BAD])
+@pytest.mark.parametrize(
+    "arguments,options,error,words", BAD, ids=[" ".join(words) for *_, words in BAD]
+)
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 def test_bad_input(arguments, options, error, words, backend):
     with regfast.backend(backend), pytest.raises(error) as raised:

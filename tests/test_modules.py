@@ -15,13 +15,19 @@ from torch import nn
 
 import regfast
 
-MODULES = {1: (nn.MaxPool1d, regfast.MaxPool1dAA), 2: (nn.MaxPool2d, regfast.MaxPool2dAA), 3: (nn.MaxPool3d, regfast.MaxPool3dAA)}
+MODULES = {
+    1: (nn.MaxPool1d, regfast.MaxPool1dAA),
+    2: (nn.MaxPool2d, regfast.MaxPool2dAA),
+    3: (nn.MaxPool3d, regfast.MaxPool3dAA),
+}
 SIDES = {1: (9,), 2: (9, 8), 3: (5, 6, 7)}
 ranks = pytest.mark.parametrize("rank", MODULES)
 
 
 def cnn(pool):
-    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), pool, nn.Flatten(), nn.LazyLinear(4))
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), pool, nn.Flatten(), nn.LazyLinear(4)
+    )
 
 
 @ranks
@@ -30,7 +36,9 @@ def test_the_signature_begins_as_torch_nn_s(rank):
 
 
 @ranks
-@pytest.mark.parametrize("arguments", [(2,), (3, 2, 1), (2, 2, 0, 2), (3, 2, 1, 1, False, True)], ids=str)
+@pytest.mark.parametrize(
+    "arguments", [(2,), (3, 2, 1), (2, 2, 0, 2), (3, 2, 1, 1, False, True)], ids=str
+)
 @pytest.mark.parametrize("batch", [(), (2,), (0,)], ids=["unbatched", "batched", "empty"])
 def test_shapes_are_torch_nn_s(rank, arguments, batch):
     theirs, ours = (module(*arguments) for module in MODULES[rank])
@@ -42,7 +50,9 @@ def test_shapes_are_torch_nn_s(rank, arguments, batch):
 
 
 @ranks
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str
+)
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("channels", [1, 3, 8])
 @pytest.mark.parametrize("ceil_mode", [False, True])
@@ -60,7 +70,9 @@ def test_memory_formats_are_torch_nn_s(rank, dtype, batch, channels, ceil_mode):
 def check_layout(y, expected):
     assert y.dtype == expected.dtype
     # The stride of a dimension of size 1 means nothing, and PyTorch's own poolings differ there.
-    strides, expected_strides = ([s for n, s in zip(t.shape, t.stride()) if n > 1] for t in (y, expected))
+    strides, expected_strides = (
+        [s for n, s in zip(t.shape, t.stride()) if n > 1] for t in (y, expected)
+    )
     assert strides == expected_strides
 
 
@@ -97,7 +109,9 @@ def test_repr_shows_the_arguments():
 
 
 @pytest.mark.parametrize(
-    "module", [regfast.MaxPool2dAA(3, 2, 1, filter="hann"), regfast.BlurPool3d(5), regfast.BlurLayer(D=1)], ids=repr
+    "module",
+    [regfast.MaxPool2dAA(3, 2, 1, filter="hann"), regfast.BlurPool3d(5), regfast.BlurLayer(D=1)],
+    ids=repr,
 )
 def test_modules_copy_and_pickle(module):
     x = torch.randn(2, 3, *SIDES[module.rank])
@@ -124,7 +138,14 @@ def test_surgery_on_a_layer_is_obeyed():
 
 
 @pytest.mark.parametrize(
-    "layer", [regfast.MaxPool2dAA(2), regfast.AvgPool2dAA(2), regfast.BlurPool2d(), regfast.Conv2dAA(2, 2, 3, 2)], ids=repr
+    "layer",
+    [
+        regfast.MaxPool2dAA(2),
+        regfast.AvgPool2dAA(2),
+        regfast.BlurPool2d(),
+        regfast.Conv2dAA(2, 2, 3, 2),
+    ],
+    ids=repr,
 )
 @pytest.mark.parametrize("value", [0, "2"])
 def test_what_is_refused_leaves_a_layer_as_it_was(layer, value):
@@ -211,25 +232,40 @@ def test_taps_given_as_numbers_have_unit_gain():
         y = layer(ones)
         torch.testing.assert_close(y, torch.ones_like(y))
     expected = regfast.BlurPool2d(4)(ones.cumsum(-1))
-    torch.testing.assert_close(regfast.BlurPool2d(4, filter=[1, 3, 3, 1])(ones.cumsum(-1)), expected)
+    torch.testing.assert_close(
+        regfast.BlurPool2d(4, filter=[1, 3, 3, 1])(ones.cumsum(-1)), expected
+    )
 
 
 def test_numpy_s_numbers_and_arrays_are_taken():
     x = torch.randn(1, 2, 8, 8)
     two, three, one = np.array([2, 2]), np.int64(3), np.array(1)
-    given = regfast.MaxPool2dAA(three, two, one, ratio=np.float32(1.7)), regfast.MaxPool2dAA(3, 2, 1)
+    given = (
+        regfast.MaxPool2dAA(three, two, one, ratio=np.float32(1.7)),
+        regfast.MaxPool2dAA(3, 2, 1),
+    )
     assert torch.equal(given[0](x), given[1](x))
     assert repr(given[0]).startswith("MaxPool2dAA(kernel_size=3, stride=[2, 2], padding=1,")
-    blurs = regfast.BlurPool2d(three, two, one, filter=np.array([1, 2, 1])), regfast.BlurPool2d(3, 2, 1)
+    blurs = (
+        regfast.BlurPool2d(three, two, one, filter=np.array([1, 2, 1])),
+        regfast.BlurPool2d(3, 2, 1),
+    )
     assert torch.equal(blurs[0](x), blurs[1](x))
     average = regfast.AvgPool2dAA(three, two, one, divisor_override=np.int64(4))
     assert torch.equal(average(x), regfast.AvgPool2dAA(3, 2, 1, divisor_override=4)(x))
-    assert regfast.functional.max_blur_pool2d(x, np.array([2, 2]), blur_size=np.int64(5)).shape == (1, 2, 4, 4)
+    assert regfast.functional.max_blur_pool2d(x, np.array([2, 2]), blur_size=np.int64(5)).shape == (
+        1,
+        2,
+        4,
+        4,
+    )
     assert regfast.filters.binomial(np.int64(3)) == (0.25, 0.5, 0.25)
     assert regfast.functional.rezero(x, x, np.array(0.5), "identity").equal(1.5 * x)
 
 
-@pytest.mark.parametrize("layer", [regfast.MaxPool2dAA(1), regfast.AvgPool2dAA(1), regfast.BlurPool2d(1, 1)], ids=repr)
+@pytest.mark.parametrize(
+    "layer", [regfast.MaxPool2dAA(1), regfast.AvgPool2dAA(1), regfast.BlurPool2d(1, 1)], ids=repr
+)
 def test_an_identity_leaves_its_input_to_what_comes_after(layer):
     x = -torch.ones(1, 2, 4, 4)
     assert nn.Sequential(layer, nn.ReLU(inplace=True))(x).eq(0).all() and x.eq(-1).all()
@@ -241,7 +277,9 @@ ACTIVATED = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("module,shape,arguments", ACTIVATED, ids=lambda value: getattr(value, "__name__", ""))
+@pytest.mark.parametrize(
+    "module,shape,arguments", ACTIVATED, ids=lambda value: getattr(value, "__name__", "")
+)
 @pytest.mark.parametrize("value", [None, math.nan, math.inf, -math.inf], ids=str)
 def test_an_activation_is_that_of_a_relu_before(module, shape, arguments, value):
     """The gradient at zero and at NaN is a ReLU's too, and who looks at x afterwards finds it as it was."""
@@ -255,12 +293,17 @@ def test_an_activation_is_that_of_a_relu_before(module, shape, arguments, value)
     gradients = [torch.autograd.grad(y, x, grad)[0] for y in (found, expected)]
     torch.testing.assert_close(*gradients, rtol=0, atol=0, equal_nan=True)
     with torch.no_grad():
-        torch.testing.assert_close(module(*arguments, activation="relu")(x), expected, rtol=1e-6, atol=1e-6, equal_nan=True)
+        torch.testing.assert_close(
+            module(*arguments, activation="relu")(x), expected, rtol=1e-6, atol=1e-6, equal_nan=True
+        )
     torch.testing.assert_close(x, kept, rtol=0, atol=0, equal_nan=True)
     assert repr(module(*arguments, activation="relu")).endswith("activation='relu')")
 
 
-@pytest.mark.parametrize("module", [regfast.MaxPool1dAA(2), regfast.MaxPool2dAA(3, 2, 1), regfast.BlurPool2d(activation="relu")])
+@pytest.mark.parametrize(
+    "module",
+    [regfast.MaxPool1dAA(2), regfast.MaxPool2dAA(3, 2, 1), regfast.BlurPool2d(activation="relu")],
+)
 def test_fx_traces_a_layer_as_one_call(module):
     traced = torch.fx.symbolic_trace(nn.Sequential(module))
     names = [node.target.__name__ for node in traced.graph.nodes if node.op == "call_function"]

@@ -10,7 +10,12 @@ from test_contract import FLOAT64, check_against_reference, reference
 from regfast._core.geometry import Window, as_image
 
 # Twenty times the programs or the taps of the others.
-SLOW = {"pvt_v2_b0", "s3d 3", "nextvit_small by 16", *(w.name for w in NETWORK_WINDOWS if w.name.endswith("before"))}
+SLOW = {
+    "pvt_v2_b0",
+    "s3d 3",
+    "nextvit_small by 16",
+    *(w.name for w in NETWORK_WINDOWS if w.name.endswith("before")),
+}
 BY_NAME = {operation.name: operation for operation in OPERATIONS}
 every = pytest.mark.parametrize("network", NETWORK_WINDOWS, ids=lambda network: network.name)
 
@@ -28,10 +33,15 @@ def test_the_reference_is_what_scipy_and_numpy_compute(network):
 
 @pytest.mark.parametrize(
     "network",
-    [pytest.param(w, id=w.name, marks=pytest.mark.slow if w.name in SLOW else ()) for w in NETWORK_WINDOWS],
+    [
+        pytest.param(w, id=w.name, marks=pytest.mark.slow if w.name in SLOW else ())
+        for w in NETWORK_WINDOWS
+    ],
 )
 def test_the_kernels_are_the_reference(network, device, kernels, poisoned):
-    check_against_reference(BY_NAME[network.operation], network.sample, network.sample.input(device=device))
+    check_against_reference(
+        BY_NAME[network.operation], network.sample, network.sample.input(device=device)
+    )
 
 
 def test_the_windows_are_named_and_here_once():
@@ -62,15 +72,25 @@ def axes_of(network: NetworkWindow) -> list:
         images = [(as_image(window, 1, 2), sizes[1:]), (as_image(window, 0, None), (sizes[0], 1))]
     else:
         images = [(window, sizes) if window.rank == 2 else (as_image(window, None, 0), (1, *sizes))]
-    return [axis_of(image, axis, shape[axis], outputs=2) for image, shape in images for axis in (0, 1)]
+    return [
+        axis_of(image, axis, shape[axis], outputs=2) for image, shape in images for axis in (0, 1)
+    ]
 
 
 def test_all_but_a_few_maxima_read_nothing_beyond_a_border():
     """They take the kernel's plain way: constant weights, and places that are clamped."""
     pytest.importorskip("triton")
-    maxima = {network.name: axes_of(network) for network in NETWORK_WINDOWS if network.operation == "max_blur_pool"}
-    assert {name for name, axes in maxima.items() if any(axis.edge != "none" for axis in axes)} == READ_BEYOND | MOVE_WINDOWS
-    assert {name for name, axes in maxima.items() if any(axis.moves_windows for axis in axes)} == MOVE_WINDOWS
+    maxima = {
+        network.name: axes_of(network)
+        for network in NETWORK_WINDOWS
+        if network.operation == "max_blur_pool"
+    }
+    assert {
+        name for name, axes in maxima.items() if any(axis.edge != "none" for axis in axes)
+    } == READ_BEYOND | MOVE_WINDOWS
+    assert {
+        name for name, axes in maxima.items() if any(axis.moves_windows for axis in axes)
+    } == MOVE_WINDOWS
 
 
 def test_no_blur_moves_windows():

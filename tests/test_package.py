@@ -13,13 +13,25 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = ("pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "regfast", "kernels", "tests", "bench", "examples")
+SOURCES = (
+    "pyproject.toml",
+    "MANIFEST.in",
+    "README.md",
+    "LICENSE",
+    "regfast",
+    "kernels",
+    "tests",
+    "bench",
+    "examples",
+)
 PACKAGES = ("regfast", "regfast/_core", "regfast/kernels", "regfast/ops", "regfast/reference")
 
 
 def run(*command: str | Path, cwd: Path) -> str:
     """The standard output of `command`; where it fails, the test shows what it wrote."""
-    done = subprocess.run([str(part) for part in command], cwd=cwd, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [str(part) for part in command], cwd=cwd, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, f"{command} failed:\n{done.stdout}\n{done.stderr}"
     return done.stdout
 
@@ -42,7 +54,17 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def build(source: Path, kind: str) -> Path:
-    run(sys.executable, "-m", "build", "--no-isolation", f"--{kind}", "--outdir", source / "dist", source, cwd=source)
+    run(
+        sys.executable,
+        "-m",
+        "build",
+        "--no-isolation",
+        f"--{kind}",
+        "--outdir",
+        source / "dist",
+        source,
+        cwd=source,
+    )
     return next((source / "dist").glob("*.whl" if kind == "wheel" else "*.tar.gz"))
 
 
@@ -71,7 +93,11 @@ def test_wheel_holds_regfast_and_nothing_else(wheel: Path) -> None:
     assert files == project_files()
     assert any(name.startswith("regfast/kernels/") for name in files)
     with zipfile.ZipFile(wheel) as archive:
-        links = [entry.filename for entry in archive.infolist() if (entry.external_attr >> 16) & 0o170000 == 0o120000]
+        links = [
+            entry.filename
+            for entry in archive.infolist()
+            if (entry.external_attr >> 16) & 0o170000 == 0o120000
+        ]
         assert any(name.endswith("LICENSE") for name in archive.namelist())
     assert not links
 
@@ -87,9 +113,20 @@ def test_sdist_builds_the_same_wheel(sdist: Path, wheel: Path, tmp_path: Path) -
 
 def test_wheel_installs_and_imports(wheel: Path, tmp_path: Path) -> None:
     target = tmp_path / "site"
-    pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--no-index", "--no-deps")
+    pip = (
+        sys.executable,
+        "-m",
+        "pip",
+        "--disable-pip-version-check",
+        "install",
+        "--quiet",
+        "--no-index",
+        "--no-deps",
+    )
     run(*pip, "--target", target, wheel, cwd=tmp_path)
-    assert sorted(path.name for path in target.iterdir() if path.suffix != ".dist-info") == ["regfast"]
+    assert sorted(path.name for path in target.iterdir() if path.suffix != ".dist-info") == [
+        "regfast"
+    ]
     code = f"""
 import sys
 sys.path.insert(0, {str(target)!r})
@@ -108,15 +145,28 @@ def test_editable_install_finds_no_top_level_kernels(tmp_path: Path) -> None:
 
 
 def modules_after(statement: str, cwd: Path) -> set[str]:
-    return set(json.loads(python(f"{statement}; import json, sys; print(json.dumps(sorted(sys.modules)))", cwd)))
+    return set(
+        json.loads(
+            python(f"{statement}; import json, sys; print(json.dumps(sorted(sys.modules)))", cwd)
+        )
+    )
 
 
 def test_import_adds_only_regfast_to_what_torch_imports(tmp_path: Path) -> None:
-    added = modules_after("import torch, regfast", tmp_path) - modules_after("import torch, json", tmp_path)
+    added = modules_after("import torch, regfast", tmp_path) - modules_after(
+        "import torch, json", tmp_path
+    )
     roots = {name.partition(".")[0] for name in added} - set(sys.stdlib_module_names)
     assert "regfast" in roots
     assert roots <= {"regfast", "torch"}
-    heavy = ("torch._dynamo", "torch._inductor", "torch.fx", "torch.onnx", "torch.export", "torch.distributed")
+    heavy = (
+        "torch._dynamo",
+        "torch._inductor",
+        "torch.fx",
+        "torch.onnx",
+        "torch.export",
+        "torch.distributed",
+    )
     assert not [name for name in added if name.startswith((*heavy, "regfast.kernels."))]
 
 
@@ -157,6 +207,9 @@ def test_info_runs_with_and_without_triton(tmp_path: Path) -> None:
     import regfast
 
     for prelude in ("", WITHOUT_TRITON):
-        text = python(f"{prelude}\nimport runpy; runpy.run_module('regfast.info', run_name='__main__')", tmp_path)
+        text = python(
+            f"{prelude}\nimport runpy; runpy.run_module('regfast.info', run_name='__main__')",
+            tmp_path,
+        )
         assert regfast.__version__ in text
         assert torch.__version__ in text

@@ -24,7 +24,9 @@ from triton.runtime.interpreter import InterpreterBuilder
 from regfast.kernels import cuts, launch
 from regfast.kernels.launch import LAUNCHES, Target
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has the instructions or not")
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="a GPU has the instructions or not"
+)
 
 DTYPES = [torch.float16, torch.bfloat16]
 WINDOWS = {
@@ -52,7 +54,9 @@ def instructions(monkeypatch):
     assert run, "the test is of packed kernels, and ran none"
 
 
-def run(x: torch.Tensor, window: Window, grad: torch.Tensor, packs: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def run(
+    x: torch.Tensor, window: Window, grad: torch.Tensor, packs: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The output and the gradient of x, by the kernels of a device that packs or not."""
     from regfast.kernels.max_blur_pool import max_blur_pool, max_blur_pool_backward
 
@@ -84,7 +88,9 @@ def of_dtypes(names: list):
     """Each name with each dtype; in the core suite with one of them, in turn."""
     cases = [(name, dtype, place) for place, name in enumerate(names) for dtype in DTYPES]
     return [
-        pytest.param(name, dtype, id=f"{name}-{dtype}", marks=() if dtype == DTYPES[place % 2] else slow)
+        pytest.param(
+            name, dtype, id=f"{name}-{dtype}", marks=() if dtype == DTYPES[place % 2] else slow
+        )
         for name, dtype, place in cases
     ]
 
@@ -96,7 +102,9 @@ def test_pairs_of_columns(name, width, dtype, instructions):
     check(images((3, 5, 9, width), dtype, False), max_window(**WINDOWS[name]))
 
 
-@pytest.mark.parametrize("name,dtype", of_dtypes([name for name in WINDOWS if name not in ("2 2 0", "3 2 1")]))
+@pytest.mark.parametrize(
+    "name,dtype", of_dtypes([name for name in WINDOWS if name not in ("2 2 0", "3 2 1")])
+)
 @pytest.mark.parametrize("width", [10, pytest.param(27, marks=slow)])
 def test_pairs_of_columns_of_other_windows(name, width, dtype, instructions):
     check(images((3, 5, 7, width), dtype, False), max_window(**WINDOWS[name]))
@@ -113,9 +121,13 @@ def test_pairs_of_channels(name, channels, dtype, instructions):
 @pytest.mark.parametrize(
     "name,dtype",
     of_dtypes(["2 2 0", "3 2 1"])
-    + [pytest.param(*case.values, id=case.id, marks=slow) for case in of_dtypes(list(WINDOWS)[2:4])],
+    + [
+        pytest.param(*case.values, id=case.id, marks=slow) for case in of_dtypes(list(WINDOWS)[2:4])
+    ],
 )
-def test_a_nan_wins_and_its_window_gives_its_gradient_to_one_of_its_own(name, dtype, channels_last, instructions):
+def test_a_nan_wins_and_its_window_gives_its_gradient_to_one_of_its_own(
+    name, dtype, channels_last, instructions
+):
     window = max_window(**WINDOWS[name])
     x = images((4, 6, 9, 10), dtype, False)
     x.view(-1)[torch.randperm(x.numel())[: x.numel() // 16]] = math.nan
@@ -144,8 +156,15 @@ def test_a_gpu_packs_from_sm_90_on(monkeypatch):
 
     device = torch.device("cuda", 0)
     monkeypatch.setattr(launch.knobs.runtime, "interpret", False)
-    for major, minor, hip, packs in ((8, 9, None, False), (9, 0, None, True), (12, 0, None, True), (9, 4, "6.2", False)):
-        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, found=(major, minor): Properties(*found))
+    for major, minor, hip, packs in (
+        (8, 9, None, False),
+        (9, 0, None, True),
+        (12, 0, None, True),
+        (9, 4, "6.2", False),
+    ):
+        monkeypatch.setattr(
+            torch.cuda, "get_device_properties", lambda _, found=(major, minor): Properties(*found)
+        )
         monkeypatch.setattr(torch.version, "hip", hip)
         launch.target_of.cache_clear()
         assert launch.target_of(device) == Target(32, packs)
@@ -158,7 +177,9 @@ def test_the_instructions_are_the_isa_s():
     def words(*numbers: int) -> np.ndarray:
         return np.array(numbers, np.uint32)
 
-    def of(asm: str, *inputs: np.ndarray, outputs: int = 1, bits: type = np.uint32) -> list[list[int]]:
+    def of(
+        asm: str, *inputs: np.ndarray, outputs: int = 1, bits: type = np.uint32
+    ) -> list[list[int]]:
         given = {f"${place}": value for place, value in enumerate(inputs, outputs)}
         found = ptx.execute(asm, given, {f"${place}": bits for place in range(outputs)})
         return [found[f"${place}"].tolist() for place in range(outputs)]
@@ -169,8 +190,12 @@ def test_the_instructions_are_the_isa_s():
     assert of("max.NaN.bf16x2 $0, $1, $2;", words(0x3F80FF80), words(0x4000C000)) == [[0x4000C000]]
     for op, mask in (("gt", 0xFFFF0000), ("gtu", 0xFFFFFFFF)):
         # 2.0 > 1.0; 1.0 and a NaN.
-        assert of(f"set.{op}.u32.f16x2 $0, $1, $2;", words(0x40003C00), words(0x3C007E00)) == [[mask]]
-        assert of(f"set.{op}.u32.bf16x2 $0, $1, $2;", words(0x40003F80), words(0x3F807FC0)) == [[mask]]
+        assert of(f"set.{op}.u32.f16x2 $0, $1, $2;", words(0x40003C00), words(0x3C007E00)) == [
+            [mask]
+        ]
+        assert of(f"set.{op}.u32.bf16x2 $0, $1, $2;", words(0x40003F80), words(0x3F807FC0)) == [
+            [mask]
+        ]
         assert of(f"set.{op}.u32.f16x2 $0, $1, $2;", words(0x3C008000), words(0x3C000000)) == [[0]]
     halves = "{ .reg .b32 m; mov.b32 m, $2; prmt.b32 $0, m, 0, 0x1010; prmt.b32 $1, m, 0, 0x3232; }"
     assert of(halves, words(0x1234ABCD), outputs=2) == [[0xABCDABCD], [0x12341234]]
@@ -179,7 +204,9 @@ def test_the_instructions_are_the_isa_s():
     for table in (0x10, 0x30, 0x40, 0xC0, 0xE8):
         assert of(f"lop3.b32 $0, $1, $2, $3, {table:#x};", a, b, c) == [[0x01010101 * table]]
     two = "{ .reg .b32 a; mov.b32 a, {$2, $3}; mov.b32 {$0, $1}, a; }"
-    assert of(two, np.array([1], np.uint16), np.array([2], np.uint16), outputs=2, bits=np.uint16) == [[1], [2]]
+    assert of(
+        two, np.array([1], np.uint16), np.array([2], np.uint16), outputs=2, bits=np.uint16
+    ) == [[1], [2]]
     with pytest.raises(AssertionError, match="no instruction"):
         of("min.NaN.f16x2 $0, $1, $2;", a, b)
     with pytest.raises(AssertionError, match="read after an output was written"):
@@ -195,6 +222,19 @@ def test_every_instruction_of_the_kernels_is_run(instructions):
     for dtype, channels_last in zip(DTYPES, (False, True)):
         for name in ("2 2 0", "3 2 1 relu"):
             check(images((1, 4, 5, 6), dtype, channels_last), max_window(**WINDOWS[name]))
-    for part in ("max.NaN.f16x2", "max.NaN.bf16x2", "set.gt.u32.f16x2", "set.gt.u32.bf16x2", "set.gtu.u32.", "{$2, $3}", "prmt"):
+    for part in (
+        "max.NaN.f16x2",
+        "max.NaN.bf16x2",
+        "set.gt.u32.f16x2",
+        "set.gt.u32.bf16x2",
+        "set.gtu.u32.",
+        "{$2, $3}",
+        "prmt",
+    ):
         assert any(part in asm for asm in instructions), part
-    assert {asm.split()[-1] for asm in instructions if asm.startswith("lop3")} == {"0x30;", "0xc0;", "0x10;", "0x40;"}
+    assert {asm.split()[-1] for asm in instructions if asm.startswith("lop3")} == {
+        "0x30;",
+        "0xc0;",
+        "0x10;",
+        "0x40;",
+    }

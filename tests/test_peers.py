@@ -28,7 +28,11 @@ def test_kornia_pads_the_maxima_with_zeros(shape, size):
     theirs = kornia.filters.MaxBlurPool2D(size, stride=2, max_pool_size=2)(x)
     # kornia pads the 1-smaller map of an even window by (size - 1)//2, and so gives as many outputs as BlurPool of that map.
     maxima = torch.nn.functional.max_pool2d(x, 2, 1)
-    torch.testing.assert_close(regfast.BlurPool2d(size, 2, (size - 1) // 2, padding_mode="zeros")(maxima), theirs, **ROUNDING)
+    torch.testing.assert_close(
+        regfast.BlurPool2d(size, 2, (size - 1) // 2, padding_mode="zeros")(maxima),
+        theirs,
+        **ROUNDING,
+    )
     ours = regfast.MaxPool2dAA(2, blur_size=size, padding_mode="zeros")(x)
     torch.testing.assert_close(ours, theirs[..., : ours.shape[-2], : ours.shape[-1]], **ROUNDING)
 
@@ -39,7 +43,9 @@ def test_antialiased_cnns_reflects(side, size):
     antialiased_cnns = pytest.importorskip("antialiased_cnns")
     x = torch.randn(2, 3, side, side + 2)
     theirs = antialiased_cnns.BlurPool(3, filt_size=size, stride=2)
-    torch.testing.assert_close(regfast.BlurPool2d(size, 2, padding_mode="reflect")(x), theirs(x), **ROUNDING)
+    torch.testing.assert_close(
+        regfast.BlurPool2d(size, 2, padding_mode="reflect")(x), theirs(x), **ROUNDING
+    )
     maxima = torch.nn.functional.max_pool2d(x, 2, 1)
     ours = regfast.MaxPool2dAA(2, blur_size=size, padding_mode="reflect")(x)
     torch.testing.assert_close(ours, theirs(maxima), **ROUNDING)

@@ -22,7 +22,9 @@ WIDTHS = [*range(1, 31), 56]
 DTYPES = [torch.float32, torch.float16]
 
 
-def gradient(operation: Operation, sample: Sample, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+def gradient(
+    operation: Operation, sample: Sample, x: Tensor, grad: Tensor
+) -> tuple[Tensor, Tensor]:
     """The output and the gradient of x."""
     x = x.detach().requires_grad_()
     y = operation(x, sample)
@@ -52,7 +54,9 @@ def sizes():
                     # There is no window.
                     continue
                 marks = () if (width + place + 3 * number) % 6 == 0 else pytest.mark.slow
-                yield pytest.param(operation, arguments, width, dtype, id=f"{name}-{width}-{dtype}", marks=marks)
+                yield pytest.param(
+                    operation, arguments, width, dtype, id=f"{name}-{width}-{dtype}", marks=marks
+                )
 
 
 @pytest.mark.parametrize("operation,arguments,width,dtype", sizes())
@@ -64,11 +68,18 @@ def test_every_width(operation, arguments, width, dtype, device, kernels, poison
 
 
 # Of one row there is no window of (2, 2, 0). 37 rows are of several programs, and the last has fewer.
-HEIGHTS = [(name, height) for name in KINDS for height in (1, 2, 3, 37) if (name, height) != ("pool 2 2 0", 1)]
+HEIGHTS = [
+    (name, height)
+    for name in KINDS
+    for height in (1, 2, 3, 37)
+    if (name, height) != ("pool 2 2 0", 1)
+]
 
 
 @pytest.mark.parametrize("name,height", HEIGHTS)
-@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str
+)
 def test_heights(name, height, dtype, device, kernels, poisoned):
     operation, arguments = KINDS[name]
     sample = Sample((1, 2, height, 9), arguments)
@@ -90,7 +101,9 @@ def test_heights(name, height, dtype, device, kernels, poisoned):
     ],
 )
 @pytest.mark.parametrize(
-    "channels_last", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["contiguous", "channels_last"]
+    "channels_last",
+    [False, pytest.param(True, marks=pytest.mark.slow)],
+    ids=["contiguous", "channels_last"],
 )
 def test_however_images_lie(name, way, channels_last, device, kernels, poisoned):
     """In float16, whose vectors are of most elements: addresses and strides that are multiples of 2, 4 and 8 bytes alone."""
@@ -114,27 +127,41 @@ def test_however_images_lie(name, way, channels_last, device, kernels, poisoned)
 
 MODES = [
     *((POOL, {"padding_mode": mode}) for mode in ("partial", "replicate", "reflect", "zeros")),
-    *((POOL, {"kernel_size": 3, "stride": 2, "padding": 1, "padding_mode": mode}) for mode in ("partial", "reflect", "zeros")),
+    *(
+        (POOL, {"kernel_size": 3, "stride": 2, "padding": 1, "padding_mode": mode})
+        for mode in ("partial", "reflect", "zeros")
+    ),
     (POOL, {"kernel_size": 3, "stride": 2, "ceil_mode": True}),
     (POOL, {"blur_size": 5}),
     (POOL, {"blur_size": 6, "padding_mode": "replicate"}),
     (POOL, {"kernel_size": 5, "stride": 1}),
     *((BLUR, {"padding_mode": mode}) for mode in ("reflect", "replicate", "zeros")),
-    *((BLUR, {"kernel_size": 5, "stride": 1, "padding_mode": mode}) for mode in ("reflect", "replicate", "zeros")),
+    *(
+        (BLUR, {"kernel_size": 5, "stride": 1, "padding_mode": mode})
+        for mode in ("reflect", "replicate", "zeros")
+    ),
     (BLUR, {"kernel_size": 4, "padding": 0}),
     (BLUR, {"activation": "relu"}),
 ]
 
 
-@pytest.mark.parametrize("operation,arguments", MODES, ids=[f"{o} {Sample((), a)}" for o, a in MODES])
-def test_a_gradient_that_is_not_finite_stays_where_its_output_reads(operation, arguments, device, kernels):
+@pytest.mark.parametrize(
+    "operation,arguments", MODES, ids=[f"{o} {Sample((), a)}" for o, a in MODES]
+)
+def test_a_gradient_that_is_not_finite_stays_where_its_output_reads(
+    operation, arguments, device, kernels
+):
     """Infinity, and then NaN, at each output in turn: an image each. (All taps are positive.)"""
     shape = (1, 1, 7, 6)
-    y = reference(operation, Sample(shape, arguments), torch.zeros(shape, dtype=torch.float64, device=device))
+    y = reference(
+        operation, Sample(shape, arguments), torch.zeros(shape, dtype=torch.float64, device=device)
+    )
     count = y.numel()
     sample = Sample((2 * count, *shape[1:]), arguments)
     x = sample.input(device=device)
-    places = torch.eye(count, dtype=torch.bool, device=device).repeat(2, 1).view(2 * count, *y.shape[1:])
+    places = (
+        torch.eye(count, dtype=torch.bool, device=device).repeat(2, 1).view(2 * count, *y.shape[1:])
+    )
     values = torch.tensor([math.inf] * count + [math.nan] * count, device=device).view(-1, 1, 1, 1)
     grad = torch.randn(places.shape, device=device)
     _, found = gradient(operation, sample, x, torch.where(places, values, grad))
@@ -162,9 +189,14 @@ def test_vectors_are_as_wide_as_addresses_are_aligned(channels_last: bool, wides
     from regfast.kernels import cuts, max_blur_pool
 
     window = max_window()
-    x, y = (as_format(torch.empty(2, 8, n, n, dtype=torch.float16, device="meta"), channels_last) for n in (64, 32))
+    x, y = (
+        as_format(torch.empty(2, 8, n, n, dtype=torch.float16, device="meta"), channels_last)
+        for n in (64, 32)
+    )
     layouts = (cuts.layout_of(x),), cuts.layout_of(y)
     for misaligned, elements in ((0, 8), (8, 4), (12, 2), (2, 1), (14, 1)):
-        launch = cuts.prepare(max_blur_pool._forward_kernel, "forward", window, *layouts, x, misaligned)
+        launch = cuts.prepare(
+            max_blur_pool._forward_kernel, "forward", window, *layouts, x, misaligned
+        )
         access = launch.options["ACCESS"]
         assert (access.vector if channels_last else access.columns) == min(elements, widest)

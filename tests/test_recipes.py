@@ -43,7 +43,9 @@ def timm_recipe() -> ModuleType:
 @pytest.mark.slow
 def test_timm_s_recipe_learns(timm_recipe: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     accuracies = timm_recipe.main(["--toy", "--device", "cpu", "--epochs", "3"])
-    assert len(accuracies) == 3 and f"epoch 2: accuracy {accuracies[2]:.2%}" in capsys.readouterr().out
+    assert (
+        len(accuracies) == 3 and f"epoch 2: accuracy {accuracies[2]:.2%}" in capsys.readouterr().out
+    )
     # Chance is a third.
     assert accuracies[2] > 0.5
 
@@ -56,7 +58,20 @@ def test_timm_s_recipe_takes_a_folder(timm_recipe: ModuleType, tmp_path: Path) -
             folder = tmp_path / split / toy.classes[label]
             folder.mkdir(parents=True, exist_ok=True)
             image.save(folder / f"{i}.png")
-    flags = ["--model", "resnet18", "--size", "32", "--batch", "4", "--workers", "0", "--epochs", "1", "--device", "cpu"]
+    flags = [
+        "--model",
+        "resnet18",
+        "--size",
+        "32",
+        "--batch",
+        "4",
+        "--workers",
+        "0",
+        "--epochs",
+        "1",
+        "--device",
+        "cpu",
+    ]
     (accuracy,) = timm_recipe.main([str(tmp_path), *flags])
     assert accuracy * 8 == round(accuracy * 8)
 
@@ -78,7 +93,9 @@ def test_a_model_that_timm_anti_aliased_keeps_its_function(timm_recipe: ModuleTy
     expected = theirs(x)
     # The blur's sums are in another order: float32, relative to the largest logit.
     assert (ours(x) - expected).abs().max() <= 1e-4 * expected.abs().max()
-    assert any(isinstance(module, (regfast.BlurPool2d, regfast.MaxPool2dAA)) for module in ours.modules())
+    assert any(
+        isinstance(module, (regfast.BlurPool2d, regfast.MaxPool2dAA)) for module in ours.modules()
+    )
 
 
 def test_the_accelerate_recipe_learns(capsys: pytest.CaptureFixture[str]) -> None:

@@ -34,7 +34,14 @@ FLOAT32 = dict(rtol=0, atol=1e-5)
 
 def by_oracle(x, w):
     y = oracle.max_blur_pool(
-        x.numpy(force=True), w.kernel_size, w.stride, w.padding, w.dilation, w.ceil_mode, w.taps, w.padding_mode
+        x.numpy(force=True),
+        w.kernel_size,
+        w.stride,
+        w.padding,
+        w.dilation,
+        w.ceil_mode,
+        w.taps,
+        w.padding_mode,
     )
     return torch.from_numpy(y)
 
@@ -57,8 +64,12 @@ def choose(composite, monkeypatch):
         monkeypatch.setattr(max_module, "is_compiled", lambda: True)
 
 
-both_composites = pytest.mark.parametrize("composite", ["small", "library", "slices"], indirect=True)
-all_composites = pytest.mark.parametrize("composite", ["small", "library", "slices", "compiled"], indirect=True)
+both_composites = pytest.mark.parametrize(
+    "composite", ["small", "library", "slices"], indirect=True
+)
+all_composites = pytest.mark.parametrize(
+    "composite", ["small", "library", "slices", "compiled"], indirect=True
+)
 
 # Each line is a shape and what differs from the default, MaxPool2dAA(2).
 TABLE = [
@@ -78,11 +89,28 @@ TABLE = [
     ((9, 9), {"kernel_size": 3, "dilation": 2, "padding": 1, "stride": 2}),
     ((9, 5), {"kernel_size": 2, "dilation": (3, 4), "padding": 1, "stride": 1}),
     ((1, 1), {"kernel_size": 2, "dilation": 2, "padding": 1, "stride": 2}),
-    ((1, 1), {"kernel_size": 3, "padding": 0, "stride": 3, "ceil_mode": True, "padding_mode": "replicate"}),
+    (
+        (1, 1),
+        {
+            "kernel_size": 3,
+            "padding": 0,
+            "stride": 3,
+            "ceil_mode": True,
+            "padding_mode": "replicate",
+        },
+    ),
     ((11,), {"kernel_size": 4, "stride": 4, "padding": 2}),
     ((11,), {"kernel_size": 2, "filter": (0.5, -0.25, 1.0, 0.125)}),
     ((5, 6, 7), {"kernel_size": 2}),
-    ((5, 6, 7), {"kernel_size": (1, 2, 3), "stride": (1, 2, 3), "padding": (0, 1, 1), "padding_mode": "reflect"}),
+    (
+        (5, 6, 7),
+        {
+            "kernel_size": (1, 2, 3),
+            "stride": (1, 2, 3),
+            "padding": (0, 1, 1),
+            "padding_mode": "reflect",
+        },
+    ),
 ]
 
 
@@ -109,7 +137,16 @@ def max_cases(draw):
         smallest = next(n for n in range(1, 20) if oracle.max_pool_outputs([n], *one, ceil_mode))
         sizes.append(smallest + draw(st.integers(0, 6 if rank < 3 else 3)))
     mode = draw(st.sampled_from(["partial", "replicate", "reflect", "zeros"]))
-    w = window(rank, kernel_size=k, stride=s, padding=p, dilation=d, ceil_mode=ceil_mode, blur_size=b, padding_mode=mode)
+    w = window(
+        rank,
+        kernel_size=k,
+        stride=s,
+        padding=p,
+        dilation=d,
+        ceil_mode=ceil_mode,
+        blur_size=b,
+        padding_mode=mode,
+    )
     return w, sizes, draw(st.integers(0, 2**16))
 
 
@@ -117,7 +154,9 @@ def max_cases(draw):
 @given(max_cases())
 def test_drawn(case):
     w, sizes, seed = case
-    x = torch.randn(1, 2, *sizes, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    x = torch.randn(
+        1, 2, *sizes, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
+    )
     expected = by_oracle(x, w)
     torch.testing.assert_close(max_blur_pool(x, w), expected, **FLOAT64)
     torch.testing.assert_close(max_blur_pool(x.requires_grad_(), w).detach(), expected, **FLOAT64)
@@ -125,7 +164,9 @@ def test_drawn(case):
 
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(
-    st.integers(1, 3).flatmap(lambda rank: st.tuples(*[st.tuples(*[st.integers(1, n)] * rank) for n in (6, 4, 7)])),
+    st.integers(1, 3).flatmap(
+        lambda rank: st.tuples(*[st.tuples(*[st.integers(1, n)] * rank) for n in (6, 4, 7)])
+    ),
     st.sampled_from(["same", 0, 1, 3]),
     st.sampled_from(["replicate", "reflect", "zeros"]),
 )
@@ -142,7 +183,9 @@ def test_drawn_blurs(axes, padding, mode):
 def awkward(*shape, dtype=torch.float64):
     """What a ReLU leaves, with plateaus, NaN and -inf: small integers, and every eighth element not a number."""
     values = torch.tensor([0, 0, 0, 1, 1, 2, NAN, -INF], dtype=dtype)
-    picked = values[torch.randint(8, (math.prod(shape),), generator=torch.Generator().manual_seed(1))]
+    picked = values[
+        torch.randint(8, (math.prod(shape),), generator=torch.Generator().manual_seed(1))
+    ]
     picked[: picked.numel() // 4] = picked[: picked.numel() // 4].nan_to_num(0, neginf=0)
     picked[-picked.numel() // 4 :] = -INF
     return picked.view(shape).requires_grad_()
@@ -160,7 +203,9 @@ def test_composites_agree(shape, changes, composite, monkeypatch):
     w, x = window(len(shape), **changes), awkward(4, 3, *shape)
     library = value_and_grad(lambda x: max_blur_pool(x, w), x)
     choose(composite, monkeypatch)
-    torch.testing.assert_close(value_and_grad(lambda x: max_blur_pool(x, w), x), library, equal_nan=True, **FLOAT64)
+    torch.testing.assert_close(
+        value_and_grad(lambda x: max_blur_pool(x, w), x), library, equal_nan=True, **FLOAT64
+    )
     assert not library[1].isnan().any()
     with torch.no_grad():
         torch.testing.assert_close(max_blur_pool(x, w), library[0], equal_nan=True, **FLOAT64)
@@ -186,7 +231,10 @@ def test_ties_are_those_of_max_pooling(shape, changes, dtype, composite):
     # Nothing is blurred at stride 1, so that values are equal to the bit, and gradients but for the order of k^rank terms,
     # whose rounding to bfloat16 is 2^-8 of numbers below ten.
     tolerance = FLOAT64 if dtype == torch.float64 else dict(rtol=2**-6, atol=2**-4)
-    (y, grad), (expected, expected_grad) = value_and_grad(lambda x: max_blur_pool(x, w), x), value_and_grad(pool, x)
+    (y, grad), (expected, expected_grad) = (
+        value_and_grad(lambda x: max_blur_pool(x, w), x),
+        value_and_grad(pool, x),
+    )
     torch.testing.assert_close(y, expected, rtol=0, atol=0, equal_nan=True)
     torch.testing.assert_close(grad, expected_grad, **tolerance)
 
@@ -194,7 +242,11 @@ def test_ties_are_those_of_max_pooling(shape, changes, dtype, composite):
 @all_composites
 @pytest.mark.parametrize(
     "changes, taken",
-    [({"kernel_size": 2}, [1, 1, 1, 0]), ({"kernel_size": 3}, [1, 1, 0, 0]), ({"kernel_size": 3, "padding": 1}, [2, 1, 1, 0])],
+    [
+        ({"kernel_size": 2}, [1, 1, 1, 0]),
+        ({"kernel_size": 3}, [1, 1, 0, 0]),
+        ({"kernel_size": 3, "padding": 1}, [2, 1, 1, 0]),
+    ],
 )
 def test_of_nothing_but_minus_infinity_the_first_takes_the_gradient(changes, taken, composite):
     # A blur of three taps reads windows beyond the padding: in the last case by more than max pooling pads by itself.
@@ -220,7 +272,11 @@ def test_window_without_a_sample(differentiated, composite):
 @all_composites
 @pytest.mark.parametrize("mode", ["partial", "replicate", "reflect"])
 def test_constant_image_stays_constant(mode, composite):
-    for changes in ({}, {"kernel_size": 3, "padding": 1, "stride": 2, "ceil_mode": True}, {"blur_size": 9}):
+    for changes in (
+        {},
+        {"kernel_size": 3, "padding": 1, "stride": 2, "ceil_mode": True},
+        {"blur_size": 9},
+    ):
         y = max_blur_pool(torch.full((1, 2, 5, 6), 3.0), window(2, padding_mode=mode, **changes))
         assert torch.equal(y, torch.full_like(y, 3.0))
 
@@ -230,14 +286,21 @@ def in_format(x, channels_last):
         return x
     if x.ndim == 3:
         return in_format(x.unsqueeze(2), True).squeeze(2)
-    return x.contiguous(memory_format=torch.channels_last if x.ndim == 4 else torch.channels_last_3d)
+    return x.contiguous(
+        memory_format=torch.channels_last if x.ndim == 4 else torch.channels_last_3d
+    )
 
 
 @all_composites
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("rank", [1, 2, 3])
 def test_memory_format_and_dtype_are_kept(rank, dtype, composite):
-    cases = {}, {"stride": 1}, {"kernel_size": 3, "stride": 2, "padding": 1}, {"padding_mode": "reflect", "blur_size": 17}
+    cases = (
+        {},
+        {"stride": 1},
+        {"kernel_size": 3, "stride": 2, "padding": 1},
+        {"padding_mode": "reflect", "blur_size": 17},
+    )
     for channels_last in (False, True):
         x = in_format(torch.randn(2, 4, *[7] * rank).to(dtype), channels_last)
         for changes in cases:
@@ -253,7 +316,9 @@ def test_memory_format_and_dtype_are_kept(rank, dtype, composite):
 def test_the_memory_format_is_kept_where_padding_loses_it(monkeypatch):
     """As it does on CUDA, of few channels."""
     pad = torch.nn.functional.pad
-    monkeypatch.setattr(torch.nn.functional, "pad", lambda *args, **options: pad(*args, **options).contiguous())
+    monkeypatch.setattr(
+        torch.nn.functional, "pad", lambda *args, **options: pad(*args, **options).contiguous()
+    )
     choose("slices", monkeypatch)
     x = in_format(torch.randn(2, 3, 7, 8), True)
     for changes in (
@@ -328,7 +393,13 @@ ONCE = {torch.float16: 1.01 * 2.0**-11, torch.bfloat16: 1.01 * 2.0**-8}
         {},
         {"kernel_size": 3, "stride": 2, "padding": 1},
         {"kernel_size": 3, "stride": 1, "padding": 1},
-        {"kernel_size": 3, "stride": 2, "padding": 1, "padding_mode": "replicate", "activation": "relu"},
+        {
+            "kernel_size": 3,
+            "stride": 2,
+            "padding": 1,
+            "padding_mode": "replicate",
+            "activation": "relu",
+        },
         {"dilation": 2, "padding": 1},
     ],
     ids=str,
@@ -391,7 +462,9 @@ def test_empty_batch(rank, composite):
 POOLINGS = {
     "own padding": lambda x: max_blur_pool(x, window()),
     "explicit padding": lambda x: max_blur_pool(x, window(kernel_size=3, stride=2, padding=1)),
-    "inner map": lambda x: max_blur_pool(x, window(kernel_size=3, padding=1, padding_mode="reflect")),
+    "inner map": lambda x: max_blur_pool(
+        x, window(kernel_size=3, padding=1, padding_mode="reflect")
+    ),
     "dilated": lambda x: max_blur_pool(x, window(dilation=2, padding=1)),
     "blur": lambda x: blur_pool(x, blur_window(2, 4, 2, "same", "binomial", "reflect")),
 }
@@ -402,7 +475,12 @@ POOLINGS = {
 def test_derivatives(pooling, composite):
     function = POOLINGS[pooling]
     # All elements differ by more than gradcheck's step, so that no arg-max changes under it.
-    x = torch.randperm(20, generator=torch.Generator().manual_seed(0)).double().view(1, 1, 4, 5).requires_grad_()
+    x = (
+        torch.randperm(20, generator=torch.Generator().manual_seed(0))
+        .double()
+        .view(1, 1, 4, 5)
+        .requires_grad_()
+    )
     assert torch.autograd.gradcheck(function, x, check_forward_ad=True, check_batched_grad=True)
     assert torch.autograd.gradgradcheck(lambda x: function(x).square(), x)
 
@@ -439,7 +517,13 @@ def test_meta_and_symbolic_sizes(pooling, differentiated):
 
 @pytest.mark.parametrize(
     "pooling, dynamic",
-    [("own padding", False), ("explicit padding", True), ("inner map", False), ("dilated", False), ("blur", True)],
+    [
+        ("own padding", False),
+        ("explicit padding", True),
+        ("inner map", False),
+        ("dilated", False),
+        ("blur", True),
+    ],
 )
 def test_compiles_without_a_break(pooling, dynamic):
     torch._dynamo.reset()
@@ -447,7 +531,9 @@ def test_compiles_without_a_break(pooling, dynamic):
     compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     for shape in ((2, 3, 9, 10), (4, 3, 8, 7))[: 1 + dynamic]:
         x = torch.randn(shape).relu().requires_grad_()
-        torch.testing.assert_close(value_and_grad(compiled, x), value_and_grad(function, x), **FLOAT32)
+        torch.testing.assert_close(
+            value_and_grad(compiled, x), value_and_grad(function, x), **FLOAT32
+        )
         with torch.no_grad():
             torch.testing.assert_close(compiled(x), function(x), **FLOAT32)
 
@@ -469,8 +555,14 @@ def test_exports_with_any_size(pooling, strict):
             return POOLINGS[pooling](x)
 
     size = dict(min=6, max=512)
-    sizes = {0: torch.export.Dim("n"), 2: torch.export.Dim("h", **size), 3: torch.export.Dim("w", **size)}
-    program = torch.export.export(Net(), (torch.randn(2, 3, 9, 10),), dynamic_shapes={"x": sizes}, strict=strict)
+    sizes = {
+        0: torch.export.Dim("n"),
+        2: torch.export.Dim("h", **size),
+        3: torch.export.Dim("w", **size),
+    }
+    program = torch.export.export(
+        Net(), (torch.randn(2, 3, 9, 10),), dynamic_shapes={"x": sizes}, strict=strict
+    )
     for shape in ((3, 3, 8, 7), (1, 3, 30, 31)):
         x = torch.randn(shape)
         torch.testing.assert_close(program.module()(x), POOLINGS[pooling](x), **FLOAT32)

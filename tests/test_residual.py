@@ -18,7 +18,13 @@ from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
 
 import regfast
-from regfast import BottleneckBlock, ResidualBlock, ResidualLinear, ReZero, ReZeroTransformerEncoderLayer
+from regfast import (
+    BottleneckBlock,
+    ResidualBlock,
+    ResidualLinear,
+    ReZero,
+    ReZeroTransformerEncoderLayer,
+)
 
 # Sums of some hundreds of products of order one in float32, in another order.
 ROUNDING = dict(rtol=1e-4, atol=1e-5)
@@ -27,10 +33,22 @@ BLOCKS = {
     "same": (lambda **a: ResidualBlock(4, 4, **a), (2, 4, 9, 8), (2, 4, 9, 8)),
     "wider": (lambda **a: ResidualBlock(4, 6, 5, **a), (2, 4, 9, 8), (2, 6, 9, 8)),
     "strided": (lambda **a: ResidualBlock(4, 4, stride=2, **a), (2, 4, 9, 8), (2, 4, 5, 4)),
-    "antialiased": (lambda **a: ResidualBlock(4, 6, stride=2, antialias=True, **a), (2, 4, 9, 8), (2, 6, 5, 4)),
+    "antialiased": (
+        lambda **a: ResidualBlock(4, 6, stride=2, antialias=True, **a),
+        (2, 4, 9, 8),
+        (2, 6, 5, 4),
+    ),
     "bottleneck": (lambda **a: BottleneckBlock(8, 2, **a), (2, 8, 9, 8), (2, 8, 9, 8)),
-    "bottleneck strided": (lambda **a: BottleneckBlock(4, 3, 2, 2, **a), (2, 4, 9, 8), (2, 6, 5, 4)),
-    "bottleneck antialiased": (lambda **a: BottleneckBlock(4, 3, (2, 1), antialias=True, **a), (2, 4, 9, 8), (2, 12, 5, 8)),
+    "bottleneck strided": (
+        lambda **a: BottleneckBlock(4, 3, 2, 2, **a),
+        (2, 4, 9, 8),
+        (2, 6, 5, 4),
+    ),
+    "bottleneck antialiased": (
+        lambda **a: BottleneckBlock(4, 3, (2, 1), antialias=True, **a),
+        (2, 4, 9, 8),
+        (2, 12, 5, 8),
+    ),
     "linear": (lambda **a: ResidualLinear(5, 5, **a), (2, 3, 5), (2, 3, 5)),
     "linear wider": (lambda **a: ResidualLinear(5, 7, **a), (2, 5), (2, 7)),
 }
@@ -61,7 +79,11 @@ def test_a_block_is_what_its_parts_say(make, shape, output, activation):
             expected = activation(shortcut + f)
         else:
             block.alpha.data.fill_(0.5)
-            expected = shortcut + block.alpha * activation(f) if block.form == "gate" else activation(shortcut + block.alpha * f)
+            expected = (
+                shortcut + block.alpha * activation(f)
+                if block.form == "gate"
+                else activation(shortcut + block.alpha * f)
+            )
         found = block(x)
         torch.testing.assert_close(found, expected, **ROUNDING)
         torch.testing.assert_close(*(gradients(y, block) for y in (found, expected)), **ROUNDING)
@@ -88,13 +110,28 @@ def test_the_kernels_make_the_same_block(kernels, device, arguments):
 def test_the_branch_is_the_book_s():
     """Convolution, normalisation, activation, convolution, normalisation; one pixel's convolution where shapes change."""
     block = ResidualBlock(4, 6, 5, 2)
-    assert [type(layer) for layer in block.branch] == [nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.Conv2d, nn.BatchNorm2d]
-    assert [layer.stride for layer in block.branch if isinstance(layer, nn.Conv2d)] == [(2, 2), (1, 1)]
+    assert [type(layer) for layer in block.branch] == [
+        nn.Conv2d,
+        nn.BatchNorm2d,
+        nn.ReLU,
+        nn.Conv2d,
+        nn.BatchNorm2d,
+    ]
+    assert [layer.stride for layer in block.branch if isinstance(layer, nn.Conv2d)] == [
+        (2, 2),
+        (1, 1),
+    ]
     assert [type(layer) for layer in block.shortcut] == [nn.Conv2d, nn.BatchNorm2d]
     assert isinstance(ResidualBlock(4, 4).shortcut, nn.Identity)
     bare = ResidualBlock(4, 4, norm_layer=None)
-    assert [type(layer) for layer in bare.branch] == [nn.Conv2d, nn.ReLU, nn.Conv2d] and bare.branch[0].bias is not None
-    assert [layer.stride for layer in BottleneckBlock(4, 3, 2).branch if isinstance(layer, nn.Conv2d)] == [(1, 1), (2, 2), (1, 1)]
+    assert [type(layer) for layer in bare.branch] == [
+        nn.Conv2d,
+        nn.ReLU,
+        nn.Conv2d,
+    ] and bare.branch[0].bias is not None
+    assert [
+        layer.stride for layer in BottleneckBlock(4, 3, 2).branch if isinstance(layer, nn.Conv2d)
+    ] == [(1, 1), (2, 2), (1, 1)]
 
 
 @pytest.mark.parametrize("activation", [nn.ReLU(), nn.ELU()], ids=str)
@@ -102,7 +139,9 @@ def test_an_antialiased_block_blurs_after_the_activation(activation):
     """The chapter's order in the branch, and before the convolution in the shortcut; the aliased block's checkpoint fits."""
     x = torch.randn(2, 4, 9, 8)
     block = ResidualBlock(4, 6, stride=2, activation=activation, antialias=True).eval()
-    block.load_state_dict(ResidualBlock(4, 6, stride=2, activation=activation).state_dict(), strict=True)
+    block.load_state_dict(
+        ResidualBlock(4, 6, stride=2, activation=activation).state_dict(), strict=True
+    )
     parts, blur = block.branch, regfast.BlurPool2d(3, 2)
     assert parts.conv1.stride == (1, 1)
     f = parts.norm2(parts.conv2(blur(activation(parts.norm1(parts.conv1(x))))))
@@ -111,14 +150,22 @@ def test_an_antialiased_block_blurs_after_the_activation(activation):
     torch.testing.assert_close(block.shortcut(x), block.shortcut[1](convolved), **ROUNDING)
 
 
-@pytest.mark.parametrize("make", [functools.partial(ResidualBlock, stride=2), functools.partial(BottleneckBlock, stride=2)])
+@pytest.mark.parametrize(
+    "make",
+    [functools.partial(ResidualBlock, stride=2), functools.partial(BottleneckBlock, stride=2)],
+)
 @pytest.mark.parametrize("activation", [nn.ReLU(), nn.ELU()], ids=str)
 def test_a_converted_block_is_an_antialiased_one(make, activation):
     x = torch.randn(2, 4, 9, 8)
-    built, converted = make(4, 6, activation=activation, antialias=True).eval(), make(4, 6, activation=activation).eval()
+    built, converted = (
+        make(4, 6, activation=activation, antialias=True).eval(),
+        make(4, 6, activation=activation).eval(),
+    )
     built.alpha.data.fill_(0.5)
     converted.load_state_dict(built.state_dict(), strict=True)
-    torch.testing.assert_close(regfast.antialias(converted, min_channels=1)(x), built(x), **ROUNDING)
+    torch.testing.assert_close(
+        regfast.antialias(converted, min_channels=1)(x), built(x), **ROUNDING
+    )
 
 
 @blocks
@@ -130,7 +177,9 @@ def test_blocks_copy_pickle_and_take_factory_arguments(make, shape, output):
     assert block.alpha.shape == (1,) and "alpha" in block.state_dict()
     assert "alpha" not in make(ReZero=False).state_dict()
     made = make(device="meta", dtype=torch.bfloat16)
-    assert {p.dtype for p in made.parameters()} == {torch.bfloat16} and {p.device.type for p in made.parameters()} == {"meta"}
+    assert {p.dtype for p in made.parameters()} == {torch.bfloat16} and {
+        p.device.type for p in made.parameters()
+    } == {"meta"}
 
 
 @blocks
@@ -141,7 +190,11 @@ def test_blocks_compile_export_and_trace(make, shape, output, ReZero):
     if ReZero:
         block.alpha.data.fill_(0.5)
     exported = torch.export.export(block, (x,)).module()
-    for traced in (torch.compile(block, fullgraph=True, backend="aot_eager"), exported, torch.fx.symbolic_trace(block)):
+    for traced in (
+        torch.compile(block, fullgraph=True, backend="aot_eager"),
+        exported,
+        torch.fx.symbolic_trace(block),
+    ):
         torch.testing.assert_close(traced(x), block(x), **ROUNDING)
 
 
@@ -152,10 +205,16 @@ def test_memory_format_is_kept(make, shape, output, memory_format):
         memory_format = torch.contiguous_format
     x = torch.randn(shape).contiguous(memory_format=memory_format)
     for arguments in ({}, dict(form="post"), dict(ReZero=False)):
-        assert make(**arguments).to(memory_format=memory_format)(x).is_contiguous(memory_format=memory_format)
+        assert (
+            make(**arguments)
+            .to(memory_format=memory_format)(x)
+            .is_contiguous(memory_format=memory_format)
+        )
 
 
-@pytest.mark.parametrize("make", [ResidualBlock, functools.partial(BottleneckBlock, expansion=1)], ids=["two", "three"])
+@pytest.mark.parametrize(
+    "make", [ResidualBlock, functools.partial(BottleneckBlock, expansion=1)], ids=["two", "three"]
+)
 def test_a_checkpoint_fits_every_kind_of_a_block(make):
     """Antialiased or not, and of either form: the same keys, which are part of the interface."""
     keys = set(make(2, 3, stride=2, norm_layer=None).state_dict())
@@ -163,7 +222,11 @@ def test_a_checkpoint_fits_every_kind_of_a_block(make):
     names = {f"branch.conv{place}.{name}" for place in places for name in ("weight", "bias")}
     assert keys == {"alpha", "shortcut.0.weight", "shortcut.0.bias"} | names
     checkpoint = make(2, 3, stride=2).state_dict()
-    for arguments in (dict(antialias=True), dict(form="post", activation="gelu"), dict(activation=nn.ELU(), antialias=True)):
+    for arguments in (
+        dict(antialias=True),
+        dict(form="post", activation="gelu"),
+        dict(activation=nn.ELU(), antialias=True),
+    ):
         make(2, 3, stride=2, **arguments).load_state_dict(checkpoint, strict=True)
 
 
@@ -171,7 +234,9 @@ def test_the_keys_of_the_other_blocks():
     assert list(ResidualLinear(2, 3).state_dict()) == [
         "alpha", "branch.0.weight", "branch.0.bias", "branch.2.weight", "branch.2.bias", "shortcut.weight",
     ]  # fmt: skip
-    theirs, ours = (layer(8, 2, 16) for layer in (nn.TransformerEncoderLayer, ReZeroTransformerEncoderLayer))
+    theirs, ours = (
+        layer(8, 2, 16) for layer in (nn.TransformerEncoderLayer, ReZeroTransformerEncoderLayer)
+    )
     missing, unexpected = ours.load_state_dict(theirs.state_dict(), strict=False)
     assert missing == ["alpha"] and all(key.startswith("norm") for key in unexpected)
 
@@ -181,20 +246,32 @@ def test_repr_shows_what_a_block_is():
         "ReZero(\n  form='gate', activation='identity'\n  (branch): Identity()\n  (shortcut): Identity()\n)"
     )
     plain = repr(ResidualBlock(2, 2, ReZero=False))
-    assert "form='post', alpha=None" in plain and "(activation): ReLU()" in plain and "(norm2): BatchNorm2d(2" in plain
+    assert (
+        "form='post', alpha=None" in plain
+        and "(activation): ReLU()" in plain
+        and "(norm2): BatchNorm2d(2" in plain
+    )
 
 
 def test_any_normalisation():
     """Made on the block's device and in its dtype."""
-    block = ResidualBlock(4, 6, stride=2, norm_layer=functools.partial(nn.GroupNorm, 2), dtype=torch.float64)
-    assert isinstance(block.branch.norm2, nn.GroupNorm) and isinstance(block.shortcut[1], nn.GroupNorm)
+    block = ResidualBlock(
+        4, 6, stride=2, norm_layer=functools.partial(nn.GroupNorm, 2), dtype=torch.float64
+    )
+    assert isinstance(block.branch.norm2, nn.GroupNorm) and isinstance(
+        block.shortcut[1], nn.GroupNorm
+    )
     assert block(torch.randn(2, 4, 9, 8, dtype=torch.float64)).dtype == torch.float64
 
 
 def test_under_autocast_the_stream_keeps_its_precision():
     """The branch is in half precision, and what is added to stays in float32."""
     image, rows = torch.randn(2, 4, 6, 6), torch.randn(2, 5, 8)
-    layers = [(ResidualBlock(4, 4), image), (ResidualLinear(8, 8), rows), (ReZeroTransformerEncoderLayer(8, 2, 16), rows)]
+    layers = [
+        (ResidualBlock(4, 4), image),
+        (ResidualLinear(8, 8), rows),
+        (ReZeroTransformerEncoderLayer(8, 2, 16), rows),
+    ]
     for layer, x in layers:
         layer.alpha.data.fill_(0.5)
         kinds = []
@@ -221,7 +298,10 @@ def test_any_module_is_a_branch():
 
 def test_fx_traces_a_branch_that_is_given_more():
     """Within a network. (A module whose own arguments are *args is no root to fx.)"""
-    network, x = nn.Sequential(nn.Linear(4, 4), ReZero(nn.Linear(4, 4), activation=nn.Tanh())), torch.randn(3, 4)
+    network, x = (
+        nn.Sequential(nn.Linear(4, 4), ReZero(nn.Linear(4, 4), activation=nn.Tanh())),
+        torch.randn(3, 4),
+    )
     network[1].alpha.data.fill_(0.5)
     traced = torch.fx.symbolic_trace(network)
     assert torch.equal(traced(x), network(x))
@@ -238,7 +318,9 @@ def test_fx_traces_a_branch_that_is_given_more():
     ids=lambda value: getattr(value, "__name__", str(value)),
 )  # fmt: skip
 @pytest.mark.parametrize("form", ["gate", "post"])
-def test_an_activation_is_fused_where_it_is_one_of_the_operation_s(activation, fused, form, monkeypatch):
+def test_an_activation_is_fused_where_it_is_one_of_the_operation_s(
+    activation, fused, form, monkeypatch
+):
     names = []
 
     def spy(x, f, alpha, name, form="gate"):
@@ -316,7 +398,11 @@ def encoder(layers: int = 3, **arguments) -> nn.TransformerEncoder:
 
 def sublayers(network: nn.TransformerEncoder, x: torch.Tensor, masks: dict) -> torch.Tensor:
     """What the layers are, written out."""
-    attention = dict(attn_mask=masks.get("mask"), key_padding_mask=masks.get("src_key_padding_mask"), need_weights=False)
+    attention = dict(
+        attn_mask=masks.get("mask"),
+        key_padding_mask=masks.get("src_key_padding_mask"),
+        need_weights=False,
+    )
     for own in network.layers:
         x = x + own.alpha * own.self_attn(x, x, x, **attention)[0]
         x = x + own.alpha * own.linear2(F.gelu(own.linear1(x)))
@@ -340,7 +426,9 @@ def test_the_transformer_layer_works_in_torch_s_encoder(masks, batch_first):
                 torch.testing.assert_close(network(x, **masks), expected, **ROUNDING)
         if "src_key_padding_mask" not in masks:
             alone = x[0] if batch_first else x[:, 0]
-            torch.testing.assert_close(network(alone, **masks), sublayers(network, alone, masks), **ROUNDING)
+            torch.testing.assert_close(
+                network(alone, **masks), sublayers(network, alone, masks), **ROUNDING
+            )
 
 
 def test_the_hint_that_a_mask_is_causal_reaches_the_attention():
@@ -360,8 +448,12 @@ def test_at_first_an_encoder_gives_its_input_back(batch_first):
     layer = ReZeroTransformerEncoderLayer(8, 2, 16, batch_first=batch_first)
     network = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)
     x = torch.randn(2, 5, 8)
-    assert torch.equal(network(x), x) and torch.equal(network(x, mask=CAUSAL if batch_first else CAUSAL[:2, :2]), x)
-    assert len({id(parameter) for parameter in network.parameters()}) == 3 * len(list(layer.parameters()))
+    assert torch.equal(network(x), x) and torch.equal(
+        network(x, mask=CAUSAL if batch_first else CAUSAL[:2, :2]), x
+    )
+    assert len({id(parameter) for parameter in network.parameters()}) == 3 * len(
+        list(layer.parameters())
+    )
 
 
 def test_torch_s_encoder_with_its_defaults():
@@ -408,27 +500,47 @@ def test_the_transformer_layer_s_own_ways():
 
 def test_the_transformer_layer_s_signature_is_torch_s_without_the_normalisations():
     """In the same order while the order is the same: an `layer_norm_eps` in its place does not pass for something else."""
-    theirs, ours = (inspect.signature(layer).parameters for layer in (nn.TransformerEncoderLayer, ReZeroTransformerEncoderLayer))
+    theirs, ours = (
+        inspect.signature(layer).parameters
+        for layer in (nn.TransformerEncoderLayer, ReZeroTransformerEncoderLayer)
+    )
     assert list(ours) == [name for name in theirs if name not in ("layer_norm_eps", "norm_first")]
     assert all(p.default == theirs[name].default for name, p in ours.items())
     positional = [name for name, p in ours.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
     assert positional == list(theirs)[: len(positional)] and "activation" in positional
-    forwards = (inspect.signature(layer.forward) for layer in (nn.TransformerEncoderLayer, ReZeroTransformerEncoderLayer))
+    forwards = (
+        inspect.signature(layer.forward)
+        for layer in (nn.TransformerEncoderLayer, ReZeroTransformerEncoderLayer)
+    )
     assert len({tuple(forward.parameters) for forward in forwards}) == 1
 
 
 def test_gates_have_an_optimizer_group_of_their_own():
     """Without weight decay, with a learning rate of its own; every trainable parameter is in one group, once."""
-    shared, tied, frozen = ResidualLinear(4, 4), ResidualLinear(4, 4), ResidualBlock(2, 2).requires_grad_(False)
+    shared, tied, frozen = (
+        ResidualLinear(4, 4),
+        ResidualLinear(4, 4),
+        ResidualBlock(2, 2).requires_grad_(False),
+    )
     tied.alpha = shared.alpha
     # By where they stand, not by their name.
     other = nn.ParameterDict({"alpha": torch.ones(1)})
-    layers = [shared, shared, tied, frozen, ResidualLinear(4, 4, ReZero=False), ReZeroTransformerEncoderLayer(8, 2, 16), other]
+    layers = [
+        shared,
+        shared,
+        tied,
+        frozen,
+        ResidualLinear(4, 4, ReZero=False),
+        ReZeroTransformerEncoderLayer(8, 2, 16),
+        other,
+    ]
     model = nn.ModuleList(layers)
     others, gates = regfast.parameter_groups(model, alpha_lr=0.5)
     assert [id(p) for p in gates["params"]] == [id(shared.alpha), id(model[5].alpha)]
     ids = [id(p) for p in others["params"] + gates["params"]]
-    assert len(ids) == len(set(ids)) and set(ids) == {id(p) for p in model.parameters() if p.requires_grad}
+    assert len(ids) == len(set(ids)) and set(ids) == {
+        id(p) for p in model.parameters() if p.requires_grad
+    }
     assert "lr" not in regfast.parameter_groups(model)[1]
 
 
@@ -438,7 +550,10 @@ def test_optimizers_take_the_groups(kind):
     model = nn.Sequential(ResidualLinear(4, 4), ReZero(nn.Linear(4, 4)))
     model[0].alpha.data.fill_(2.0)
     optimizer = kind(regfast.parameter_groups(model, alpha_lr=0.5), lr=0.1, weight_decay=0.5)
-    assert [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups] == [(0.1, 0.5), (0.5, 0.0)]
+    assert [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups] == [
+        (0.1, 0.5),
+        (0.5, 0.0),
+    ]
     before = model[0].branch[0].weight.abs().sum().item()
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -522,7 +637,9 @@ def test_bad_arguments():
         assert all(word in str(raised.value) for word in words), str(raised.value)
 
 
-def train(network: nn.Module, x: torch.Tensor, y: torch.Tensor, steps: int, lr: float) -> list[float]:
+def train(
+    network: nn.Module, x: torch.Tensor, y: torch.Tensor, steps: int, lr: float
+) -> list[float]:
     """The losses before each step of Adam, as multiples of what the classes' frequencies alone would give."""
     optimizer, losses = torch.optim.Adam(network.parameters(), lr=lr), []
     frequencies = y.bincount() / len(y)
@@ -552,7 +669,13 @@ def rows_network(blocks: list[nn.Module]) -> nn.Module:
 
 
 def halves_network(blocks: list[nn.Module]) -> nn.Module:
-    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), *blocks, nn.AdaptiveAvgPool2d((2, 1)), nn.Flatten(), nn.Linear(16, 2))
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1),
+        *blocks,
+        nn.AdaptiveAvgPool2d((2, 1)),
+        nn.Flatten(),
+        nn.Linear(16, 2),
+    )
 
 
 def initialise(network: nn.Module, init: str) -> None:
@@ -591,7 +714,10 @@ def test_gradients_reach_a_thousand_linear_layers():
         losses.append(loss.item())
         optimizer.zero_grad()
         loss.backward()
-        largest = {name: parameter.grad.abs().max().item() for name, parameter in network.named_parameters()}
+        largest = {
+            name: parameter.grad.abs().max().item()
+            for name, parameter in network.named_parameters()
+        }
         assert all(math.isfinite(size) for size in largest.values())
         assert {name for name, size in largest.items() if not size} == {
             name for name in largest if step == 0 and "branch" in name
@@ -603,7 +729,9 @@ def test_gradients_reach_a_thousand_linear_layers():
 def test_a_thousand_linear_layers_without_gates_carry_no_signal():
     """With the same weights: a chain gives one answer to every input, and no gradient; shortcuts alone blow up."""
     x, y = rows()
-    gated, ungated, chain = three(functools.partial(ResidualLinear, 16, 16), rows_network, 500, "torch")
+    gated, ungated, chain = three(
+        functools.partial(ResidualLinear, 16, 16), rows_network, 500, "torch"
+    )
     assert F.cross_entropy(gated(x), y) < 3
     assert not F.cross_entropy(ungated(x), y) < 100
     logits = chain(x)
@@ -618,9 +746,14 @@ def test_a_thousand_linear_layers_train_where_plain_ones_do_not(init):
     """From the same weights. The plain ones' losses come, if anywhere, to that of the classes' frequencies."""
     x, y = rows()
     gated, *plain = (
-        train(network, x, y, 25, 3e-3) for network in three(functools.partial(ResidualLinear, 16, 16), rows_network, 500, init)
+        train(network, x, y, 25, 3e-3)
+        for network in three(functools.partial(ResidualLinear, 16, 16), rows_network, 500, init)
     )
-    assert gated[0] < 2 and all(later < earlier for earlier, later in itertools.pairwise(gated[:10])) and gated[-1] < 0.2, gated
+    assert (
+        gated[0] < 2
+        and all(later < earlier for earlier, later in itertools.pairwise(gated[:10]))
+        and gated[-1] < 0.2
+    ), gated
     for losses in plain:
         assert not min(losses) < 0.98, losses
 
@@ -642,7 +775,9 @@ def test_a_convolutional_network_of_56_layers_trains_where_plain_ones_do_not(ini
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("make", [ResidualBlock, functools.partial(BottleneckBlock, expansion=1)], ids=["two", "three"])
+@pytest.mark.parametrize(
+    "make", [ResidualBlock, functools.partial(BottleneckBlock, expansion=1)], ids=["two", "three"]
+)
 def test_a_deep_normalised_network_trains_too(make):
     """As the blocks are by default."""
     x, y = halves()
@@ -656,4 +791,6 @@ def test_blocks_are_made_under_a_fake_tensor_mode(antialias):
     with FakeTensorMode():
         block = regfast.ResidualBlock(3, 8, stride=2, antialias=antialias)
         assert block(torch.randn(2, 3, 8, 8)).shape == (2, 8, 4, 4)
-        assert regfast.BottleneckBlock(3, 2, 2, antialias=antialias)(torch.randn(2, 3, 8, 8)).shape == (2, 8, 4, 4)
+        assert regfast.BottleneckBlock(3, 2, 2, antialias=antialias)(
+            torch.randn(2, 3, 8, 8)
+        ).shape == (2, 8, 4, 4)

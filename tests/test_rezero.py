@@ -13,7 +13,13 @@ import regfast
 from regfast.functional import rezero
 from regfast.ops.rezero import ACTIVATIONS, FORMS
 
-TORCH = {"identity": lambda u: u, "relu": F.relu, "leaky_relu": F.leaky_relu, "gelu": F.gelu, "silu": F.silu}
+TORCH = {
+    "identity": lambda u: u,
+    "relu": F.relu,
+    "leaky_relu": F.leaky_relu,
+    "gelu": F.gelu,
+    "silu": F.silu,
+}
 # Sums of float32 in another order; a gate's gradient is one of thousands of terms of order one.
 FLOAT32 = dict(rtol=1e-5, atol=1e-5)
 SUM = dict(rtol=1e-4, atol=1e-3)
@@ -58,13 +64,19 @@ def test_all_gradients_are_those_of_the_expression_written_out(path, activation,
 @every
 @pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 1), (1, 2), (0, 2)], ids=str)
 def test_a_gradient_that_nobody_wants_is_not_computed(path, form, wanted, device):
-    leaves = [leaf.requires_grad_(place in wanted) for place, leaf in enumerate(inputs((2, 3, 11), device))]
+    leaves = [
+        leaf.requires_grad_(place in wanted)
+        for place, leaf in enumerate(inputs((2, 3, 11), device))
+    ]
     found, expected = (function(*leaves, "relu", form) for function in (rezero, written_out))
     found.sum().backward()
     gradients = [leaf.grad for leaf in leaves]
-    assert [gradient is not None for gradient in gradients] == [place in wanted for place in range(3)]
+    assert [gradient is not None for gradient in gradients] == [
+        place in wanted for place in range(3)
+    ]
     for leaf, wanted_gradient in zip(
-        (leaves[place] for place in wanted), torch.autograd.grad(expected.sum(), [leaves[p] for p in wanted])
+        (leaves[place] for place in wanted),
+        torch.autograd.grad(expected.sum(), [leaves[p] for p in wanted]),
     ):
         torch.testing.assert_close(leaf.grad, wanted_gradient, **FLOAT32)
 
@@ -72,18 +84,25 @@ def test_a_gradient_that_nobody_wants_is_not_computed(path, form, wanted, device
 @every
 def test_first_and_second_derivatives_by_finite_differences(path, form, device):
     """Of the stream, the branch and the gate together. Rounded to odd quarters, so that no step crosses a kink."""
-    x, f = ((torch.randn(2, 3, device=device).mul(2).round() / 2 + 0.25).double().requires_grad_() for _ in range(2))
+    x, f = (
+        (torch.randn(2, 3, device=device).mul(2).round() / 2 + 0.25).double().requires_grad_()
+        for _ in range(2)
+    )
     alpha = torch.full((), 0.5, dtype=torch.float64, device=device, requires_grad=True)
     for activation in ("relu", "gelu"):
         arguments = (lambda *leaves, a=activation: rezero(*leaves, a, form)), (x, f, alpha)
         assert torch.autograd.gradcheck(*arguments, fast_mode=True, check_forward_ad=True)
-        assert torch.autograd.gradgradcheck(*arguments, fast_mode=True, check_fwd_over_rev=True, check_rev_over_rev=True)
+        assert torch.autograd.gradgradcheck(
+            *arguments, fast_mode=True, check_fwd_over_rev=True, check_rev_over_rev=True
+        )
 
 
 def test_the_gate_s_gradient_has_the_same_bits_every_time(kernels, device):
     """Over more elements than one program has, and in float32 from half precision."""
     x, f, alpha = inputs((2, 40000), device, torch.float16)
-    sums = [torch.autograd.grad(rezero(x, f, alpha), alpha, torch.ones_like(x))[0] for _ in range(3)]
+    sums = [
+        torch.autograd.grad(rezero(x, f, alpha), alpha, torch.ones_like(x))[0] for _ in range(3)
+    ]
     assert all(torch.equal(s, sums[0]) for s in sums)
     torch.testing.assert_close(sums[0].double(), f.double().relu().sum().view(1), rtol=1e-6, atol=0)
 
@@ -104,7 +123,13 @@ def test_a_program_of_the_backward_takes_several_blocks(kernels, form, device, m
 
 def test_at_alpha_zero_the_stream_is_given_back(path, device):
     x, f, _ = inputs((2, 3, 700), device)
-    for alpha in (0, 0.0, torch.zeros((), device=device), torch.zeros(1, device=device), torch.zeros(1, 1, dtype=torch.float64)):
+    for alpha in (
+        0,
+        0.0,
+        torch.zeros((), device=device),
+        torch.zeros(1, device=device),
+        torch.zeros(1, 1, dtype=torch.float64),
+    ):
         for activation in ACTIVATIONS:
             y = rezero(x, f, alpha, activation)
             assert torch.equal(y, x) and y.dtype == torch.float32 and y is not x
@@ -112,7 +137,13 @@ def test_at_alpha_zero_the_stream_is_given_back(path, device):
 
 
 @pytest.mark.parametrize(
-    "dtypes", [(torch.float32, torch.bfloat16), (torch.float16, torch.float32), (torch.bfloat16, torch.float16)], ids=str
+    "dtypes",
+    [
+        (torch.float32, torch.bfloat16),
+        (torch.float16, torch.float32),
+        (torch.bfloat16, torch.float16),
+    ],
+    ids=str,
 )
 @every
 def test_stream_and_branch_have_dtypes_of_their_own(path, dtypes, form, device):
@@ -137,14 +168,21 @@ def test_any_layout_of_either(path, device):
     """The result is laid out as the stream is."""
     image = torch.randn(2, 4, 5, 6, device=device)
     wide = torch.randn(2, 4, 5, 12, device=device)
-    layouts = [image, image.contiguous(memory_format=torch.channels_last), wide[..., ::2], image[:1].expand(2, 4, 5, 6)]
+    layouts = [
+        image,
+        image.contiguous(memory_format=torch.channels_last),
+        wide[..., ::2],
+        image[:1].expand(2, 4, 5, 6),
+    ]
     for x in layouts:
         for f in layouts:
             leaves = [t.detach().requires_grad_() for t in (x, f)]
             y, expected = rezero(*leaves, 0.5), written_out(*leaves, 0.5, "relu", "gate")
             torch.testing.assert_close(y, expected, **FLOAT32)
             assert y.stride() == torch.empty_like(x).stride()
-            for a, b in zip(torch.autograd.grad(y.sum(), leaves), torch.autograd.grad(expected.sum(), leaves)):
+            for a, b in zip(
+                torch.autograd.grad(y.sum(), leaves), torch.autograd.grad(expected.sum(), leaves)
+            ):
                 torch.testing.assert_close(a, b, **FLOAT32)
 
 
@@ -168,7 +206,9 @@ def test_relu_at_its_kink_and_at_nan(path, device):
     f = torch.tensor([0.0, -0.0, math.nan, -1.0, 1.0, math.inf], device=device, requires_grad=True)
     x, alpha = torch.zeros(6, device=device), torch.full((1,), 2.0, device=device)
     for form in FORMS:
-        found, expected = (function(x, f, alpha, "relu", form) for function in (rezero, written_out))
+        found, expected = (
+            function(x, f, alpha, "relu", form) for function in (rezero, written_out)
+        )
         torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
         grad = torch.tensor([math.inf, 1.0, 1.0, 1.0, 1.0, 1.0], device=device)
         gradients = [torch.autograd.grad(y, f, grad)[0] for y in (found, expected)]
@@ -190,7 +230,9 @@ def test_gelu_is_that_of_float64(path, form, device):
     f = torch.cat((torch.linspace(-12, 12, 24001, device=device), ends)).requires_grad_()
     wide = f.detach().double().requires_grad_()
     found, expected = rezero(torch.zeros_like(f), f, 1.0, "gelu", form), F.gelu(wide)
-    gradients = [torch.autograd.grad(y.sum(), leaf)[0].double() for y, leaf in ((found, f), (expected, wide))]
+    gradients = [
+        torch.autograd.grad(y.sum(), leaf)[0].double() for y, leaf in ((found, f), (expected, wide))
+    ]
     torch.testing.assert_close(found.double()[:-2], expected[:-2], **GELU, equal_nan=True)
     torch.testing.assert_close(found.double()[-2:], expected[-2:], rtol=1e-6, atol=0)
     torch.testing.assert_close(*gradients, **GELU, equal_nan=True)
@@ -199,7 +241,9 @@ def test_gelu_is_that_of_float64(path, form, device):
 @every
 def test_gelu_of_float64_has_its_precision(path, form, device):
     f = torch.linspace(-12, 12, 2001, dtype=torch.float64, device=device, requires_grad=True)
-    found, expected = (function(torch.zeros_like(f), f, 1.0, "gelu", form) for function in (rezero, written_out))
+    found, expected = (
+        function(torch.zeros_like(f), f, 1.0, "gelu", form) for function in (rezero, written_out)
+    )
     gradients = [torch.autograd.grad(y.sum(), f)[0] for y in (found, expected)]
     torch.testing.assert_close((found, gradients[0]), (expected, gradients[1]), rtol=0, atol=1e-14)
 
@@ -219,16 +263,23 @@ def test_compiled_code_is_plain_pytorch(form):
     """Left to the compiler, which fuses it into its neighbours; no graph break, and one graph for every gate."""
     torch._dynamo.reset()
     counted = CompileCounter()
-    step = torch.compile(lambda x, f, alpha: rezero(x, f, alpha, "relu", form), fullgraph=True, backend=counted)
+    step = torch.compile(
+        lambda x, f, alpha: rezero(x, f, alpha, "relu", form), fullgraph=True, backend=counted
+    )
     x, f, _ = inputs((2, 3, 5), "cpu")
     for alpha in (torch.tensor([0.0]), torch.tensor([0.5])):
-        torch.testing.assert_close(step(x, f, alpha), written_out(x, f, alpha, "relu", form), **FLOAT32)
+        torch.testing.assert_close(
+            step(x, f, alpha), written_out(x, f, alpha, "relu", form), **FLOAT32
+        )
     assert counted.frame_count == 1
 
 
 def test_fx_traces_one_call():
     traced = torch.fx.symbolic_trace(lambda x, f, alpha: rezero(x, f, alpha, activation="silu"))
-    assert [node.op for node in traced.graph.nodes] == ["placeholder"] * 3 + ["call_function", "output"]
+    assert [node.op for node in traced.graph.nodes] == ["placeholder"] * 3 + [
+        "call_function",
+        "output",
+    ]
     x, f, alpha = inputs((2, 3), "cpu")
     assert torch.equal(traced(x, f, alpha), rezero(x, f, alpha, "silu"))
 
@@ -247,9 +298,17 @@ IMAGE = torch.randn(2, 3)
         ((IMAGE, IMAGE, "half"), TypeError, ["alpha", "str", "number"]),
         ((IMAGE, IMAGE, True), TypeError, ["alpha", "bool", "number"]),
         ((IMAGE, IMAGE, torch.zeros(2)), ValueError, ["alpha", "(2,)", "one element"]),
-        ((IMAGE, IMAGE, torch.zeros(1).int()), TypeError, ["alpha", "torch.int32", "floating-point"]),
+        (
+            (IMAGE, IMAGE, torch.zeros(1).int()),
+            TypeError,
+            ["alpha", "torch.int32", "floating-point"],
+        ),
         ((IMAGE, IMAGE, 0.5, "elu"), ValueError, ["activation", "'elu'", "'identity'", "'silu'"]),
-        ((IMAGE, IMAGE, 0.5, ["relu"]), ValueError, ["activation", "['relu']", "'identity'", "'silu'"]),
+        (
+            (IMAGE, IMAGE, 0.5, ["relu"]),
+            ValueError,
+            ["activation", "['relu']", "'identity'", "'silu'"],
+        ),
         ((IMAGE, IMAGE, 0.5, "relu", "pre"), ValueError, ["form", "'pre'", "'gate'", "'post'"]),
     ],
     ids=lambda value: None if isinstance(value, tuple) else str(value),
@@ -269,10 +328,15 @@ def test_the_ops_refuse_what_a_kernel_would_read_beyond(device):
     with pytest.raises(ValueError, match="one element"):
         torch.ops.regfast.rezero(x, x, torch.zeros(2, device=device), "relu", "gate")
     with pytest.raises(ValueError, match=r"grad must have .*\(2, 3\).*got .*\(2, 2\)"):
-        torch.ops.regfast.rezero_backward(x[:, :2], None, x, alpha, "relu", "gate", True, True, True)
+        torch.ops.regfast.rezero_backward(
+            x[:, :2], None, x, alpha, "relu", "gate", True, True, True
+        )
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="the interpreter takes 20 ms for each of a million programs")
+@pytest.mark.skipif(
+    not torch.cuda.is_available(),
+    reason="the interpreter takes 20 ms for each of a million programs",
+)
 def test_offsets_past_two_to_the_31(kernels, device):
     """The last elements of 2^31 + 4: they lie where an int32 would have wrapped."""
     from regfast.kernels import rezero as module

@@ -113,9 +113,13 @@ def test_gradients_of_a_batch_of_gradients(operation, device, kernels):
     sample = operation.group("main")[0]
     x, arguments = sample.input(device=device), operation.arguments(sample, torch.device(device))
     x = x[:, :, :4, :4] if x.ndim == 4 and "box" not in arguments else x
-    found = torch.autograd.functional.jacobian(lambda x: operation.function(x, **arguments), x, vectorize=True)
+    found = torch.autograd.functional.jacobian(
+        lambda x: operation.function(x, **arguments), x, vectorize=True
+    )
     with regfast.backend("reference"):
-        expected = torch.autograd.functional.jacobian(lambda x: operation.function(x, **arguments), x)
+        expected = torch.autograd.functional.jacobian(
+            lambda x: operation.function(x, **arguments), x
+        )
     torch.testing.assert_close(found, expected)
 
 
@@ -132,7 +136,9 @@ def test_a_tensor_that_is_not_what_its_memory_says(operation, device, kernels):
     grad = torch.randn(y.shape, dtype=torch.cfloat, device=device).conj().imag
     for g in (grad, grad.clone()):
         (dx,) = torch.autograd.grad(y, found, g, retain_graph=True)
-        torch.testing.assert_close(dx, torch.autograd.grad(wanted, expected, grad.clone(), retain_graph=True)[0])
+        torch.testing.assert_close(
+            dx, torch.autograd.grad(wanted, expected, grad.clone(), retain_graph=True)[0]
+        )
 
 
 @pytest.mark.parametrize("form", ["gate", "post"])
@@ -152,17 +158,25 @@ def test_a_graph_of_the_gradient_counts_each_way_once(form, device, kernels):
     found = torch.autograd.grad(blocks(regfast.functional.rezero), (x, alpha), create_graph=True)
     expected = torch.autograd.grad(blocks(written_out), (x, alpha), create_graph=True)
     torch.testing.assert_close(found, expected)
-    second = [torch.autograd.grad(sum(g.sum() for g in first), (x, alpha)) for first in (found, expected)]
+    second = [
+        torch.autograd.grad(sum(g.sum() for g in first), (x, alpha)) for first in (found, expected)
+    ]
     torch.testing.assert_close(*second)
 
 
 @pytest.mark.parametrize("name", ["mixup", "mixup_cross_entropy", "rezero"])
 @pytest.mark.parametrize("path", ["reference", "triton"])
 def test_a_number_that_changes_compiles_no_graph_each(name, path, device, kernels):
-    x, index, labels = torch.randn(4, 5, device=device), torch.tensor([1, 0, 3, 2], device=device), torch.arange(4, device=device)
+    x, index, labels = (
+        torch.randn(4, 5, device=device),
+        torch.tensor([1, 0, 3, 2], device=device),
+        torch.arange(4, device=device),
+    )
     calls = {
         "mixup": lambda lam: regfast.functional.mixup(x, index, lam),
-        "mixup_cross_entropy": lambda lam: regfast.functional.mixup_cross_entropy(x, (labels, labels.flip(0), lam)),
+        "mixup_cross_entropy": lambda lam: regfast.functional.mixup_cross_entropy(
+            x, (labels, labels.flip(0), lam)
+        ),
         "rezero": lambda lam: regfast.functional.rezero(x, x, lam),
     }
     torch._dynamo.reset()
@@ -180,7 +194,11 @@ def test_samples_without_elements(device, kernels):
     index = torch.tensor([1, 0], device=device)
     for shape in ((2, 3, 4, 0), (2, 0), (2, 3, 0, 4), (0, 3, 4, 4)):
         x = torch.zeros(shape, device=device, requires_grad=True)
-        for options in {}, {"mean": 0.1, "std": 1.0}, {"memory_format": torch.channels_last} if len(shape) == 4 else {}:
+        for options in (
+            {},
+            {"mean": 0.1, "std": 1.0},
+            {"memory_format": torch.channels_last} if len(shape) == 4 else {},
+        ):
             y = regfast.functional.mixup(x, index[: shape[0]], 0.3, **options)
             assert y.shape == shape and torch.autograd.grad(y.sum(), x)[0].shape == shape
     regfast.functional.blur_pool1d(torch.zeros(1, 1, 8, device=device))
@@ -214,4 +232,6 @@ def test_forward_mode_is_the_references(operation, device, kernels):
 def test_what_is_public_is_listed():
     assert sorted(dir(regfast)) == sorted([*regfast.__all__, "__version__"])
     functions = set(regfast.functional.__all__)
-    assert not functions & {name for name, module in vars(regfast).items() if type(module) is type(pytest)}
+    assert not functions & {
+        name for name, module in vars(regfast).items() if type(module) is type(pytest)
+    }

@@ -111,9 +111,24 @@ dist.destroy_process_group()
 def test_operations_on_parts_are_those_on_the_whole(tmp_path: Path) -> None:
     driver = tmp_path / "driver.py"
     driver.write_text(DRIVER)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(driver)]
-    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0 and done.stdout.count("all of it holds") == 2, done.stdout + done.stderr
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        str(driver),
+    ]
+    done = subprocess.run(
+        command,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0 and done.stdout.count("all of it holds") == 2, (
+        done.stdout + done.stderr
+    )
 
 
 def test_plain_tensors_ask_for_nothing_distributed() -> None:
@@ -127,7 +142,9 @@ def test_plain_tensors_ask_for_nothing_distributed() -> None:
 def test_a_dtensor_has_no_out() -> None:
     from torch.distributed.tensor import DTensor, Replicate, init_device_mesh
 
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
     try:
         x = DTensor.from_local(torch.randn(2, 3), init_device_mesh("cpu", (1,)), [Replicate()])
         import regfast

@@ -27,7 +27,20 @@ from test_data import binary, pixels, write_folder
 import regfast
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-SMALL = ("--limit", "128", "--epochs", "1", "--width", "4", "--batch", "32", "--shift-images", "8", "--device", "cpu")
+SMALL = (
+    "--limit",
+    "128",
+    "--epochs",
+    "1",
+    "--width",
+    "4",
+    "--batch",
+    "32",
+    "--shift-images",
+    "8",
+    "--device",
+    "cpu",
+)
 
 
 def run(out: Path, *flags: str) -> dict:
@@ -39,7 +52,9 @@ def lines(out: Path) -> list[dict]:
 
 
 def without_time(records: list[dict]) -> list[dict]:
-    return [{name: value for name, value in record.items() if name != "seconds"} for record in records]
+    return [
+        {name: value for name, value in record.items() if name != "seconds"} for record in records
+    ]
 
 
 @pytest.mark.parametrize(
@@ -58,7 +73,9 @@ def without_time(records: list[dict]) -> list[dict]:
     ],
     ids=" ".join,
 )
-def test_every_flag_runs(tmp_path: Path, flags: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_flag_runs(
+    tmp_path: Path, flags: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
     result = run(tmp_path, *flags)
     (record,) = lines(tmp_path)
     assert record["epoch"] == 1 and 0 < record["loss"] < 10 and 0 <= record["accuracy"] <= 1
@@ -66,7 +83,11 @@ def test_every_flag_runs(tmp_path: Path, flags: tuple[str, ...], capsys: pytest.
     assert json.loads((tmp_path / "result.json").read_text()) == result
     shifts = torch.load(tmp_path / "shifts.pt")
     assert shifts["probability"].shape == (8, 64)
-    assert {path.suffix for path in tmp_path.iterdir() if path.is_file()} == {".jsonl", ".json", ".pt"}
+    assert {path.suffix for path in tmp_path.iterdir() if path.is_file()} == {
+        ".jsonl",
+        ".json",
+        ".pt",
+    }
     assert "epoch   1  loss" in capsys.readouterr().out
 
 
@@ -76,8 +97,25 @@ def test_other_people_s_models_train(tmp_path: Path, model: str) -> None:
     """In a process of their own, where nothing else has helped torchvision to load."""
     skip_without(model)
     binary(tmp_path, True, pixels(70), list(range(10)) * 7)
-    flags = ("--data", "cifar10", "--root", str(tmp_path), "--model", model, "--antialias", "--mixup", "0.2")
-    command = [sys.executable, str(EXAMPLES / "train.py"), *SMALL, *flags, "--out", str(tmp_path / "out")]
+    flags = (
+        "--data",
+        "cifar10",
+        "--root",
+        str(tmp_path),
+        "--model",
+        model,
+        "--antialias",
+        "--mixup",
+        "0.2",
+    )
+    command = [
+        sys.executable,
+        str(EXAMPLES / "train.py"),
+        *SMALL,
+        *flags,
+        "--out",
+        str(tmp_path / "out"),
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     (record,) = lines(tmp_path / "out")
@@ -109,26 +147,36 @@ def test_other_people_s_models_are_made_as_asked(model: str, channels: int) -> N
         ("torchvision:resnet18", "images of 3 channels, and these have 1"),
     ],
 )
-def test_a_model_that_cannot_be_had_is_one_line(tmp_path: Path, model: str, words: str, capsys) -> None:
+def test_a_model_that_cannot_be_had_is_one_line(
+    tmp_path: Path, model: str, words: str, capsys
+) -> None:
     skip_without(model)
     assert words in refused(tmp_path / "out", capsys, "--model", model)
 
 
 @pytest.mark.parametrize("library", ["timm", "torchvision"])
-def test_a_library_that_is_not_installed_is_one_line(tmp_path: Path, library: str, capsys, monkeypatch) -> None:
+def test_a_library_that_is_not_installed_is_one_line(
+    tmp_path: Path, library: str, capsys, monkeypatch
+) -> None:
     # A module that is None here does not import, whatever is installed.
     monkeypatch.setitem(sys.modules, library, None)
     told = refused(tmp_path / "out", capsys, "--model", f"{library}:resnet18")
-    assert told.startswith(f"error: {library} does not import: ") and told.endswith(f"(pip install {library})\n")
+    assert told.startswith(f"error: {library} does not import: ") and told.endswith(
+        f"(pip install {library})\n"
+    )
 
 
 def test_a_library_that_does_not_import_is_one_line(tmp_path: Path, capsys, monkeypatch) -> None:
     (tmp_path / "timm").mkdir()
-    (tmp_path / "timm" / "__init__.py").write_text('raise RuntimeError("its operators are missing\\nand more")')
+    (tmp_path / "timm" / "__init__.py").write_text(
+        'raise RuntimeError("its operators are missing\\nand more")'
+    )
     monkeypatch.delitem(sys.modules, "timm", raising=False)
     monkeypatch.syspath_prepend(tmp_path)
     told = refused(tmp_path / "out", capsys, "--model", "timm:resnet18")
-    assert re.fullmatch(r"error: timm does not import beside torch \S+: its operators are missing\n", told)
+    assert re.fullmatch(
+        r"error: timm does not import beside torch \S+: its operators are missing\n", told
+    )
 
 
 def refused(out: Path, capsys: pytest.CaptureFixture[str], *flags: str) -> str:
@@ -146,7 +194,9 @@ class Interrupted(Exception):
 
 
 @pytest.mark.parametrize("flags", [(), ("--mixup", "0.2"), ("--manifold", "2")], ids=" ".join)
-def test_an_interrupted_run_goes_on_as_if_it_had_not_been(tmp_path: Path, flags: tuple[str, ...], monkeypatch) -> None:
+def test_an_interrupted_run_goes_on_as_if_it_had_not_been(
+    tmp_path: Path, flags: tuple[str, ...], monkeypatch
+) -> None:
     """Bit for bit: parameters, optimizer and metrics; stopped in the middle of its second epoch, and once more at its end."""
     flags = ("--epochs", "3", "--seed", "5", *flags)
     run(tmp_path / "whole", *flags)
@@ -170,7 +220,9 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(tmp_path: Path, flags:
     check_equal(whole["optimizer"], broken["optimizer"])
 
 
-def test_a_run_that_has_ended_says_the_same_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_has_ended_says_the_same_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It neither trains nor measures anything anew; one that came to its last epoch alone is measured."""
     first = run(tmp_path)
     monkeypatch.setattr(train.Run, "epoch", lambda _: pytest.fail("it trained"))
@@ -196,17 +248,27 @@ def epochs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return begun
 
 
-def test_after_the_deadline_no_epoch_begins_and_another_call_goes_on(tmp_path: Path, epochs: list[int]) -> None:
+def test_after_the_deadline_no_epoch_begins_and_another_call_goes_on(
+    tmp_path: Path, epochs: list[int]
+) -> None:
     flags = ("--epochs", "3", "--mixup", "0.2")
     whole = run(tmp_path / "whole", *flags)
     command = [*SMALL, *flags, "--out", str(tmp_path / "broken")]
     assert train.main(command, deadline=len(epochs)) is None
     assert not (tmp_path / "broken").exists()
     assert train.main(command, deadline=len(epochs) + 2) is None
-    assert len(lines(tmp_path / "broken")) == 2 and not (tmp_path / "broken" / "result.json").exists()
+    assert (
+        len(lines(tmp_path / "broken")) == 2 and not (tmp_path / "broken" / "result.json").exists()
+    )
     result = train.main(command)
-    assert len(epochs) == 6 and result["accuracy"] == whole["accuracy"] and result["deviation"] == whole["deviation"]
-    check_equal(*(torch.load(tmp_path / name / "checkpoint.pt")["model"] for name in ("whole", "broken")))
+    assert (
+        len(epochs) == 6
+        and result["accuracy"] == whole["accuracy"]
+        and result["deviation"] == whole["deviation"]
+    )
+    check_equal(
+        *(torch.load(tmp_path / name / "checkpoint.pt")["model"] for name in ("whole", "broken"))
+    )
     # A run that has ended says so at any time.
     assert train.main(command, deadline=0) == result
 
@@ -224,8 +286,12 @@ def test_after_the_deadline_no_epoch_begins_and_another_call_goes_on(tmp_path: P
         ("cpu", 1, (), False),
     ],
 )
-def test_where_the_steps_are_cuda_graphs(device: str, world: int, flags: tuple[str, ...], expected: bool) -> None:
-    assert train.is_captured(train.parse(flags), train.Job(0, world, torch.device(device))) is expected
+def test_where_the_steps_are_cuda_graphs(
+    device: str, world: int, flags: tuple[str, ...], expected: bool
+) -> None:
+    assert (
+        train.is_captured(train.parse(flags), train.Job(0, world, torch.device(device))) is expected
+    )
 
 
 class Recorder:
@@ -242,11 +308,17 @@ class Recorder:
         before, forward = copy.deepcopy(model.state_dict()), model.forward
         for _ in range(3):
             model(sample)
-        assert any(not torch.equal(value, before[name]) for name, value in model.state_dict().items())
+        assert any(
+            not torch.equal(value, before[name]) for name, value in model.state_dict().items()
+        )
 
         def graphed(x: torch.Tensor) -> torch.Tensor:
             if model.training:
-                assert x.shape == sample.shape and x.stride() == sample.stride() and x.dtype == sample.dtype
+                assert (
+                    x.shape == sample.shape
+                    and x.stride() == sample.stride()
+                    and x.dtype == sample.dtype
+                )
                 assert not torch.is_autocast_cache_enabled()
                 self.replays += 1
             return forward(x)
@@ -256,7 +328,9 @@ class Recorder:
 
 
 @pytest.mark.parametrize(
-    "flags", [("--antialias", "--mixup", "0.2"), ("--amp", "--channels-last"), ("--batch", "500")], ids=" ".join
+    "flags",
+    [("--antialias", "--mixup", "0.2"), ("--amp", "--channels-last"), ("--batch", "500")],
+    ids=" ".join,
 )
 def test_a_captured_network_trains_as_the_plain_one(
     tmp_path: Path, flags: tuple[str, ...], epochs: list[int], monkeypatch
@@ -278,7 +352,9 @@ def test_a_captured_network_trains_as_the_plain_one(
         assert sample.shape == (batch, 3, 24, 24) and sample.is_contiguous(memory_format=layout)
     # In evaluation the network is the plain one.
     assert recorder.replays == 3 * (70 // batch)
-    plain, captured = (torch.load(tmp_path / name / "checkpoint.pt") for name in ("plain", "captured"))
+    plain, captured = (
+        torch.load(tmp_path / name / "checkpoint.pt") for name in ("plain", "captured")
+    )
     assert without_time(plain["records"]) == without_time(captured["records"])
     check_equal(plain["model"], captured["model"])
     check_equal(plain["optimizer"], captured["optimizer"])
@@ -287,16 +363,31 @@ def test_a_captured_network_trains_as_the_plain_one(
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA device is needed")
 def test_graphs_train_as_launches_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
-    flags = ("--device", "cuda", "--model", "resnet", "--antialias", "--rezero", "--mixup", "0.25", "--epochs", "2")
+    flags = (
+        "--device",
+        "cuda",
+        "--model",
+        "resnet",
+        "--antialias",
+        "--rezero",
+        "--mixup",
+        "0.25",
+        "--epochs",
+        "2",
+    )
     run(tmp_path / "graphs", *flags)
     run(tmp_path / "launches", *flags, "--eager")
-    for graphs, launches in zip(lines(tmp_path / "graphs"), lines(tmp_path / "launches"), strict=True):
+    for graphs, launches in zip(
+        lines(tmp_path / "graphs"), lines(tmp_path / "launches"), strict=True
+    ):
         # The same kernels, but with workspaces of other sizes cuDNN may choose others, which round otherwise.
         assert graphs["loss"] == pytest.approx(launches["loss"], rel=1e-3)
 
 
 @pytest.mark.parametrize("device", ["cuda", "mps"])
-def test_a_device_that_is_not_there_is_one_line(tmp_path: Path, device: str, capsys, monkeypatch) -> None:
+def test_a_device_that_is_not_there_is_one_line(
+    tmp_path: Path, device: str, capsys, monkeypatch
+) -> None:
     monkeypatch.setattr(torch.get_device_module(device), "is_available", lambda: False)
     told = refused(tmp_path / "out", capsys, "--device", device)
     assert told == f"--device {device}: PyTorch finds no {device.upper()} device\n"
@@ -319,7 +410,8 @@ def check_equal(a, b) -> None:
 def test_tensorboard_has_every_epoch_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also of a run that was stopped between an epoch's points and its checkpoint, and so did the epoch again."""
     events = pytest.importorskip(
-        "tensorboard.backend.event_processing.event_accumulator", reason="the test extra is not installed"
+        "tensorboard.backend.event_processing.event_accumulator",
+        reason="the test extra is not installed",
     )
     save, saved = train.Run.save, []
 
@@ -339,11 +431,16 @@ def test_tensorboard_has_every_epoch_once(tmp_path: Path, monkeypatch: pytest.Mo
         assert points == [(line["epoch"], pytest.approx(line[name])) for line in lines(tmp_path)]
 
 
-def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_checkpoint_of_another_run_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run(tmp_path)
     with pytest.raises(SystemExit, match="2"):
         run(tmp_path, "--seed", "1")
-    assert re.search(r"^error: .*checkpoint\.pt is of a run with other arguments \(seed=0, now 1\)", capsys.readouterr().err)
+    assert re.search(
+        r"^error: .*checkpoint\.pt is of a run with other arguments \(seed=0, now 1\)",
+        capsys.readouterr().err,
+    )
     assert len(lines(tmp_path)) == 1
 
 
@@ -351,13 +448,20 @@ def named(*flags: str, world: int = 1) -> str:
     return train.folder_of(train.parse(flags), train.Job(0, world, torch.device("cpu"))).as_posix()
 
 
-def test_different_runs_never_meet_by_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_different_runs_never_meet_by_default(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     plain = train.main(SMALL)
     mixed = train.main([*SMALL, "--mixup", "0.25"])
     name = "digits-cnn-limit128-width4{}-epochs1-batch32-shift-images8"
     for flags, result in (("", plain), ("-mixup0.25", mixed)):
-        assert json.loads((tmp_path / "out" / "train" / name.format(flags) / "result.json").read_text()) == result
+        assert (
+            json.loads(
+                (tmp_path / "out" / "train" / name.format(flags) / "result.json").read_text()
+            )
+            == result
+        )
     # The same run meets itself.
     monkeypatch.setattr(train.Run, "epoch", lambda _: pytest.fail("it trained"))
     assert train.main(SMALL) == plain
@@ -366,14 +470,24 @@ def test_different_runs_never_meet_by_default(tmp_path: Path, monkeypatch: pytes
 def test_the_default_folder_is_named_after_the_data_the_model_and_the_flags(tmp_path: Path) -> None:
     assert named() == "out/train/digits-cnn"
     flags = ("--model", "resnet", "--antialias", "--rezero", "--mixup", "0.25")
-    assert named("--data", "cifar10", "--root", "here", *flags) == "out/train/cifar10-resnet-antialias-rezero-mixup0.25"
-    assert named("--model", "timm:resnet50", "--channels-last") == "out/train/digits-timm-resnet50-channels-last"
+    assert (
+        named("--data", "cifar10", "--root", "here", *flags)
+        == "out/train/cifar10-resnet-antialias-rezero-mixup0.25"
+    )
+    assert (
+        named("--model", "timm:resnet50", "--channels-last")
+        == "out/train/digits-timm-resnet50-channels-last"
+    )
     # What a run is free to change.
     assert named("--device", "cpu", "--threads", "2") == "out/train/digits-cnn"
     assert named(world=2) == "out/train/digits-cnn-processes2"
     # Folders of one name in two places are two data sets.
-    first, second = (named("--data", "folder", "--root", str(tmp_path / place / "images")) for place in "ab")
-    assert first != second and all(re.fullmatch(r"out/train/folder-images-[0-9a-f]{8}-cnn", name) for name in (first, second))
+    first, second = (
+        named("--data", "folder", "--root", str(tmp_path / place / "images")) for place in "ab"
+    )
+    assert first != second and all(
+        re.fullmatch(r"out/train/folder-images-[0-9a-f]{8}-cnn", name) for name in (first, second)
+    )
 
 
 def test_every_argument_of_a_run_is_in_its_default_folder(tmp_path: Path) -> None:
@@ -385,30 +499,44 @@ def test_every_argument_of_a_run_is_in_its_default_folder(tmp_path: Path) -> Non
         "--shift-images": "9",
     }  # fmt: skip
     single = [named(*filter(None, item)) for item in [*changed.items(), ("--manifold", "1")]]
-    arguments = set(train.identity(train.parse([]), train.Job(0, 1, torch.device("cpu")))) - {"processes"}
+    arguments = set(train.identity(train.parse([]), train.Job(0, 1, torch.device("cpu")))) - {
+        "processes"
+    }
     assert {flag[2:].replace("-", "_") for flag in [*changed, "--manifold"]} == arguments
     assert len({named(), *single}) == len(arguments) + 1
 
 
-def test_the_measuring_of_the_shifts_is_announced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_measuring_of_the_shifts_is_announced(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """In a log, where no bar moves, before it begins; what there is of images counts, not what was asked for."""
     run(tmp_path, "--limit", "8", "--shift-images", "512")
     printed = capsys.readouterr().out
     measured = printed.index("measuring 8 test images at 64 shifts each\n")
-    assert printed.index("epoch   1") < measured < printed.index("shifts ") < printed.index("accuracy ", measured)
+    assert (
+        printed.index("epoch   1")
+        < measured
+        < printed.index("shifts ")
+        < printed.index("accuracy ", measured)
+    )
 
 
 @pytest.mark.parametrize(
     "flags,words",
     [
         (("--crop", "30"), "--crop must leave 7 of the images' 32 pixels"),
-        (("--model", "vgg"), "--model must be cnn, resnet, timm:NAME or torchvision:NAME, got 'vgg'"),
+        (
+            ("--model", "vgg"),
+            "--model must be cnn, resnet, timm:NAME or torchvision:NAME, got 'vgg'",
+        ),
         (("--rezero",), "--rezero is of --model resnet, got --model cnn"),
         (("--data", "cifar10"), "--data cifar10 needs --root"),
     ],
     ids=" ".join,
 )
-def test_bad_arguments_are_errors_before_anything_is_written(tmp_path: Path, flags: tuple[str, ...], words: str, capsys) -> None:
+def test_bad_arguments_are_errors_before_anything_is_written(
+    tmp_path: Path, flags: tuple[str, ...], words: str, capsys
+) -> None:
     assert words in refused(tmp_path / "out", capsys, *flags)
 
 
@@ -421,20 +549,30 @@ def test_the_wrong_cifar_and_a_class_without_images_are_one_line(tmp_path: Path,
     assert f"{tmp_path / 'train' / 'dog'} has no images" in told
 
 
-def test_a_package_of_the_data_that_is_missing_is_one_line(tmp_path: Path, capsys, monkeypatch) -> None:
+def test_a_package_of_the_data_that_is_missing_is_one_line(
+    tmp_path: Path, capsys, monkeypatch
+) -> None:
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     train.load.cache_clear()
     assert "sklearn" in refused(tmp_path / "out", capsys)
 
 
-@pytest.mark.parametrize("flags", [("--epochs", "0"), ("--mixup", "-1"), ("--manifold", "1", "--mixup", "1")], ids=" ".join)
-def test_the_command_line_refuses(tmp_path: Path, flags: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "flags",
+    [("--epochs", "0"), ("--mixup", "-1"), ("--manifold", "1", "--mixup", "1")],
+    ids=" ".join,
+)
+def test_the_command_line_refuses(
+    tmp_path: Path, flags: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit):
         run(tmp_path, *flags)
     assert "error: " in capsys.readouterr().err
 
 
-def test_a_folder_that_cannot_be_written_to_is_an_error_before_training(tmp_path: Path, monkeypatch) -> None:
+def test_a_folder_that_cannot_be_written_to_is_an_error_before_training(
+    tmp_path: Path, monkeypatch
+) -> None:
     monkeypatch.setattr(train.Run, "step", lambda *_: pytest.fail("it trained"))
     (tmp_path / "file").write_text("")
     with pytest.raises(SystemExit, match=r"error: .*file"):
@@ -453,8 +591,17 @@ train.main(sys.argv[1:])
 """
 
 
-def test_a_full_disk_is_an_error_before_training_and_leaves_nothing_half_written(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", FULL.format(examples=str(EXAMPLES)), *SMALL, "--out", str(tmp_path)]
+def test_a_full_disk_is_an_error_before_training_and_leaves_nothing_half_written(
+    tmp_path: Path,
+) -> None:
+    command = [
+        sys.executable,
+        "-c",
+        FULL.format(examples=str(EXAMPLES)),
+        *SMALL,
+        "--out",
+        str(tmp_path),
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1 and "checkpoint.pt cannot be written" in done.stderr, done.stderr
     assert not list(tmp_path.iterdir())
@@ -487,9 +634,22 @@ train.main(sys.argv[1:])
 def launch(tmp_path: Path, processes: int, *flags: str, **environment: str) -> subprocess.Popen:
     driver = tmp_path / "driver.py"
     driver.write_text(DRIVER.format(examples=str(EXAMPLES)))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", str(driver)]
-    streams = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
-    return subprocess.Popen([*command, *SMALL, *flags], env=os.environ | {"OMP_NUM_THREADS": "1"} | environment, **streams)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={processes}",
+        str(driver),
+    ]
+    streams = dict(
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    return subprocess.Popen(
+        [*command, *SMALL, *flags],
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+        **streams,
+    )
 
 
 def finish(process: subprocess.Popen) -> str:
@@ -508,7 +668,9 @@ def test_two_processes_train_as_one_with_their_batches_together(tmp_path: Path) 
     """Without mixing, and without batch normalisation; to rounding, for gradients are averaged in another order."""
     flags = ("--epochs", "2", "--flip")
     for processes, batch in ((1, "32"), (2, "16")):
-        process = launch(tmp_path, processes, *flags, "--batch", batch, "--out", str(tmp_path / str(processes)))
+        process = launch(
+            tmp_path, processes, *flags, "--batch", batch, "--out", str(tmp_path / str(processes))
+        )
         printed = finish(process)
         assert process.returncode == 0, printed
         # Rank 0 alone prints and writes.
@@ -539,7 +701,9 @@ def test_a_dead_worker_ends_the_job_and_the_run_goes_on_from_its_checkpoint(tmp_
     gate.mkdir()
     process = launch(tmp_path, 2, *flags, "--out", str(tmp_path / "broken"), MARKER=str(gate))
     deadline = time.monotonic() + 60
-    while not ((gate / "pid0").exists() and (gate / "pid1").exists()) and time.monotonic() < deadline:
+    while (
+        not ((gate / "pid0").exists() and (gate / "pid1").exists()) and time.monotonic() < deadline
+    ):
         time.sleep(0.1)
     os.kill(int((gate / "pid1").read_text()), signal.SIGKILL)
     printed = finish(process)
@@ -547,4 +711,6 @@ def test_a_dead_worker_ends_the_job_and_the_run_goes_on_from_its_checkpoint(tmp_
     assert len(lines(tmp_path / "broken")) == 1
     assert "epoch   3" in finish(launch(tmp_path, 2, *flags, "--out", str(tmp_path / "broken")))
     assert without_time(lines(tmp_path / "whole")) == without_time(lines(tmp_path / "broken"))
-    check_equal(*(torch.load(tmp_path / name / "checkpoint.pt")["model"] for name in ("whole", "broken")))
+    check_equal(
+        *(torch.load(tmp_path / name / "checkpoint.pt")["model"] for name in ("whole", "broken"))
+    )

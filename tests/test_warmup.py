@@ -23,7 +23,8 @@ def met(monkeypatch):
     def note(launch: Launch, *args: object) -> None:
         # Tensors count by their dtype and alignment, integers by their width; options are constants.
         given = [
-            (a.dtype, a.data_ptr() % 16 == 0) if isinstance(a, torch.Tensor) else a >= 2**31 for a in (*args, *launch.numbers)
+            (a.dtype, a.data_ptr() % 16 == 0) if isinstance(a, torch.Tensor) else a >= 2**31
+            for a in (*args, *launch.numbers)
         ]
         met.add((launch.kernel.__name__, repr(given), repr(launch.options)))
 
@@ -55,7 +56,9 @@ def test_no_size_compiles_what_warm_up_has_not(layer, met, device):
         sizes = [draw.randint(8, 70) for _ in range(layer.rank - 1)]
         width = draw.choice([56, 28, 14, *range(65, 120)])
         shape = (draw.randint(1, 3), draw.randint(2, 40), *sizes, width)
-        x = as_format(torch.empty(shape, dtype=torch.bfloat16, device=device), draw.random() < 0.5).requires_grad_()
+        x = as_format(
+            torch.empty(shape, dtype=torch.bfloat16, device=device), draw.random() < 0.5
+        ).requires_grad_()
         y = layer(x)
         torch.autograd.grad(y, x, torch.empty_like(y))
         assert met == known, shape
@@ -63,7 +66,13 @@ def test_no_size_compiles_what_warm_up_has_not(layer, met, device):
 
 def test_what_is_not_asked_for_is_not_compiled(met, device):
     layer = regfast.MaxPool2dAA(2)
-    regfast.warm_up(layer, device=device, dtypes=[torch.float32], memory_formats=[torch.channels_last], backward=False)
+    regfast.warm_up(
+        layer,
+        device=device,
+        dtypes=[torch.float32],
+        memory_formats=[torch.channels_last],
+        backward=False,
+    )
     assert {name for name, *_ in met} == {"_forward_kernel"}
     assert all("channels_last=True" in options for *_, options in met)
     # By alignment: channels by 4, 2 and 1.
@@ -71,10 +80,16 @@ def test_what_is_not_asked_for_is_not_compiled(met, device):
 
 
 def dtypes_of(met):
-    return {dtype for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64) if str(dtype) in str(met)}
+    return {
+        dtype
+        for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+        if str(dtype) in str(met)
+    }
 
 
-@pytest.mark.parametrize("own", [torch.float16, torch.bfloat16, torch.float32, torch.float64, None], ids=str)
+@pytest.mark.parametrize(
+    "own", [torch.float16, torch.bfloat16, torch.float32, torch.float64, None], ids=str
+)
 def test_the_model_says_device_and_dtypes(own, met, device):
     """A float32 model runs under autocast as well; a model without parameters may be part of one."""
     pooling = regfast.MaxPool2dAA(2)
@@ -86,7 +101,9 @@ def test_the_model_says_device_and_dtypes(own, met, device):
     expected = {torch.float32, torch.bfloat16} if own in (torch.float32, None) else {own}
     assert dtypes_of(met) == expected
     met.clear()
-    regfast.warm_up(model, dtypes=[torch.float16], memory_formats=[torch.contiguous_format], widths=[])
+    regfast.warm_up(
+        model, dtypes=[torch.float16], memory_formats=[torch.contiguous_format], widths=[]
+    )
     assert dtypes_of(met) == {torch.float16}
 
 
@@ -107,7 +124,10 @@ def test_a_device_that_is_not_there_is_an_error():
 
 def test_a_model_is_left_as_it_was(met, device):
     model = nn.Sequential(nn.Conv2d(1, 1, 1), regfast.MaxPool2dAA(2)).eval().to(device)
-    before, state = {name: value.clone() for name, value in model.state_dict().items()}, torch.random.get_rng_state()
+    before, state = (
+        {name: value.clone() for name, value in model.state_dict().items()},
+        torch.random.get_rng_state(),
+    )
     regfast.warm_up(model, memory_formats=[torch.contiguous_format])
     assert met
     assert torch.equal(torch.random.get_rng_state(), state)

@@ -29,7 +29,9 @@ def as_python(value: Any) -> Any:
 def per_axis(name: str, value: Any, rank: int, minimum: int) -> tuple[int, ...]:
     """`value` as one integer per axis: an integer stands for all of them, as in torch.nn."""
     value = as_python(value)
-    entries = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
+    entries = (
+        tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
+    )
     if len(entries) not in (1, rank):
         raise ValueError(f"{name} must be one integer or {rank}, got {value!r}")
     integers = []
@@ -39,7 +41,9 @@ def per_axis(name: str, value: Any, rank: int, minimum: int) -> tuple[int, ...]:
                 raise TypeError
             integers.append(operator.index(entry))
         except TypeError:
-            raise TypeError(f"{name} must be an integer or a tuple of {rank} of them, got {value!r}") from None
+            raise TypeError(
+                f"{name} must be an integer or a tuple of {rank} of them, got {value!r}"
+            ) from None
         if integers[-1] < minimum:
             raise ValueError(f"{name} must be at least {minimum}, got {value!r}")
     return tuple(integers) if len(integers) == rank else tuple(integers) * rank

@@ -13,7 +13,12 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
-from torch._C import _are_functorch_transforms_active, _get_tracing_state, _has_storage, _len_torch_dispatch_stack
+from torch._C import (
+    _are_functorch_transforms_active,
+    _get_tracing_state,
+    _has_storage,
+    _len_torch_dispatch_stack,
+)
 from torch.compiler import is_compiling
 from torch.nn import Parameter
 
@@ -182,7 +187,9 @@ def check_recordable() -> None:
         raise RuntimeError(f"backend 'triton' cannot run: {reason}")
 
 
-def use_triton(x: Tensor, *dtypes: torch.dtype, elementwise: bool = False, **constants: Any) -> bool:
+def use_triton(
+    x: Tensor, *dtypes: torch.dtype, elementwise: bool = False, **constants: Any
+) -> bool:
     """Whether the operation about to run on x takes Triton's path.
 
     `dtypes` are the floating ones that it reads and writes. An elementwise operation is left to the compiler within
@@ -194,10 +201,16 @@ def use_triton(x: Tensor, *dtypes: torch.dtype, elementwise: bool = False, **con
         return False
     if choice == "auto" and (not x.is_cuda or is_exporting() or (elementwise and is_compiling())):
         return False
-    able = (x.is_cuda or (INTERPRETED and x.is_cpu)) and HAS_TRITON and not _are_functorch_transforms_active()
+    able = (
+        (x.is_cuda or (INTERPRETED and x.is_cpu))
+        and HAS_TRITON
+        and not _are_functorch_transforms_active()
+    )
     reason = None if able and TRITON_DTYPES.issuperset(dtypes) else obstacle(x.device, *dtypes)
     if constants and needs_graph(*constants.values()):
-        reason = f"{next(name for name, t in constants.items() if needs_graph(t))} is differentiated"
+        reason = (
+            f"{next(name for name, t in constants.items() if needs_graph(t))} is differentiated"
+        )
     if choice == "triton":
         check_recordable()
         if reason is not None:

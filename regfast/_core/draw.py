@@ -47,7 +47,9 @@ class Stream:
     def generator(self) -> torch.Generator:
         """The generator to draw from, seeded."""
         if self._home != _worker():
-            seed = int(torch.randint(2**63 - 1, (), device="cpu")) + (self._generator.initial_seed() if self._given else 0)
+            seed = int(torch.randint(2**63 - 1, (), device="cpu")) + (
+                self._generator.initial_seed() if self._given else 0
+            )
             self._generator.manual_seed(_for_rank(seed, self._own_rank()))
             self._home, self._seeded_rank = _worker(), self._own_rank()
         elif not self._given and self._seeded_rank != self._own_rank():
@@ -64,7 +66,13 @@ class Stream:
     def get_state(self) -> Tensor:
         """The state of the stream, a uint8 tensor: the generator's, and of a generator of its own the rank too."""
         state = self.generator.get_state()
-        return state if self._given else torch.cat((state, torch.tensor([self._own_rank()], device="cpu").view(torch.uint8)))
+        return (
+            state
+            if self._given
+            else torch.cat(
+                (state, torch.tensor([self._own_rank()], device="cpu").view(torch.uint8))
+            )
+        )
 
     def set_state(self, state: Tensor) -> None:
         """Goes on from a state that `get_state` returned.
@@ -77,10 +85,16 @@ class Stream:
         rank_bytes = 0 if self._given else 8
         expected = self._generator.get_state().numel() + rank_bytes
         if not isinstance(state, Tensor) or state.dtype != torch.uint8:
-            raise TypeError(f"state must be a uint8 Tensor, got {getattr(state, 'dtype', type(state).__name__)}")
+            raise TypeError(
+                f"state must be a uint8 Tensor, got {getattr(state, 'dtype', type(state).__name__)}"
+            )
         if state.shape != (expected,):
-            kind = f"{'a given' if self._given else 'its own'} {self._generator.device.type} generator"
-            raise ValueError(f"state of {kind} must have shape {(expected,)}, got {tuple(state.shape)}")
+            kind = (
+                f"{'a given' if self._given else 'its own'} {self._generator.device.type} generator"
+            )
+            raise ValueError(
+                f"state of {kind} must have shape {(expected,)}, got {tuple(state.shape)}"
+            )
         state = state.cpu()
         self._generator.set_state(state[: expected - rank_bytes])
         self._home = _worker()
@@ -129,7 +143,9 @@ def _for_rank(seed: int, rank: int) -> int:
 def check_generator(generator: Any) -> None:
     """Refuses what is no generator, nor None."""
     if generator is not None and not isinstance(generator, torch.Generator):
-        raise TypeError(f"generator must be a torch.Generator or None, got {type(generator).__name__}")
+        raise TypeError(
+            f"generator must be a torch.Generator or None, got {type(generator).__name__}"
+        )
 
 
 def check_alpha(name: str, alpha: Any) -> float:
@@ -151,7 +167,9 @@ def beta(alpha: float, size: tuple[int, ...], generator: torch.Generator) -> Ten
     if alpha == 0:
         return torch.ones(size, dtype=torch.float32, device=generator.device)
     raised = torch.full((2, *size), alpha + 1, dtype=torch.float64, device=generator.device)
-    uniform = torch.rand(raised.shape, generator=generator, dtype=torch.float64, device=generator.device)
+    uniform = torch.rand(
+        raised.shape, generator=generator, dtype=torch.float64, device=generator.device
+    )
     gamma, power = torch._standard_gamma(raised, generator=generator).log(), (-uniform).log1p()
     # Differences first: of the smallest alphas both quotients are infinite.
     return torch.sigmoid(gamma[0] - gamma[1] + (power[0] - power[1]) / alpha).float()
@@ -181,7 +199,9 @@ def pairing(name: str, batch: int, generator: torch.Generator) -> Tensor:
     raise ValueError(f"pairing must be one of {', '.join(map(repr, PAIRINGS))}, got {name!r}")
 
 
-def boxes(lam: Tensor, height: int, width: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def boxes(
+    lam: Tensor, height: int, width: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
     """CutMix's boxes for lam, any shape, on the generator's device: (..., 4) int64 edges (y0, y1, x0, x1), and lam corrected.
 
     A box has the image's proportions and 1 - lam of its area, rounded down to whole pixels; its centre is uniform, and what lies

@@ -90,7 +90,9 @@ def max_blur_window(
     """The `Window` of an anti-aliased max pooling, its arguments checked. See `regfast.MaxPool2dAA` for what they mean."""
     kernel = per_axis("kernel_size", kernel_size, rank, 1)
     if isinstance(stride, float):
-        raise TypeError(f"stride must be an integer, got {stride!r}; if it is the blur's ratio, pass it as ratio={stride!r}")
+        raise TypeError(
+            f"stride must be an integer, got {stride!r}; if it is the blur's ratio, pass it as ratio={stride!r}"
+        )
     step = kernel if stride is None else per_axis("stride", stride, rank, 1)
     pad = per_axis("padding", padding, rank, 0)
     hole = per_axis("dilation", dilation, rank, 1)
@@ -108,20 +110,30 @@ def max_blur_window(
 
 
 def blur_window(
-    rank: int, kernel_size: Any, stride: Any, padding: Any, filter: Any, padding_mode: str, activation: str | None = None
+    rank: int,
+    kernel_size: Any,
+    stride: Any,
+    padding: Any,
+    filter: Any,
+    padding_mode: str,
+    activation: str | None = None,
 ) -> Window:
     """The `Window` of a plain strided blur, its arguments checked. See `regfast.BlurPool2d` for what they mean."""
     size = per_axis("kernel_size", kernel_size, rank, 1)
     if max(size) > LONGEST:
         hint = "the number of taps; regfast's layers take no number of channels"
-        raise ValueError(f"kernel_size must be at most {LONGEST}, got {kernel_size!r}: it is {hint}")
+        raise ValueError(
+            f"kernel_size must be at most {LONGEST}, got {kernel_size!r}: it is {hint}"
+        )
     step = per_axis("stride", stride, rank, 1)
     _check_padding_mode(padding_mode, get_args(BlurPaddingMode))
     _check_activation(activation)
     taps = taps_of(filter, size, where=[True] * rank, resize=False)
     if isinstance(padding, str):
         if padding != "same":
-            raise ValueError(f"padding must be 'same', an integer or {rank} of them, got {padding!r}")
+            raise ValueError(
+                f"padding must be 'same', an integer or {rank} of them, got {padding!r}"
+            )
         lead = tuple((b - 1) // 2 for b in size)
         trail = tuple(b - 1 - before for b, before in zip(size, lead))
     else:
@@ -131,7 +143,13 @@ def blur_window(
 
 
 def decimating_window(
-    rank: int, stride: Any, ratio: Any, blur_size: Any, filter: Any, padding_mode: str, activation: str | None = None
+    rank: int,
+    stride: Any,
+    ratio: Any,
+    blur_size: Any,
+    filter: Any,
+    padding_mode: str,
+    activation: str | None = None,
 ) -> Window:
     """The `Window` of a blur that takes a stride: as long as an anti-aliased max pooling's, its arguments checked."""
     step = per_axis("stride", stride, rank, 1)
@@ -143,7 +161,12 @@ def decimating_window(
 
 
 def check_average(
-    rank: int, kernel_size: Any, padding: Any, ceil_mode: Any, count_include_pad: Any, divisor_override: Any
+    rank: int,
+    kernel_size: Any,
+    padding: Any,
+    ceil_mode: Any,
+    count_include_pad: Any,
+    divisor_override: Any,
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The kernel size and padding of an average pooling, its arguments checked. They are nn.AvgPool's."""
     kernel = per_axis("kernel_size", kernel_size, rank, 1)
@@ -151,7 +174,9 @@ def check_average(
     _check_padding(pad, kernel, padding, kernel_size)
     check_bool("ceil_mode", ceil_mode)
     check_bool("count_include_pad", count_include_pad)
-    if divisor_override is not None and (isinstance(divisor_override, bool) or not isinstance(divisor_override, Integral)):
+    if divisor_override is not None and (
+        isinstance(divisor_override, bool) or not isinstance(divisor_override, Integral)
+    ):
         raise TypeError(f"divisor_override must be an integer or None, got {divisor_override!r}")
     if divisor_override is not None and divisor_override == 0:
         raise ValueError("divisor_override must not be 0, got 0")
@@ -167,12 +192,16 @@ def averaged(window: Window, kernel_size: tuple[int, ...], divisor: int | None) 
     taps = []
     for blur, k in zip(window.taps, kernel_size):
         padded = (0.0,) * (k - 1) + blur + (0.0,) * (k - 1)
-        taps.append(tuple(math.fsum(padded[j : j + k]) * scale / k for j in range(len(blur) + k - 1)))
+        taps.append(
+            tuple(math.fsum(padded[j : j + k]) * scale / k for j in range(len(blur) + k - 1))
+        )
         scale = 1.0
     return window._replace(taps=tuple(taps))
 
 
-def _decimating_taps(stride: tuple[int, ...], ratio: Any, blur_size: Any, filter: Any) -> tuple[Any, ...]:
+def _decimating_taps(
+    stride: tuple[int, ...], ratio: Any, blur_size: Any, filter: Any
+) -> tuple[Any, ...]:
     """The taps of a blur that takes a stride, and what they read before an output's own position and after it."""
     sizes = _blur_sizes(stride, ratio, blur_size)
     blurred = [b > 1 or s > 1 for b, s in zip(sizes, stride)]
@@ -188,7 +217,11 @@ def _blur_sizes(stride: tuple[int, ...], ratio: Any, blur_size: Any) -> tuple[in
         sizes = per_axis("blur_size", blur_size, rank, 1)
         literal = isinstance(blur_size, Sequence)
         return sizes if literal else tuple(b if s > 1 else 1 for b, s in zip(sizes, stride))
-    ratios = tuple(ratio) if isinstance(ratio, Sequence) and not isinstance(ratio, str) else (ratio,) * rank
+    ratios = (
+        tuple(ratio)
+        if isinstance(ratio, Sequence) and not isinstance(ratio, str)
+        else (ratio,) * rank
+    )
     if len(ratios) != rank:
         raise ValueError(f"ratio must be one number or {rank}, got {ratio!r}")
     if not all(isinstance(r, Real) and not isinstance(r, bool) for r in ratios):
@@ -199,19 +232,27 @@ def _blur_sizes(stride: tuple[int, ...], ratio: Any, blur_size: Any) -> tuple[in
     return tuple(operator.index(max(int(r * s), s)) if s > 1 else 1 for r, s in zip(ratios, stride))
 
 
-def _check_padding(pad: tuple[int, ...], kernel: tuple[int, ...], padding: Any, kernel_size: Any) -> None:
+def _check_padding(
+    pad: tuple[int, ...], kernel: tuple[int, ...], padding: Any, kernel_size: Any
+) -> None:
     if any(2 * p > k for p, k in zip(pad, kernel)):
-        raise ValueError(f"padding must be at most half of kernel_size, got padding={padding!r} and kernel_size={kernel_size!r}")
+        raise ValueError(
+            f"padding must be at most half of kernel_size, got padding={padding!r} and kernel_size={kernel_size!r}"
+        )
 
 
 def _check_padding_mode(padding_mode: Any, allowed: tuple[str, ...]) -> None:
     if padding_mode not in allowed:
-        raise ValueError(f"padding_mode must be one of {', '.join(map(repr, allowed))}, got {padding_mode!r}")
+        raise ValueError(
+            f"padding_mode must be one of {', '.join(map(repr, allowed))}, got {padding_mode!r}"
+        )
 
 
 def _check_activation(activation: Any) -> None:
     if activation is not None and activation not in get_args(Activation):
-        raise ValueError(f"activation must be None or one of {', '.join(map(repr, get_args(Activation)))}, got {activation!r}")
+        raise ValueError(
+            f"activation must be None or one of {', '.join(map(repr, get_args(Activation)))}, got {activation!r}"
+        )
 
 
 def as_image(window: Window, rows: int | None, columns: int | None) -> Window:

@@ -32,7 +32,9 @@ def with_format(y: Tensor, channels_last: bool) -> Tensor:
     """y in the format asked for, copied only where it is not."""
     if y.ndim == 3:
         return with_format(y.unsqueeze(2), channels_last).squeeze(2)
-    return y.contiguous(memory_format=CHANNELS_LAST[y.ndim - 2] if channels_last else torch.contiguous_format)
+    return y.contiguous(
+        memory_format=CHANNELS_LAST[y.ndim - 2] if channels_last else torch.contiguous_format
+    )
 
 
 def as_laid_out(y: Tensor, x: Tensor, memory_format: torch.memory_format) -> Tensor:

@@ -15,7 +15,9 @@ from .precision import accumulator
 from .tensors import extremes
 
 
-def result_dtype(x_dtype: torch.dtype, dtype: torch.dtype | None, mean: Any, std: Any) -> torch.dtype:
+def result_dtype(
+    x_dtype: torch.dtype, dtype: torch.dtype | None, mean: Any, std: Any
+) -> torch.dtype:
     """The dtype of a blend of x: `dtype` where it is said, else that of x, and float32 for bytes that are normalised."""
     if (mean is None) != (std is None):
         raise ValueError(f"mixup: mean and std come together, got mean={mean!r} and std={std!r}")
@@ -23,7 +25,9 @@ def result_dtype(x_dtype: torch.dtype, dtype: torch.dtype | None, mean: Any, std
         if x_dtype != torch.uint8:
             return x_dtype
         if mean is None:
-            raise ValueError("mixup: x of torch.uint8 needs mean and std, or a floating dtype for x/255")
+            raise ValueError(
+                "mixup: x of torch.uint8 needs mean and std, or a floating dtype for x/255"
+            )
         return torch.float32
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise TypeError(f"mixup: dtype must be floating-point, got {dtype!r}")
@@ -39,7 +43,9 @@ class Affine:
         like = std if mean.device.type == "cpu" else mean
         mean, std = (on_device(numbers, like.device, like.dtype) for numbers in (mean, std))
         if mean.ndim and std.ndim and 1 not in (len(mean), len(std)) and len(mean) != len(std):
-            raise ValueError(f"mixup: mean and std must be of the same channels, got {len(mean)} and {len(std)}")
+            raise ValueError(
+                f"mixup: mean and std must be of the same channels, got {len(mean)} and {len(std)}"
+            )
         if may_read(std) and not (std > 0).all():
             raise ValueError(f"mixup: std must be positive, got {std.tolist()}")
         self.scale, self.shift = 1 / std, -mean / std
@@ -49,7 +55,9 @@ class Affine:
     def of(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Scale and shift of x's channels, dimension 1, in the dtype in which x is blended to `dtype`: (C,) on x's device."""
         if x.ndim < 2:
-            raise ValueError(f"mixup: mean and std belong to channels, dimension 1, got x of shape {tuple(x.shape)}")
+            raise ValueError(
+                f"mixup: mean and std belong to channels, dimension 1, got x of shape {tuple(x.shape)}"
+            )
         channels, wide = x.shape[1], accumulator(x.dtype, dtype)
         for numbers in (self.scale, self.shift):
             if numbers.ndim and numbers.shape[0] not in (1, channels):
@@ -68,9 +76,13 @@ class Affine:
                 self._sent[key] = self._send(*key)
         return self._sent[key]
 
-    def _send(self, device: torch.device, dtype: torch.dtype, channels: int) -> tuple[Tensor, Tensor]:
+    def _send(
+        self, device: torch.device, dtype: torch.dtype, channels: int
+    ) -> tuple[Tensor, Tensor]:
         # Cast before it is sent: not every device has float64.
-        scale, shift = (numbers.to(dtype).expand(channels).contiguous() for numbers in (self.scale, self.shift))
+        scale, shift = (
+            numbers.to(dtype).expand(channels).contiguous() for numbers in (self.scale, self.shift)
+        )
         return on_device(scale, device), on_device(shift, device)
 
 
@@ -78,11 +90,15 @@ def _numbers(name: str, value: Any) -> Tensor:
     """A number, or one per channel, as a constant: float64 on the host, elsewhere float32 if no wider."""
     value = as_python(value)
     if isinstance(value, (bool, str)) or not isinstance(value, (Real, Sequence, Tensor)):
-        raise TypeError(f"mixup: {name} must be a number, a sequence of numbers or a Tensor, got {value!r}")
+        raise TypeError(
+            f"mixup: {name} must be a number, a sequence of numbers or a Tensor, got {value!r}"
+        )
     if isinstance(value, Tensor):
         t = value.detach().to(torch.float64 if value.is_cpu else accumulator(value.dtype))
     else:
         t = torch.tensor(value, dtype=torch.float64, device="cpu")
     if t.ndim > 1 or t.numel() == 0:
-        raise ValueError(f"mixup: {name} must be a number or one per channel, got shape {tuple(t.shape)}")
+        raise ValueError(
+            f"mixup: {name} must be a number or one per channel, got shape {tuple(t.shape)}"
+        )
     return t

@@ -35,4 +35,6 @@ def is_autocast(x: Tensor) -> bool:
 
 def outside_autocast(x: Tensor) -> contextlib.AbstractContextManager[object]:
     """A context in which operations keep the dtypes they are given."""
-    return torch.autocast(x.device.type, enabled=False) if is_autocast(x) else contextlib.nullcontext()
+    return (
+        torch.autocast(x.device.type, enabled=False) if is_autocast(x) else contextlib.nullcontext()
+    )

@@ -28,7 +28,12 @@ def whole(t: Any) -> Any:
 
 
 def on_parts(
-    function: Callable[..., Tensor], x: Any, *others: Any, dims: Sequence[int], keeps: int, partial: Sequence[Any] = ()
+    function: Callable[..., Tensor],
+    x: Any,
+    *others: Any,
+    dims: Sequence[int],
+    keeps: int,
+    partial: Sequence[Any] = (),
 ) -> Any:
     """function(x, *others, *partial) of DTensors, each process computing with its own parts.
 
@@ -41,7 +46,9 @@ def on_parts(
     mesh = next(t.device_mesh for t in (x, *others, *partial) if isinstance(t, DTensor))
     x = _replicated(x, mesh)
     own = [
-        p if isinstance(p, Shard) and p.dim in dims and x.shape[p.dim] % mesh.size(axis) == 0 else Replicate()
+        p
+        if isinstance(p, Shard) and p.dim in dims and x.shape[p.dim] % mesh.size(axis) == 0
+        else Replicate()
         for axis, p in enumerate(x.placements)
     ]
     sharded = [p.dim for p in own if isinstance(p, Shard)]
@@ -51,12 +58,19 @@ def on_parts(
     parts = [_replicated(t, mesh).redistribute(mesh, own).to_local() for t in (x, *others)]
     sums = [Partial() if isinstance(p, Shard) else p for p in own]
     every = [Replicate()] * mesh.ndim
-    gathered = [_replicated(t, mesh).redistribute(mesh, every).to_local(grad_placements=sums) for t in partial]
+    gathered = [
+        _replicated(t, mesh).redistribute(mesh, every).to_local(grad_placements=sums)
+        for t in partial
+    ]
     y = function(*parts, *gathered)
     shape = torch.Size([*x.shape[:keeps], *y.shape[keeps:]])
     stride = tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
     result = DTensor.from_local(y, mesh, own, run_check=False, shape=shape, stride=stride)
-    return result.redistribute(mesh, x.placements) if all(_fits(p, shape) for p in x.placements) else result
+    return (
+        result.redistribute(mesh, x.placements)
+        if all(_fits(p, shape) for p in x.placements)
+        else result
+    )
 
 
 def _fits(placement: Any, shape: torch.Size) -> bool:
@@ -67,4 +81,8 @@ def _replicated(t: Any, mesh: Any) -> Any:
     """A tensor that every process has, as a DTensor."""
     from torch.distributed.tensor import DTensor, Replicate
 
-    return t if isinstance(t, DTensor) else DTensor.from_local(t, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return (
+        t
+        if isinstance(t, DTensor)
+        else DTensor.from_local(t, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    )

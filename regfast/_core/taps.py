@@ -46,7 +46,9 @@ def named(name: Any, size: int) -> tuple[float, ...]:
     return tuple(float(tap) / total for tap in window)
 
 
-def taps_of(filter: Any, sizes: tuple[int, ...], where: list[bool], resize: bool) -> tuple[tuple[float, ...], ...]:
+def taps_of(
+    filter: Any, sizes: tuple[int, ...], where: list[bool], resize: bool
+) -> tuple[tuple[float, ...], ...]:
     """The taps on each axis: `filter` at the sizes asked for.
 
     `filter` is a name, 1-d taps, which are divided by their sum, or one of either per axis. 1-d taps
@@ -79,12 +81,18 @@ def _entry_taps(entry: Any, size: int, resize: bool) -> tuple[float, ...]:
     """One axis of `taps_of`."""
     if _is_name(entry):
         return named(entry, size)
-    if not isinstance(entry, Sequence) or not entry or not all(isinstance(tap, Real) for tap in entry):
+    if (
+        not isinstance(entry, Sequence)
+        or not entry
+        or not all(isinstance(tap, Real) for tap in entry)
+    ):
         raise TypeError(f"filter must be a name or 1-d taps, got {entry!r}")
     if not all(math.isfinite(tap) for tap in entry):
         raise ValueError(f"taps must be finite, got {entry!r}")
     if not resize and len(entry) != size:
-        raise ValueError(f"the filter has {len(entry)} taps where a size of {size} is asked for: {entry!r}")
+        raise ValueError(
+            f"the filter has {len(entry)} taps where a size of {size} is asked for: {entry!r}"
+        )
     total = math.fsum(entry)
     if abs(total) <= 1e-12 * math.fsum(map(abs, entry)):
         raise ValueError(f"taps must have a sum to be divided by, got {entry!r}")

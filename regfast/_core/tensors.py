@@ -25,7 +25,9 @@ def check_image(operation: str, x: Any, rank: int) -> bool:
         raise ValueError(f"{operation}{rank}d: x must be {allowed}, got shape {tuple(x.shape)}")
     # (A compiler may not know whether a batch is empty.)
     if (torch.compiler.is_compiling() or not x.numel()) and 0 in x.shape[-rank - 1 :]:
-        raise ValueError(f"{operation}{rank}d: only the batch may be empty, got shape {tuple(x.shape)}")
+        raise ValueError(
+            f"{operation}{rank}d: only the batch may be empty, got shape {tuple(x.shape)}"
+        )
     return ndim == rank + 2
 
 
@@ -63,14 +65,18 @@ def check_lam(lam: Any, x: Any) -> Any:
         if not lam.is_floating_point():
             raise TypeError(f"lam must be floating-point, got {lam.dtype}")
         if lam.ndim and lam.shape != x.shape[:1]:
-            raise ValueError(f"lam must be a number, 0-d or of shape {tuple(x.shape[:1])}, got {tuple(lam.shape)}")
+            raise ValueError(
+                f"lam must be a number, 0-d or of shape {tuple(x.shape[:1])}, got {tuple(lam.shape)}"
+            )
         if not may_read(lam) or not lam.numel():
             return lam
         low, high = extremes(lam)
         # (Of one that is NaN, both are.)
         if not (low >= 0 and high <= 1):
             lam = lam.detach().flatten()
-            raise ValueError(f"lam must be in [0, 1], got {lam[~((lam >= 0) & (lam <= 1))][0].item()}")
+            raise ValueError(
+                f"lam must be in [0, 1], got {lam[~((lam >= 0) & (lam <= 1))][0].item()}"
+            )
     elif isinstance(lam, bool) or not isinstance(lam, (Real, torch.SymFloat)):
         raise TypeError(f"lam must be a number or a Tensor, got {type(lam).__name__}")
     elif not torch.compiler.is_compiling() and not 0 <= float(lam) <= 1:

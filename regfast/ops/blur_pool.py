@@ -35,7 +35,9 @@ def _backward_op(grad: Tensor, size: list[int], stride: list[int], *args: Any) -
 
 
 def _fake_gradient(grad: Tensor, size: list[Any], stride: list[Any], *window: Any) -> Tensor:
-    return empty(size, grad, is_channels_last(torch.empty_strided(size, stride, device=grad.device)))
+    return empty(
+        size, grad, is_channels_last(torch.empty_strided(size, stride, device=grad.device))
+    )
 
 
 define(
@@ -120,7 +122,9 @@ def blur_pool1d(
     activation: Activation | None = None,
 ) -> Tensor:
     """A strided blur of a signal, (N, C, L) or (C, L). The arguments are those of `regfast.BlurPool1d`."""
-    return blur_pool(x, blur_window(1, kernel_size, stride, padding, filter, padding_mode, activation))
+    return blur_pool(
+        x, blur_window(1, kernel_size, stride, padding, filter, padding_mode, activation)
+    )
 
 
 def blur_pool2d(
@@ -134,7 +138,9 @@ def blur_pool2d(
     activation: Activation | None = None,
 ) -> Tensor:
     """A strided blur of an image, (N, C, H, W) or (C, H, W). The arguments are those of `regfast.BlurPool2d`."""
-    return blur_pool(x, blur_window(2, kernel_size, stride, padding, filter, padding_mode, activation))
+    return blur_pool(
+        x, blur_window(2, kernel_size, stride, padding, filter, padding_mode, activation)
+    )
 
 
 def blur_pool3d(
@@ -148,4 +154,6 @@ def blur_pool3d(
     activation: Activation | None = None,
 ) -> Tensor:
     """A strided blur of a volume, (N, C, D, H, W) or (C, D, H, W). The arguments are those of `regfast.BlurPool3d`."""
-    return blur_pool(x, blur_window(3, kernel_size, stride, padding, filter, padding_mode, activation))
+    return blur_pool(
+        x, blur_window(3, kernel_size, stride, padding, filter, padding_mode, activation)
+    )

@@ -123,7 +123,9 @@ def _by_maxima(x: Tensor, window: Window) -> Tensor:
     return with_format(y, is_channels_last(x))
 
 
-def _volume_maxima(x: Tensor, window: Window, before: tuple[int, ...], after: tuple[int, ...]) -> Tensor:
+def _volume_maxima(
+    x: Tensor, window: Window, before: tuple[int, ...], after: tuple[int, ...]
+) -> Tensor:
     """The maximum of every window that fits in volumes extended by `before` and `after` positions."""
     lead, trail = (tuple(n - p for n, p in zip(ends, window.padding)) for ends in (before, after))
     ones = (1,) * window.rank
@@ -176,7 +178,9 @@ def max_blur_pool1d(
 ) -> Tensor:
     """Anti-aliased max pooling of a signal, (N, C, L) or (C, L). The arguments are those of `regfast.MaxPool1dAA`."""
     blur = ratio, blur_size, filter, padding_mode, activation
-    window = max_blur_window(1, kernel_size, stride, padding, dilation, return_indices, ceil_mode, *blur)
+    window = max_blur_window(
+        1, kernel_size, stride, padding, dilation, return_indices, ceil_mode, *blur
+    )
     return max_blur_pool(x, window)
 
 
@@ -197,7 +201,9 @@ def max_blur_pool2d(
 ) -> Tensor:
     """Anti-aliased max pooling of an image, (N, C, H, W) or (C, H, W). The arguments are those of `regfast.MaxPool2dAA`."""
     blur = ratio, blur_size, filter, padding_mode, activation
-    window = max_blur_window(2, kernel_size, stride, padding, dilation, return_indices, ceil_mode, *blur)
+    window = max_blur_window(
+        2, kernel_size, stride, padding, dilation, return_indices, ceil_mode, *blur
+    )
     return max_blur_pool(x, window)
 
 
@@ -218,5 +224,7 @@ def max_blur_pool3d(
 ) -> Tensor:
     """Anti-aliased max pooling of a volume, (N, C, D, H, W) or (C, D, H, W). The arguments are those of `regfast.MaxPool3dAA`."""
     blur = ratio, blur_size, filter, padding_mode, activation
-    window = max_blur_window(3, kernel_size, stride, padding, dilation, return_indices, ceil_mode, *blur)
+    window = max_blur_window(
+        3, kernel_size, stride, padding, dilation, return_indices, ceil_mode, *blur
+    )
     return max_blur_pool(x, window)

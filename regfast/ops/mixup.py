@@ -10,7 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from .._core.autograd import gradients, is_differentiated_again, is_variable, needs_graph, unwatched_apply
+from .._core.autograd import (
+    gradients,
+    is_differentiated_again,
+    is_variable,
+    needs_graph,
+    unwatched_apply,
+)
 from .._core.checks import as_python
 from .._core.dispatch import is_its_memory, is_watched, may_read, on_device, use_triton
 from .._core.layout import as_tensor
@@ -39,7 +45,9 @@ def _forward_op(x, index, lam, box, scale, shift, dtype, memory_format):
 def _out_op(x, index, lam, box, scale, shift, out):
     _check_op(x, index, lam, box, scale, shift)
     check_like("mixup_out: out", out, x.shape, out)
-    kernels_of("mixup").mixup(x, index, lam, box, scale, shift, out.dtype, torch.preserve_format, out)
+    kernels_of("mixup").mixup(
+        x, index, lam, box, scale, shift, out.dtype, torch.preserve_format, out
+    )
 
 
 def _backward_op(grad, index, lam, box, scale, stride, dtype):
@@ -48,10 +56,19 @@ def _backward_op(grad, index, lam, box, scale, stride, dtype):
 
 
 def _fake_gradient(grad, index, lam, box, scale, stride, dtype):
-    return torch.empty_like(torch.empty_strided(grad.shape, stride, dtype=dtype, device=grad.device))
+    return torch.empty_like(
+        torch.empty_strided(grad.shape, stride, dtype=dtype, device=grad.device)
+    )
 
 
-def _check_op(x: Tensor, index: Tensor, lam: Tensor, box: Tensor | None, scale: Tensor | None, shift: Tensor | None) -> None:
+def _check_op(
+    x: Tensor,
+    index: Tensor,
+    lam: Tensor,
+    box: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+) -> None:
     """Refuses what a kernel would read beyond, if an op is called by hand."""
     check_like("mixup: index", index, x.shape[:1], index)
     if lam.ndim:
@@ -63,7 +80,9 @@ def _check_op(x: Tensor, index: Tensor, lam: Tensor, box: Tensor | None, scale: 
             check_like("mixup: scale and shift", numbers, x.shape[1:2], numbers)
     for t in (index, lam, box, scale, shift):
         if t is not None and t.device != x.device:
-            raise ValueError(f"mixup: all tensors must be on x's device, {x.device}, got one on {t.device}")
+            raise ValueError(
+                f"mixup: all tensors must be on x's device, {x.device}, got one on {t.device}"
+            )
 
 
 _MIX = "Tensor index, Tensor lam, Tensor? box, Tensor? scale"
@@ -72,7 +91,9 @@ define(
     _forward_op,
     lambda x, *args: torch.empty_like(x, dtype=args[-2], memory_format=args[-1]),
 )
-define(f"mixup_out(Tensor x, {_MIX}, Tensor? shift, Tensor(a!) out) -> ()", _out_op, lambda *args: None)
+define(
+    f"mixup_out(Tensor x, {_MIX}, Tensor? shift, Tensor(a!) out) -> ()", _out_op, lambda *args: None
+)
 define(
     f"mixup_backward(Tensor grad, {_MIX}, SymInt[] stride, ScalarType dtype) -> Tensor",
     _backward_op,
@@ -105,13 +126,21 @@ class _Mixup(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        (index, tensor, box, scale), (number, stride, x_dtype, result, watched) = ctx.saved_tensors, ctx.arguments
+        (index, tensor, box, scale), (number, stride, x_dtype, result, watched) = (
+            ctx.saved_tensors,
+            ctx.arguments,
+        )
         lam = number if tensor is None else tensor
         if is_differentiated_again():
             # Any batch of the shape has the gradient.
             zeros = grad.new_zeros((), dtype=x_dtype).expand(grad.shape).requires_grad_()
             shift = None if scale is None else torch.zeros_like(scale)
-            (dx,) = gradients(lambda x: reference(x, index, lam, box, scale, shift, *result), (zeros,), (True,), grad)
+            (dx,) = gradients(
+                lambda x: reference(x, index, lam, box, scale, shift, *result),
+                (zeros,),
+                (True,),
+                grad,
+            )
         else:
             dx = _backward(grad, index, lam, box, scale, stride, x_dtype, watched)
         return dx, *(None,) * 7
@@ -204,7 +233,9 @@ def blend(
         return _blend_into(out, x, index, lam, box, scale, shift, watched or is_watched(out))
     result = dtype, memory_format
     if needs_graph(x):
-        return (_Mixup.apply if watched else _apply)(x, index, lam, box, scale, shift, result, watched)
+        return (_Mixup.apply if watched else _apply)(
+            x, index, lam, box, scale, shift, result, watched
+        )
     return _forward(x, index, lam, box, scale, shift, result, watched)
 
 
@@ -219,14 +250,18 @@ def _blend_parts(x, index, lam, box, scale, shift, dtype, memory_format, out) ->
     def own(x: Tensor, lam: float | Tensor = lam) -> Tensor:
         return blend(x, index, lam, box, scale, shift, dtype, memory_format)
 
-    return on_parts(own, x, dims=dims, keeps=x.ndim, partial=[lam] if isinstance(lam, Tensor) else [])
+    return on_parts(
+        own, x, dims=dims, keeps=x.ndim, partial=[lam] if isinstance(lam, Tensor) else []
+    )
 
 
 def _blend_into(out, x, index, lam, box, scale, shift, watched) -> Tensor:
     if watched or not is_its_memory(out):
         torch.ops.regfast.mixup_out(x, index, lam, box, scale, shift, out)
     else:
-        kernels_of("mixup").mixup(x, index, lam, box, scale, shift, out.dtype, torch.preserve_format, out)
+        kernels_of("mixup").mixup(
+            x, index, lam, box, scale, shift, out.dtype, torch.preserve_format, out
+        )
     if not torch.compiler.is_compiling() and not out.is_inference():
         # For autograd: a graph that has saved what was there must not use it.
         torch.autograd.graph.increment_version(out)
@@ -240,11 +275,15 @@ def check_index(index: Any, x: Tensor) -> None:
     if index.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"mixup: index must be int64 or int32, got {index.dtype}")
     if index.shape != x.shape[:1]:
-        raise ValueError(f"mixup: index must have shape {tuple(x.shape[:1])}, an entry a sample of x, got {tuple(index.shape)}")
+        raise ValueError(
+            f"mixup: index must have shape {tuple(x.shape[:1])}, an entry a sample of x, got {tuple(index.shape)}"
+        )
     if may_read(index) and index.numel():
         low, high = extremes(index)
         if low < 0 or high >= x.shape[0]:
-            raise ValueError(f"mixup: index must be in [0, {x.shape[0]}), got {low if low < 0 else high}")
+            raise ValueError(
+                f"mixup: index must be in [0, {x.shape[0]}), got {low if low < 0 else high}"
+            )
 
 
 def _box_of(box: Any, x: Tensor) -> Tensor:
@@ -252,17 +291,34 @@ def _box_of(box: Any, x: Tensor) -> Tensor:
     box = as_python(box)
     if not isinstance(box, Tensor):
         if not isinstance(box, Sequence) or not all(isinstance(edge, Integral) for edge in box):
-            raise TypeError(f"mixup: box must be four integers (y0, y1, x0, x1) or a Tensor, got {box!r}")
+            raise TypeError(
+                f"mixup: box must be four integers (y0, y1, x0, x1) or a Tensor, got {box!r}"
+            )
         box = torch.tensor([int(edge) for edge in box], device="cpu")
     if box.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"mixup: box must be int64 or int32, got {box.dtype}")
     if x.ndim < 4:
-        raise ValueError(f"mixup: a box belongs to images, (B, C, ..., H, W), got x of shape {tuple(x.shape)}")
-    if box.ndim not in (1, 2) or box.shape[-1] != 4 or (box.ndim == 2 and box.shape[0] != x.shape[0]):
-        raise ValueError(f"mixup: box must have shape (4,) or {(x.shape[0], 4)}, got {tuple(box.shape)}")
+        raise ValueError(
+            f"mixup: a box belongs to images, (B, C, ..., H, W), got x of shape {tuple(x.shape)}"
+        )
+    if (
+        box.ndim not in (1, 2)
+        or box.shape[-1] != 4
+        or (box.ndim == 2 and box.shape[0] != x.shape[0])
+    ):
+        raise ValueError(
+            f"mixup: box must have shape (4,) or {(x.shape[0], 4)}, got {tuple(box.shape)}"
+        )
     if may_read(box):
         y0, y1, x0, x1 = box.view(-1, 4).unbind(1)
-        fits = (y0 >= 0) & (y1 >= y0) & (y1 <= x.shape[-2]) & (x0 >= 0) & (x1 >= x0) & (x1 <= x.shape[-1])
+        fits = (
+            (y0 >= 0)
+            & (y1 >= y0)
+            & (y1 <= x.shape[-2])
+            & (x0 >= 0)
+            & (x1 >= x0)
+            & (x1 <= x.shape[-1])
+        )
         wrong = box.view(-1, 4)[~(fits | (box.view(-1, 4) == -1).all(1))]
         if len(wrong):
             allowed = f"0 <= y0 <= y1 <= {x.shape[-2]} and 0 <= x0 <= x1 <= {x.shape[-1]}, or (-1, -1, -1, -1)"
@@ -272,22 +328,35 @@ def _box_of(box: Any, x: Tensor) -> Tensor:
 
 def _check_format(memory_format: Any, x: Tensor) -> None:
     if memory_format not in _FORMATS:
-        raise TypeError(f"mixup: memory_format must be one of {', '.join(map(str, _FORMATS))}, got {memory_format!r}")
+        raise TypeError(
+            f"mixup: memory_format must be one of {', '.join(map(str, _FORMATS))}, got {memory_format!r}"
+        )
     if _FORMATS[memory_format] not in (None, x.ndim):
-        raise ValueError(f"mixup: {memory_format} is for {_FORMATS[memory_format]}-d tensors, got shape {tuple(x.shape)}")
+        raise ValueError(
+            f"mixup: {memory_format} is for {_FORMATS[memory_format]}-d tensors, got shape {tuple(x.shape)}"
+        )
 
 
 def _check_out(
-    out: Any, x: Tensor, index: Tensor, lam: float | Tensor, dtype: torch.dtype, memory_format: torch.memory_format
+    out: Any,
+    x: Tensor,
+    index: Tensor,
+    lam: float | Tensor,
+    dtype: torch.dtype,
+    memory_format: torch.memory_format,
 ) -> None:
     """Refuses an `out` that cannot hold the result, or that autograd could not follow."""
     if not isinstance(out, Tensor):
         raise TypeError(f"mixup: out must be a Tensor, got {type(out).__name__}")
     expected, found = (tuple(x.shape), dtype, x.device), (tuple(out.shape), out.dtype, out.device)
     if found != expected:
-        raise ValueError(f"mixup: out must have the shape, dtype and device {expected}, got {found}")
+        raise ValueError(
+            f"mixup: out must have the shape, dtype and device {expected}, got {found}"
+        )
     if memory_format != torch.preserve_format:
-        raise ValueError(f"mixup: out has a memory format of its own, got memory_format={memory_format}")
+        raise ValueError(
+            f"mixup: out has a memory format of its own, got memory_format={memory_format}"
+        )
     for name, t in (("x", x), ("lam", lam), ("out", out)):
         if isinstance(t, Tensor) and is_variable(t):
             raise ValueError(f"mixup: out= has no gradient, and {name} requires one")
@@ -298,8 +367,12 @@ def _check_out(
     if torch._debug_has_internal_overlap(out) == 1:
         raise ValueError(f"mixup: out must not overlap itself, got strides {out.stride()}")
     if out is x:
-        if may_read(index) and not torch.equal(index[index.long()], torch.arange(len(index)).to(index)):
-            raise ValueError(f"mixup: out=x needs an involution, index[index[i]] = i for every i, got {index.tolist()}")
+        if may_read(index) and not torch.equal(
+            index[index.long()], torch.arange(len(index)).to(index)
+        ):
+            raise ValueError(
+                f"mixup: out=x needs an involution, index[index[i]] = i for every i, got {index.tolist()}"
+            )
     elif _may_overlap(out, x):
         raise ValueError("mixup: out must be x itself or share no memory with it")
 

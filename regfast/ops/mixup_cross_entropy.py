@@ -37,8 +37,15 @@ def _backward_op(grad, z, a, b, lam, weight, statistics, ignore_index, reduction
     rows, wide = tuple(z.shape[:1] + z.shape[2:]), z.new_empty((), dtype=accumulator(z.dtype))
     if tuple(grad.shape) not in ((), rows) or grad.device != z.device:
         found = f"{tuple(grad.shape)} on {grad.device}"
-        raise ValueError(f"mixup_cross_entropy_backward: grad must be () or {rows} on {z.device}, got {found}")
-    check_like("mixup_cross_entropy_backward: statistics", statistics, _statistics_shape(a, reduction), wide)
+        raise ValueError(
+            f"mixup_cross_entropy_backward: grad must be () or {rows} on {z.device}, got {found}"
+        )
+    check_like(
+        "mixup_cross_entropy_backward: statistics",
+        statistics,
+        _statistics_shape(a, reduction),
+        wide,
+    )
     return kernels_of("mixup_cross_entropy").mixup_cross_entropy_backward(
         grad, z, a, b, lam, weight, statistics, ignore_index, reduction, label_smoothing
     )
@@ -78,7 +85,9 @@ def _forward(z, a, b, lam, weight, arguments, watched):
 def _backward(grad, z, a, b, lam, weight, statistics, arguments, watched):
     if watched or is_watched(grad) or not is_its_memory(grad):
         lam = as_tensor(lam, accumulator(z.dtype), z.device)
-        return torch.ops.regfast.mixup_cross_entropy_backward(grad, z, a, b, lam, weight, statistics, *arguments)
+        return torch.ops.regfast.mixup_cross_entropy_backward(
+            grad, z, a, b, lam, weight, statistics, *arguments
+        )
     kernels = kernels_of("mixup_cross_entropy")
     return kernels.mixup_cross_entropy_backward(grad, z, a, b, lam, weight, statistics, *arguments)
 
@@ -150,7 +159,9 @@ def mixup_cross_entropy(
     ignore_index, label_smoothing = as_python(ignore_index), as_python(label_smoothing)
     _check_options(input, weight, ignore_index, reduction, label_smoothing)
     if isinstance(target, Tensor):
-        return F.cross_entropy(input, target, weight, None, ignore_index, None, reduction, label_smoothing)
+        return F.cross_entropy(
+            input, target, weight, None, ignore_index, None, reduction, label_smoothing
+        )
     a, b, lam = _terms(target)
     probabilities = a.is_floating_point() and b.is_floating_point()
     if probabilities:
@@ -159,7 +170,9 @@ def mixup_cross_entropy(
         _check_labels(input, a, b)
     if input.ndim == 1:
         lifted = (a.unsqueeze(0), b.unsqueeze(0), lam)
-        loss = mixup_cross_entropy(input.unsqueeze(0), lifted, weight, ignore_index, reduction, label_smoothing)
+        loss = mixup_cross_entropy(
+            input.unsqueeze(0), lifted, weight, ignore_index, reduction, label_smoothing
+        )
         return loss.squeeze(0) if reduction == "none" else loss
     lam = check_lam(lam, input)
     watched = is_watched(input, a, b, lam, weight) or not is_its_memory(input)
@@ -182,14 +195,20 @@ def mixup_cross_entropy(
         share = lam.view(-1, *(1,) * (input.ndim - 1))
         # The cross entropy is linear in the probabilities.
         blended = (share * a + (1 - share) * b).to(input.dtype)
-        return F.cross_entropy(input, blended, weight, None, ignore_index, None, reduction, label_smoothing)
+        return F.cross_entropy(
+            input, blended, weight, None, ignore_index, None, reduction, label_smoothing
+        )
     ignores = _check_range(input, a, b, ignore_index)
     if not fused:
         ignore = ignore_index if ignores else None
-        return reference(input, a, b, lam, weight, ignore, reduction, label_smoothing, _loss_dtype(input))
+        return reference(
+            input, a, b, lam, weight, ignore, reduction, label_smoothing, _loss_dtype(input)
+        )
     arguments = ignore_index, reduction, label_smoothing, _loss_dtype(input)
     if needs_graph(input):
-        return (_MixupCrossEntropy.apply if watched else _apply)(input, a, b, lam, weight, arguments, watched)
+        return (_MixupCrossEntropy.apply if watched else _apply)(
+            input, a, b, lam, weight, arguments, watched
+        )
     return _forward(input, a, b, lam, weight, arguments, watched)[0]
 
 
@@ -206,23 +225,35 @@ def _check_logits(input: Any) -> None:
         raise TypeError(f"mixup_cross_entropy: input must be floating-point, got {input.dtype}")
     ndim = input.ndim
     if ndim == 0:
-        raise ValueError("mixup_cross_entropy: input must be (C,), (N, C) or (N, C, d1, ...), got a 0-d tensor")
+        raise ValueError(
+            "mixup_cross_entropy: input must be (C,), (N, C) or (N, C, d1, ...), got a 0-d tensor"
+        )
     if input.size(1 if ndim > 1 else 0) == 0:
-        raise ValueError(f"mixup_cross_entropy: input must have one class at least, got shape {tuple(input.shape)}")
+        raise ValueError(
+            f"mixup_cross_entropy: input must have one class at least, got shape {tuple(input.shape)}"
+        )
 
 
-def _check_options(input: Tensor, weight: Any, ignore_index: Any, reduction: Any, label_smoothing: Any) -> None:
+def _check_options(
+    input: Tensor, weight: Any, ignore_index: Any, reduction: Any, label_smoothing: Any
+) -> None:
     _check_weight(input, weight)
     # (What it usually is, is the quickest to ask for.)
-    if type(ignore_index) is not int and (isinstance(ignore_index, bool) or not isinstance(ignore_index, (int, torch.SymInt))):
-        raise TypeError(f"mixup_cross_entropy: ignore_index must be an integer, got {ignore_index!r}")
+    if type(ignore_index) is not int and (
+        isinstance(ignore_index, bool) or not isinstance(ignore_index, (int, torch.SymInt))
+    ):
+        raise TypeError(
+            f"mixup_cross_entropy: ignore_index must be an integer, got {ignore_index!r}"
+        )
     check_reduction(reduction)
     check_smoothing(label_smoothing)
 
 
 def check_reduction(reduction: Any) -> None:
     if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction must be one of {', '.join(map(repr, REDUCTIONS))}, got {reduction!r}")
+        raise ValueError(
+            f"reduction must be one of {', '.join(map(repr, REDUCTIONS))}, got {reduction!r}"
+        )
 
 
 def check_smoothing(label_smoothing: Any) -> None:
@@ -240,24 +271,36 @@ def _check_weight(input: Tensor, weight: Any) -> None:
         return
     if not isinstance(weight, Tensor) or not weight.is_floating_point():
         found = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
-        raise TypeError(f"mixup_cross_entropy: weight must be a floating-point Tensor or None, got {found}")
+        raise TypeError(
+            f"mixup_cross_entropy: weight must be a floating-point Tensor or None, got {found}"
+        )
     classes = input.shape[min(input.ndim - 1, 1)]
     if weight.shape != (classes,):
-        raise ValueError(f"mixup_cross_entropy: weight must have shape {(classes,)}, got {tuple(weight.shape)}")
+        raise ValueError(
+            f"mixup_cross_entropy: weight must have shape {(classes,)}, got {tuple(weight.shape)}"
+        )
     if weight.device != input.device:
-        raise ValueError(f"mixup_cross_entropy: weight must be on {input.device}, as input is, got {weight.device}")
+        raise ValueError(
+            f"mixup_cross_entropy: weight must be on {input.device}, as input is, got {weight.device}"
+        )
 
 
 def _terms(target: Any) -> tuple[Tensor, Tensor, Any]:
     """The three of a target (a, b, lam)."""
     if not isinstance(target, (tuple, list)):
-        raise TypeError(f"mixup_cross_entropy: target must be a Tensor or a tuple (a, b, lam), got {type(target).__name__}")
+        raise TypeError(
+            f"mixup_cross_entropy: target must be a Tensor or a tuple (a, b, lam), got {type(target).__name__}"
+        )
     if len(target) != 3:
-        raise ValueError(f"mixup_cross_entropy: target must be a Tensor or a tuple (a, b, lam), got {len(target)} entries")
+        raise ValueError(
+            f"mixup_cross_entropy: target must be a Tensor or a tuple (a, b, lam), got {len(target)} entries"
+        )
     a, b, lam = target
     if not isinstance(a, Tensor) or not isinstance(b, Tensor):
         name, labels = ("b", b) if isinstance(a, Tensor) else ("a", a)
-        raise TypeError(f"mixup_cross_entropy: the labels {name} must be a Tensor, got {type(labels).__name__}")
+        raise TypeError(
+            f"mixup_cross_entropy: the labels {name} must be a Tensor, got {type(labels).__name__}"
+        )
     return a, b, lam
 
 
@@ -266,9 +309,13 @@ def _check_labels(input: Tensor, a: Tensor, b: Tensor) -> None:
     for name, labels in (("a", a), ("b", b)):
         if labels.dtype not in LABELS:
             allowed = f"{', '.join(map(str, LABELS))}, or both floating-point (probabilities)"
-            raise TypeError(f"mixup_cross_entropy: the labels {name} must be {allowed}, got {labels.dtype}")
+            raise TypeError(
+                f"mixup_cross_entropy: the labels {name} must be {allowed}, got {labels.dtype}"
+            )
     shape: tuple[int, ...] = input.shape
-    _check_shapes(input, a, b, shape[:1] if len(shape) == 2 else (shape[:1] + shape[2:])[: len(shape) - 1])
+    _check_shapes(
+        input, a, b, shape[:1] if len(shape) == 2 else (shape[:1] + shape[2:])[: len(shape) - 1]
+    )
 
 
 def _check_shapes(input: Tensor, a: Tensor, b: Tensor, shape: tuple[int, ...]) -> None:
@@ -276,13 +323,21 @@ def _check_shapes(input: Tensor, a: Tensor, b: Tensor, shape: tuple[int, ...]) -
     for name, labels in (("a", a), ("b", b)):
         if labels.shape != shape:
             found = f"{tuple(labels.shape)} for input of shape {tuple(input.shape)} {_hint(labels)}"
-            raise ValueError(f"mixup_cross_entropy: the labels {name} must have shape {tuple(shape)}, got {found}")
+            raise ValueError(
+                f"mixup_cross_entropy: the labels {name} must have shape {tuple(shape)}, got {found}"
+            )
         if labels.device != device:
-            raise ValueError(f"mixup_cross_entropy: the labels {name} must be on {device}, as input is, got {labels.device}")
+            raise ValueError(
+                f"mixup_cross_entropy: the labels {name} must be on {device}, as input is, got {labels.device}"
+            )
 
 
 def _hint(labels: Tensor) -> str:
-    return " (floating-point labels are probabilities; class indices are integers)" if labels.is_floating_point() else ""
+    return (
+        " (floating-point labels are probabilities; class indices are integers)"
+        if labels.is_floating_point()
+        else ""
+    )
 
 
 def _check_op(z: Tensor, a: Tensor, b: Tensor, lam: Tensor, weight: Tensor | None) -> None:
@@ -291,7 +346,9 @@ def _check_op(z: Tensor, a: Tensor, b: Tensor, lam: Tensor, weight: Tensor | Non
     _check_weight(z, weight)
     if tuple(lam.shape) not in ((), (z.shape[0],)) or lam.device != z.device:
         found = f"{tuple(lam.shape)} on {lam.device}"
-        raise ValueError(f"mixup_cross_entropy: lam must be () or {(z.shape[0],)} on {z.device}, got {found}")
+        raise ValueError(
+            f"mixup_cross_entropy: lam must be () or {(z.shape[0],)} on {z.device}, got {found}"
+        )
 
 
 def _check_range(input: Tensor, a: Tensor, b: Tensor, ignore_index: int) -> bool:
@@ -307,6 +364,8 @@ def _check_range(input: Tensor, a: Tensor, b: Tensor, ignore_index: int) -> bool
             wrong = labels[(labels != ignore_index) & ((labels < 0) | (labels >= classes))]
             if wrong.numel():
                 allowed = f"in [0, {classes}) or ignore_index={ignore_index}"
-                raise ValueError(f"mixup_cross_entropy: the labels {name} must be {allowed}, got {wrong[0].item()}")
+                raise ValueError(
+                    f"mixup_cross_entropy: the labels {name} must be {allowed}, got {wrong[0].item()}"
+                )
         ignores = ignores or low <= ignore_index <= high
     return ignores

@@ -47,7 +47,9 @@ def _check_op(x: Tensor, f: Tensor, alpha: Tensor) -> None:
     check_like("rezero: f", f, x.shape, f)
     if alpha.numel() != 1 or f.device != x.device or alpha.device != x.device:
         found = f"f on {f.device} and alpha of shape {tuple(alpha.shape)} on {alpha.device}"
-        raise ValueError(f"rezero: f and alpha, which has one element, must be on {x.device}, got {found}")
+        raise ValueError(
+            f"rezero: f and alpha, which has one element, must be on {x.device}, got {found}"
+        )
 
 
 def _fake_gradients(grad, x, f, alpha, activation, form, wants_x, wants_f, wants_alpha):
@@ -105,18 +107,28 @@ class _ReZero(torch.autograd.Function):
         if is_differentiated_again():
             alpha = as_tensor(alpha, accumulator(grad.dtype), grad.device)
             stream = grad.new_zeros((), dtype=x_dtype).expand_as(f) if x is None else x
-            dx, df, dalpha = gradients(lambda *inputs: reference(*inputs, *modes), (stream, f, alpha), wanted, grad)
+            dx, df, dalpha = gradients(
+                lambda *inputs: reference(*inputs, *modes), (stream, f, alpha), wanted, grad
+            )
         elif any(wanted):
             dx, df, dalpha = _backward(grad, x, f, alpha, modes, wanted, watched)
         if x is None:
             dx = grad if grad.dtype == x_dtype else grad.to(x_dtype)
-        return dx if wants_x else None, df if wants_f else None, dalpha if wants_alpha else None, None, None
+        return (
+            dx if wants_x else None,
+            df if wants_f else None,
+            dalpha if wants_alpha else None,
+            None,
+            None,
+        )
 
 
 _apply = unwatched_apply(_ReZero)
 
 
-def rezero(x: Tensor, f: Tensor, alpha: float | Tensor, activation: str = "relu", form: str = "gate") -> Tensor:
+def rezero(
+    x: Tensor, f: Tensor, alpha: float | Tensor, activation: str = "relu", form: str = "gate"
+) -> Tensor:
     """A residual connection with a gate: x + alpha*act(f), or with form "post" act(x + alpha*f).
 
     One read of x and f and one write; backward, of the output's gradient and f, and one write. Differentiable in x, f and alpha,
@@ -179,7 +191,9 @@ def _check(x: Any, f: Any, alpha: Any) -> tuple[torch.dtype, ...]:
         name, dtype = ("f", dtypes[1]) if dtypes[0].is_floating_point else ("x", dtypes[0])
         raise TypeError(f"rezero: {name} must be floating-point, got {dtype}")
     if x.shape != f.shape:
-        raise ValueError(f"rezero: x and f must be of one shape, got {tuple(x.shape)} and {tuple(f.shape)}")
+        raise ValueError(
+            f"rezero: x and f must be of one shape, got {tuple(x.shape)} and {tuple(f.shape)}"
+        )
     if x.device != f.device:
         raise ValueError(f"rezero: x and f must be on one device, got {x.device} and {f.device}")
     if isinstance(alpha, Tensor):
@@ -187,16 +201,22 @@ def _check(x: Any, f: Any, alpha: Any) -> tuple[torch.dtype, ...]:
         if not dtypes[2].is_floating_point:
             raise TypeError(f"rezero: alpha must be floating-point, got {dtypes[2]}")
         if alpha.numel() != 1:
-            raise ValueError(f"rezero: alpha must be a number or a tensor of one element, got shape {tuple(alpha.shape)}")
+            raise ValueError(
+                f"rezero: alpha must be a number or a tensor of one element, got shape {tuple(alpha.shape)}"
+            )
     elif isinstance(alpha, bool) or not isinstance(alpha, (Real, torch.SymFloat)):
-        raise TypeError(f"rezero: alpha must be a number or a tensor of one element, got {type(alpha).__name__}")
+        raise TypeError(
+            f"rezero: alpha must be a number or a tensor of one element, got {type(alpha).__name__}"
+        )
     return dtypes
 
 
 def check_activation(activation: Any) -> None:
     # Not in the dictionary itself, which would have to hash whatever it is.
     if activation not in _NAMES:
-        raise ValueError(f"activation must be one of {', '.join(map(repr, ACTIVATIONS))}, got {activation!r}")
+        raise ValueError(
+            f"activation must be one of {', '.join(map(repr, ACTIVATIONS))}, got {activation!r}"
+        )
 
 
 def check_form(form: Any) -> None:

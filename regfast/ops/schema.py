@@ -44,14 +44,35 @@ def flatten(window: Window) -> tuple[Any, ...]:
     """`window` as the arguments of `WINDOW`."""
     kernel_size, stride, padding, dilation, ceil_mode, taps, *rest = window
     flat = [tap for axis in taps for tap in axis]
-    return kernel_size, stride, padding, dilation, ceil_mode, flat, [len(axis) for axis in taps], *rest
+    return (
+        kernel_size,
+        stride,
+        padding,
+        dilation,
+        ceil_mode,
+        flat,
+        [len(axis) for axis in taps],
+        *rest,
+    )
 
 
-def unflatten(kernel_size, stride, padding, dilation, ceil_mode, taps, blur_size, lead, trail, *modes) -> Window:
+def unflatten(
+    kernel_size, stride, padding, dilation, ceil_mode, taps, blur_size, lead, trail, *modes
+) -> Window:
     """The inverse of `flatten`."""
     axes, start = [], 0
     for size in blur_size:
         axes.append(tuple(taps[start : start + size]))
         start += size
     kernel_size, stride, padding, dilation = map(tuple, (kernel_size, stride, padding, dilation))
-    return Window(kernel_size, stride, padding, dilation, ceil_mode, tuple(axes), tuple(lead), tuple(trail), *modes)
+    return Window(
+        kernel_size,
+        stride,
+        padding,
+        dilation,
+        ceil_mode,
+        tuple(axes),
+        tuple(lead),
+        tuple(trail),
+        *modes,
+    )

@@ -76,7 +76,11 @@ def averages(window: Window) -> Averages:
     None at all for other taps, and for more than it pays for.
     """
     sizes = [len(taps) for taps in window.taps]
-    if window.rank != 2 or not 1 < max(sizes) <= 5 or any(taps != binomial(len(taps)) for taps in window.taps):
+    if (
+        window.rank != 2
+        or not 1 < max(sizes) <= 5
+        or any(taps != binomial(len(taps)) for taps in window.taps)
+    ):
         return ()
     kernels = [tuple(2 if step < size else 1 for size in sizes) for step in range(1, max(sizes))]
     return (*((kernel, (1, 1)) for kernel in kernels[:-1]), (kernels[-1], window.stride))
@@ -112,10 +116,17 @@ def _reflect(x: Tensor, lead: Sequence[int], trail: Sequence[int]) -> Tensor:
     single = [size == 1 for size in x.shape[2:]]
     if any(single):
         # One element sees nothing but itself.
-        x = _replicate(x, *([n if alone else 0 for n, alone in zip(pads, single)] for pads in (lead, trail)))
-        lead, trail = ([0 if alone else n for n, alone in zip(pads, single)] for pads in (lead, trail))
+        x = _replicate(
+            x, *([n if alone else 0 for n, alone in zip(pads, single)] for pads in (lead, trail))
+        )
+        lead, trail = (
+            [0 if alone else n for n, alone in zip(pads, single)] for pads in (lead, trail)
+        )
     while any(lead) or any(trail):
-        near, far = ([n if n < size else size - 1 for n, size in zip(pads, x.shape[2:])] for pads in (lead, trail))
+        near, far = (
+            [n if n < size else size - 1 for n, size in zip(pads, x.shape[2:])]
+            for pads in (lead, trail)
+        )
         x = F.pad(x, pad_amounts(near, far), mode="reflect")
         lead = [n - seen for n, seen in zip(lead, near)]
         trail = [n - seen for n, seen in zip(trail, far)]
@@ -138,9 +149,13 @@ def _convolve(x: Tensor, window: Window) -> Tensor:
     """The blur as one grouped convolution."""
     channels = _constant(x.shape[1])
     products = [math.prod(taps) for taps in itertools.product(*window.taps)]
-    kernel = torch.tensor(products, dtype=x.dtype, device=x.device).view(1, 1, *map(len, window.taps))
+    kernel = torch.tensor(products, dtype=x.dtype, device=x.device).view(
+        1, 1, *map(len, window.taps)
+    )
     convolve = F.conv2d if window.rank == 2 else F.conv3d
-    return convolve(x, kernel.expand(channels, *kernel.shape[1:]), stride=window.stride, groups=channels)
+    return convolve(
+        x, kernel.expand(channels, *kernel.shape[1:]), stride=window.stride, groups=channels
+    )
 
 
 def _constant(size: Any) -> int:

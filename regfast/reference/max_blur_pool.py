@@ -91,7 +91,9 @@ def _in_its_format(x: Tensor, window: Window) -> Tensor:
     return in_format_of(x, y)
 
 
-def split(window: Window, sizes: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...], Window]:
+def split(
+    window: Window, sizes: tuple[int, ...]
+) -> tuple[tuple[int, ...], tuple[int, ...], Window]:
     """How far beyond each end of x the maxima reach, and the blur of these maxima.
 
     What the blur reads depends on `size % stride`. Here it may read up to `stride - 1` positions more than it needs, so that
@@ -112,13 +114,31 @@ def split(window: Window, sizes: tuple[int, ...]) -> tuple[tuple[int, ...], tupl
             after.append(map_limits(window, axis, size)[1] - size + last_hole + 1 - p)
             lead.append(window.lead[axis])
             trail.append(more)
-    ones, mode = (1,) * window.rank, "replicate" if window.padding_mode == "partial" else window.padding_mode
-    blur = Window(ones, window.stride, (0,) * window.rank, ones, False, window.taps, tuple(lead), tuple(trail), mode)
+    ones, mode = (
+        (1,) * window.rank,
+        "replicate" if window.padding_mode == "partial" else window.padding_mode,
+    )
+    blur = Window(
+        ones,
+        window.stride,
+        (0,) * window.rank,
+        ones,
+        False,
+        window.taps,
+        tuple(lead),
+        tuple(trail),
+        mode,
+    )
     return tuple(before), tuple(after), blur
 
 
 def all_maxima(
-    x: Tensor, window: Window, before: tuple[int, ...], after: tuple[int, ...], by_library: bool, dtype: torch.dtype
+    x: Tensor,
+    window: Window,
+    before: tuple[int, ...],
+    after: tuple[int, ...],
+    by_library: bool,
+    dtype: torch.dtype,
 ) -> Tensor:
     """The maximum of every window that fits in x extended by `before` and `after` positions that never win.
 
@@ -127,14 +147,24 @@ def all_maxima(
     if not window.takes_max:
         return x
     undilated = all(d == 1 for d in window.dilation)
-    if undilated and not by_library and is_compiled() and is_differentiated(x) and not is_transformed():
+    if (
+        undilated
+        and not by_library
+        and is_compiled()
+        and is_differentiated(x)
+        and not is_transformed()
+    ):
         return _CompiledMaxima.apply(x, window, before, after, dtype)
     x = x.to(dtype)
     if by_library:
         max_pool = (F.max_pool1d, F.max_pool2d, F.max_pool3d)[window.rank - 1]
         # A window with holes may hold padding alone, and PyTorch's max pooling then points outside the image.
         holds_something = undilated or not any(before)
-        if holds_something and before == after and all(2 * p <= k for p, k in zip(before, window.kernel_size)):
+        if (
+            holds_something
+            and before == after
+            and all(2 * p <= k for p, k in zip(before, window.kernel_size))
+        ):
             return max_pool(x, window.kernel_size, 1, before, window.dilation)
         if undilated:
             return max_pool(_repeat_ends(x, before, after), window.kernel_size, 1)
@@ -178,7 +208,9 @@ def _slide(x: Tensor, window: Window, before: tuple[int, ...] | None = None) -> 
             else:
                 # No gradient may go to padding: it is replaced even by an equal.
                 padding_until = before[axis] - (i - 1) * window.dilation[axis]
-                best = torch.where(_wins(value, best) | (_positions(x, window, axis) < padding_until), value, best)
+                best = torch.where(
+                    _wins(value, best) | (_positions(x, window, axis) < padding_until), value, best
+                )
         x = best
     return x
 
@@ -209,7 +241,12 @@ class _CompiledMaxima(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, window: Window, before: tuple[int, ...], after: tuple[int, ...], dtype: torch.dtype
+        ctx: Any,
+        x: Tensor,
+        window: Window,
+        before: tuple[int, ...],
+        after: tuple[int, ...],
+        dtype: torch.dtype,
     ) -> Tensor:
         ctx.save_for_backward(x)
         ctx.window, ctx.before, ctx.after = window, before, after
@@ -219,7 +256,10 @@ class _CompiledMaxima(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
         # With all windows that touch the image, every element has as many.
-        before, after = ([k - 1 - p for k, p in zip(ctx.window.kernel_size, pads)] for pads in (ctx.before, ctx.after))
+        before, after = (
+            [k - 1 - p for k, p in zip(ctx.window.kernel_size, pads)]
+            for pads in (ctx.before, ctx.after)
+        )
         amounts = pad_amounts(before, after)
         grad = F.pad(grad, amounts) if any(amounts) else grad
         return _gather(x, grad, ctx.window, ctx.window.rank - 1).to(x.dtype), None, None, None, None
@@ -246,4 +286,6 @@ def _gather(x: Tensor, grad: Tensor, window: Window, axis: int) -> Tensor:
         shares.append(torch.where(win, grad, 0))
         grad = torch.where(win, 0, grad)
     # The windows that an element is the last sample of start `last` positions before those that it is the first of.
-    return functools.reduce(torch.add, [share.narrow(dim, i, size) for i, share in enumerate([*shares, grad])])
+    return functools.reduce(
+        torch.add, [share.narrow(dim, i, size) for i, share in enumerate([*shares, grad])]
+    )

@@ -35,9 +35,18 @@ def mixup(
         box = None if box is None else box.expand(x.shape[0], 4)
         weight = _weight(lam, x, accumulator(x.dtype, dtype))
         if _prefers_parts(x, index, weight, box):
-            return _in_parts(x, index, weight, box, *arguments, torch.empty_like(x, dtype=dtype, memory_format=memory_format))
+            return _in_parts(
+                x,
+                index,
+                weight,
+                box,
+                *arguments,
+                torch.empty_like(x, dtype=dtype, memory_format=memory_format),
+            )
         wide = x.to(gradient_dtype(x, dtype))
-        return as_laid_out(_mixed(wide, _take(wide, index), weight, box, *arguments), x, memory_format)
+        return as_laid_out(
+            _mixed(wide, _take(wide, index), weight, box, *arguments), x, memory_format
+        )
 
 
 def _weight(lam: float | Tensor, x: Tensor, dtype: torch.dtype) -> float | Tensor:
@@ -72,7 +81,12 @@ def _in_parts(
 ) -> Tensor:
     """Fills y, some samples at a time."""
     count = max(_PART // max(x.shape[1:].numel(), 1), 1)
-    plain = box is None and scale is None and x.dtype == dtype == accumulator(dtype) and not _leaves_out(lam)
+    plain = (
+        box is None
+        and scale is None
+        and x.dtype == dtype == accumulator(dtype)
+        and not _leaves_out(lam)
+    )
     # (A CPU's tensor, which is there already.)
     lam = lam.item() if isinstance(lam, Tensor) and lam.ndim == 0 else lam
     for first in range(0, x.shape[0], count):
@@ -82,7 +96,9 @@ def _in_parts(
         if plain:
             _blend_into(y[part], own, partner, weight)
         else:
-            y[part] = _mixed(own, partner, weight, None if box is None else box[part], scale, shift, dtype)
+            y[part] = _mixed(
+                own, partner, weight, None if box is None else box[part], scale, shift, dtype
+            )
     return y
 
 

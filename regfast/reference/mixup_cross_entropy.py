@@ -39,7 +39,9 @@ def mixup_cross_entropy(
         if label_weight is not None:
             scores = scores * label_weight
         if label_smoothing:
-            scores = (1 - label_smoothing) * scores + label_smoothing / z.shape[1] * _of_all_classes(log_p, weight)
+            scores = (1 - label_smoothing) * scores + label_smoothing / z.shape[
+                1
+            ] * _of_all_classes(log_p, weight)
         # Not a product with zero, which would let an infinity through.
         scores = _without(scores, ignored)
         lam = lam.to(wide)
@@ -61,11 +63,17 @@ def _without(t: Tensor, ignored: Tensor | None) -> Tensor:
 
 def _of_all_classes(log_p: Tensor, weight: Tensor | None) -> Tensor:
     """The scores of each row's classes, weighted and added up, (N, 1, ...)."""
-    weighted = log_p if weight is None else log_p * weight.to(log_p.dtype).view(-1, *(1,) * (log_p.ndim - 2))
+    weighted = (
+        log_p
+        if weight is None
+        else log_p * weight.to(log_p.dtype).view(-1, *(1,) * (log_p.ndim - 2))
+    )
     return weighted.sum(1, keepdim=True)
 
 
-def _denominators(labels: Tensor, label_weight: Tensor | None, ignored: Tensor | None, rows: list[int]) -> Tensor | int:
+def _denominators(
+    labels: Tensor, label_weight: Tensor | None, ignored: Tensor | None, rows: list[int]
+) -> Tensor | int:
     """What the mean divides each term by: the sum of the weights, or else the number, of its labels that are not ignored."""
     if label_weight is not None:
         return _without(label_weight, ignored).sum(rows)
