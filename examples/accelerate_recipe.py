@@ -1,7 +1,7 @@
-"""A Hugging Face Accelerate loop with regfast: MixUp on the device, its loss, an anti-aliased model.
+"""A Hugging Face Accelerate loop with MixUp on the device, its loss and an anti-aliased model.
 
-python examples/accelerate_recipe.py            # the embedded digits; needs the package `accelerate`
-accelerate launch examples/accelerate_recipe.py # on all devices, as `accelerate config` says
+python examples/accelerate_recipe.py            # scikit-learn's digits; needs accelerate
+accelerate launch examples/accelerate_recipe.py # on all devices, after `accelerate config`
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ except ImportError as error:
 
 
 def main(epochs: int = 3) -> float:
-    """The accuracy on the test images, after the last epoch."""
+    """Train, and return the accuracy on the test images after the last epoch."""
     images = data.load("digits")
     mean, std = images.statistics()
     model = models.make("cnn", channels=1, classes=10, width=16, antialias=True)

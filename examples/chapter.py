@@ -1,11 +1,13 @@
-"""The chapter's and the blog post's comparison: seven ways to train, several seeds, and the pictures of what came of it.
+"""The comparison of the chapter and the blog post: seven ways to train, several seeds, figures.
 
-    python examples/chapter.py                                                      # the embedded digits, minutes
-    python examples/chapter.py --seeds 3 -- --data cifar10 --root DIR --epochs 30    # what follows -- goes to train.py
-    python examples/chapter.py --device cuda --minutes 9 -- --data cifar10 --root DIR --batch 128 --channels-last --epochs 30
+    python examples/chapter.py    # scikit-learn's digits, minutes
+    python examples/chapter.py --seeds 3 -- --data cifar10 --root DIR --epochs 30
+    python examples/chapter.py --device cuda --minutes 9 -- --data cifar10 --root DIR \\
+        --batch 128 --channels-last --epochs 30
 
-Killed, or out of time, and started again it goes on from the last finished epoch. --out gets a folder for each run, the figures
-and results.md, of the runs that have finished.
+The arguments after -- go to train.py. A run that was killed or out of time, started again, goes on
+from the last finished epoch. --out gets a folder per run, and the figures and results.md of the
+finished runs.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "input mixup": ("--model", "cnn", "--mixup", "1"),
     "manifold mixup": ("--model", "cnn", "--manifold", "2"),
 }
-# Test images shown, and the place of each in the order of how much a shift moves the predictions.
+# One test image is shown per rank, in the order of how much shifts move the predictions.
 RANKS = (0.5, 0.75, 0.95)
 
 
@@ -47,9 +49,10 @@ def folder_of(out: Path, variant: str, seed: int) -> Path:
 def run(
     out: Path, variants: Sequence[str], seeds: int, arguments: Sequence[str], deadline: float
 ) -> tuple[dict[str, list[Path]], list[str]]:
-    """Trains every variant with every seed, the seeds first, so that each comparison is whole as early as it can be.
+    """Train every variant with every seed; the loop over seeds is outermost.
 
-    Returns the folders of the runs that have finished, by variant, and the names of those that have not.
+    So each comparison is complete as early as possible. Return the folders of the finished runs, by
+    variant, and the names of the others.
     """
     finished: dict[str, list[Path]] = {variant: [] for variant in variants}
     left = []
@@ -66,7 +69,7 @@ def run(
 
 
 def read(folders: Sequence[Path]) -> list[tuple[list[dict[str, Any]], dict[str, Any]]]:
-    """Of each run, its epochs and its result."""
+    """Return the epochs and the result of each run."""
     lines = [(folder / "metrics.jsonl").read_text().splitlines() for folder in folders]
     return [
         (list(map(json.loads, line)), json.loads((folder / "result.json").read_text()))
@@ -81,7 +84,7 @@ def draw(
     images: data.Dataset,
     command: str,
 ) -> list[Path]:
-    """The figures and the table of what has finished; the table names what is left."""
+    """Write the figures and the table of the finished runs; the table names the others."""
     runs = {variant: read(own) for variant, own in folders.items()}
     by_epoch, by_time = {}, {}
     for variant, own in runs.items():
@@ -95,7 +98,10 @@ def draw(
         return {variant: [result[name] for result in own] for variant, own in results.items()}
 
     where = f"{images.name}, centre crops of {len(images.test.x)} test images"
-    deviation = "deviation of the true class's probability over\n64 shifts, the median image's (less is better)"
+    deviation = (
+        "deviation of the true class's probability over\n"
+        "64 shifts, the median image's (less is better)"
+    )
     consistency = "pairs of shifts with one prediction,\nof all images (more is better)"
     panels = [
         figures.Measure(deviation, values("deviation")),
@@ -128,7 +134,7 @@ def elapsed(epochs: Sequence[dict[str, Any]]) -> list[float]:
 
 
 def shifts(path: Path, folders: dict[str, list[Path]], images: data.Dataset) -> Path:
-    """Three images at the ranks in the order of how much shifts move the predictions, all variants counting alike."""
+    """Show one image per rank, by how much shifts move the mean variant's predictions."""
     kept = {
         variant: torch.load(own[0] / "shifts.pt")["probability"] for variant, own in folders.items()
     }
@@ -150,7 +156,7 @@ def shifts(path: Path, folders: dict[str, list[Path]], images: data.Dataset) -> 
 
 
 def table(results: dict[str, list[dict[str, Any]]]) -> str:
-    """Mean and spread over seeds, in Markdown."""
+    """Return the mean and spread over seeds, in Markdown."""
     lines = [
         "| | accuracy | deviation over shifts | consistency | seconds | seeds |",
         "| --- | --- | --- | --- | --- | --- |",
@@ -172,7 +178,7 @@ def spread(values: Sequence[float], form: str) -> str:
 
 
 def command_of(arguments: Sequence[str]) -> str:
-    """How to do it again; where the data lie is everybody's own business, and so is where the results go."""
+    """Return the command of this run, with stand-ins for the folders of data and results."""
     given, hidden = list(arguments), {"--root": "DIR", "--out": "OUT"}
     for option, stand_in in hidden.items():
         if option in given[:-1]:
@@ -201,8 +207,8 @@ def main(arguments: Sequence[str]) -> list[Path]:
         metavar="NAME",
         help=", ".join(VARIANTS),
     )
-    parser.add_argument("--device", help="of train.py")
-    help = "begin no epoch after so many; the same command goes on (default: no end)"
+    parser.add_argument("--device", help="passed to train.py")
+    help = "begin no epoch after this time; the same command goes on (default: no limit)"
     parser.add_argument("--minutes", type=train.amount, default=math.inf, help=help)
     parser.add_argument(
         "--out", type=Path, default=Path("out/chapter"), help="(default: %(default)s)"

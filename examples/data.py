@@ -1,6 +1,6 @@
-"""Labelled images as bytes, in memory: scikit-learn's digits, CIFAR-10 and CIFAR-100 as they are distributed, or a folder's.
+"""Labelled images as bytes, in memory: scikit-learn's digits, CIFAR-10, CIFAR-100 or a folder.
 
-Nothing is downloaded. What cannot be read is an error that names the file, and the row in it.
+Nothing is downloaded. An unreadable file is an error that names the file, and the row in it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif
 
 
 class DataError(ValueError):
-    """What is wrong with the data, and where."""
+    """A fault in the data; the message says where it is."""
 
 
 class Split(NamedTuple):
@@ -34,7 +34,7 @@ class Split(NamedTuple):
 
 
 class Dataset(NamedTuple):
-    """A training and a test set, and the names of their classes."""
+    """A training set, a test set and the names of their classes."""
 
     name: str
     classes: Sequence[str]
@@ -48,7 +48,7 @@ class Dataset(NamedTuple):
         return self._replace(train=train, test=test)
 
     def statistics(self) -> tuple[list[float], list[float]]:
-        """The mean and the deviation of each channel of the training images, of values between 0 and 1."""
+        """Return each channel's mean and deviation over the training images, scaled to [0, 1]."""
         x = self.train.x.float() / 255
         std, mean = torch.std_mean(x, dim=(0, 2, 3))
         return mean.tolist(), std.clamp(min=1e-3).tolist()
@@ -57,7 +57,10 @@ class Dataset(NamedTuple):
 def load(
     name: str, root: Path | None = None, size: int = SIZE, limit: int | None = None
 ) -> Dataset:
-    """The data set `name`: "digits", or what lies in `root`: "cifar10", "cifar100", "folder". Of each split the first `limit`."""
+    """Load a data set by name, the first `limit` images of each split.
+
+    It is "digits"; or "cifar10", "cifar100" or "folder", from the folder `root`.
+    """
     if name == "digits":
         data = _digits(size)
     elif root is None:
@@ -85,7 +88,7 @@ def _digits(size: int) -> Dataset:
         .to(torch.uint8)
     )
     y = torch.from_numpy(digits.target).long()
-    # The set is ordered by writer, so the last images are in hands that training has not seen.
+    # The set is ordered by writer, so no writer of the last images is in the training set.
     held_out = len(x) // 5
     return Dataset(
         "digits",
@@ -96,7 +99,7 @@ def _digits(size: int) -> Dataset:
 
 
 def _cifar(name: str, root: Path) -> Dataset:
-    """CIFAR from whichever form of it lies in `root`."""
+    """Load CIFAR from any of its forms in `root`."""
     ten = name == "cifar10"
     forms: list[tuple[str, Callable[[Path], tuple[Split, Split]]]] = [
         ("cifar-10-batches-py" if ten else "cifar-100-python", lambda _: _torchvision(name, root)),
@@ -142,7 +145,10 @@ def _torchvision(name: str, root: Path) -> tuple[Split, Split]:
 
 
 def _binary(folder: Path, ten: bool) -> tuple[Split, Split]:
-    """The binary release: records of a label (of CIFAR-100 a coarse one before it) and 3 x 32 x 32 bytes."""
+    """Load the binary release, with records of a label and 3 x 32 x 32 bytes.
+
+    CIFAR-100 has a coarse label before the fine one.
+    """
     train = [f"data_batch_{n}.bin" for n in range(1, 6)] if ten else ["train.bin"]
     test = ["test_batch.bin" if ten else "test.bin"]
     labels = 1 if ten else 2
@@ -155,7 +161,8 @@ def _binary(folder: Path, ten: bool) -> tuple[Split, Split]:
             raw = np.fromfile(path, np.uint8)
             if not len(raw) or len(raw) % (labels + 3072):
                 raise DataError(
-                    f"{path} has {len(raw)} bytes, which is no number of records of {labels + 3072}: it is cut off"
+                    f"{path} has {len(raw)} bytes, which is no number of records of "
+                    f"{labels + 3072}: it is cut off"
                 )
             table = raw.reshape(-1, labels + 3072)
             for row, number in enumerate(table[:, labels - 1].tolist()):
@@ -167,7 +174,10 @@ def _binary(folder: Path, ten: bool) -> tuple[Split, Split]:
 
 
 def _parquet(folder: Path, split: str, ten: bool) -> Split:
-    """Hugging Face's columns: `img` or `image`, a struct with encoded `bytes`; `label` (CIFAR-100: `fine_label`)."""
+    """Load Hugging Face's columns: `img` or `image`, and `label` (CIFAR-100: `fine_label`).
+
+    An image is encoded, as bytes or as a struct with `bytes`.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -213,7 +223,7 @@ def _column(path: Path, columns: Sequence[str], names: Sequence[str]) -> str:
 
 
 def _folder(root: Path, size: int) -> Dataset:
-    """root/train/CLASS/*.png and root/test (or val)/CLASS/*.png, scaled and cut to squares of `size`."""
+    """Load root/train/CLASS/*.png and root/test (or val)/CLASS/*.png, cut to squares of `size`."""
     train, test = (
         root / "train",
         next((root / name for name in ("test", "val") if (root / name).is_dir()), root / "test"),
@@ -247,7 +257,7 @@ def _read_folder(folder: Path, classes: Sequence[str], size: int) -> Split:
         if not paths:
             raise DataError(f"{folder / name} has no images ({', '.join(IMAGE_SUFFIXES)})")
         found += [(turn, label, path) for turn, path in enumerate(paths)]
-    # Each class in turn, so that the first images, all that a limit leaves, have every class.
+    # Sort by the turn, so that a limit keeps images of every class.
     found.sort()
     images = [_decode(str(path), path.read_bytes(), size, exact=False) for _, _, path in found]
     return Split(
@@ -257,7 +267,7 @@ def _read_folder(folder: Path, classes: Sequence[str], size: int) -> Split:
 
 
 def _images(folder: Path) -> Iterator[Path]:
-    """The images of a class, also those in folders within; nothing hidden."""
+    """Yield the images of a class and of its subfolders, without hidden ones."""
     for parent, folders, names in os.walk(folder, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
@@ -266,7 +276,7 @@ def _images(folder: Path) -> Iterator[Path]:
 
 
 def _decode(where: str, encoded: Any, size: int, exact: bool) -> np.ndarray:
-    """An encoded image as (size, size, 3) bytes."""
+    """Decode an image to (size, size, 3) bytes."""
     from PIL import Image, ImageOps
 
     try:
@@ -275,34 +285,34 @@ def _decode(where: str, encoded: Any, size: int, exact: bool) -> np.ndarray:
         raise DataError(f"{where}: this is no readable image: {error}") from error
     if exact and image.size != (size, size):
         raise DataError(
-            f"{where}: the image must have {size}x{size} pixels, got {image.size[0]}x{image.size[1]}"
+            f"{where}: the image must have {size}x{size} pixels, got "
+            f"{image.size[0]}x{image.size[1]}"
         )
     return np.asarray(ImageOps.fit(image, (size, size)))
 
 
 def _in_bytes(image: Any) -> Any:
-    """A PIL image of wide greys with 8 bits each; PIL's own conversion would clip them to white."""
+    """Reduce a PIL image of wide greys to 8 bits; PIL's own conversion would clip them to white."""
     from PIL import Image
 
-    # PIL reads 16-bit PNM files, and other formats' 32 bits, as "I".
+    # PIL opens 16-bit PNM files, and other formats with 32 bits, as "I".
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
-        # The high byte, which is what PIL keeps of 16-bit colours.
+        # Keep the high byte, as PIL does for 16-bit colours.
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode in ("I", "F"):
-        raise ValueError(
-            f"its pixels are 32-bit {'integers' if image.mode == 'I' else 'floats'}, whose range is unknown"
-        )
+        kind = "integers" if image.mode == "I" else "floats"
+        raise ValueError(f"its pixels are 32-bit {kind} of unknown range")
     return image
 
 
 def draw_crops(count: int, side: int, crop: int, generator: torch.Generator) -> list[Tensor]:
-    """Where to cut `count` images of `side` pixels: the first row and column, and whether to mirror; on the host."""
+    """Draw on the host each image's first row and column, and whether to mirror it."""
     first = torch.randint(0, side - crop + 1, (2, count), generator=generator)
     return [*first, torch.rand(count, generator=generator) < 0.5]
 
 
 def cut(images: Tensor, drawn: Sequence[Tensor], crop: int, flip: bool) -> Tensor:
-    """A crop of each image, where it was drawn."""
+    """Cut the drawn crop from each image."""
     top, left, mirrored = (d.to(images.device).unsqueeze(1) for d in drawn)
     offset = torch.arange(crop, device=images.device)
     rows, columns = (
@@ -310,7 +320,7 @@ def cut(images: Tensor, drawn: Sequence[Tensor], crop: int, flip: bool) -> Tenso
         left + (torch.where(mirrored, crop - 1 - offset, offset) if flip else offset),
     )
     sample = torch.arange(len(images), device=images.device)
-    # The channels last, because the indexed dimensions must be neighbours to stay where they are.
+    # Indexed dimensions must be neighbours to stay in place, so move the channels last.
     crops = images.permute(0, 2, 3, 1)[sample[:, None, None], rows[:, :, None], columns[:, None, :]]
     return crops.permute(0, 3, 1, 2).contiguous()
 

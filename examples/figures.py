@@ -1,4 +1,4 @@
-"""The chapter's pictures."""
+"""The chapter's figures."""
 
 from __future__ import annotations
 
@@ -23,15 +23,16 @@ INK, MUTED, RULE = "#222222", "#6b6b6b", "#d9d9d9"
 STYLE = {
     "font.size": 11, "text.color": INK, "axes.labelcolor": MUTED, "axes.edgecolor": RULE,
     "xtick.color": MUTED, "ytick.color": MUTED,
-    "axes.spines.top": False, "axes.spines.right": False, "savefig.dpi": 160, "savefig.facecolor": "white",
+    "axes.spines.top": False, "axes.spines.right": False,
+    "savefig.dpi": 160, "savefig.facecolor": "white",
 }  # fmt: skip
 
-# Of each variant, a curve (x, y) for each seed.
+# A curve (x, y) per seed, by variant.
 Curves = Mapping[str, Sequence[tuple[Sequence[float], Sequence[float]]]]
 
 
 def curves(path: Path, title: str, xlabel: str, lines: Curves) -> Path:
-    """Accuracies of each variant: the mean over seeds, and their range behind it."""
+    """Plot the accuracy of each variant: the mean over seeds, and their range behind it."""
     with _figure(path, (9.2, 5.2), title) as figure:
         axes = figure.add_axes((0.085, 0.13, 0.62, 0.71))
         settled = []
@@ -43,7 +44,7 @@ def curves(path: Path, title: str, xlabel: str, lines: Curves) -> Path:
             )
             axes.fill_between(x, y.min(0), y.max(0), color=colour, alpha=0.18, linewidth=0)
             settled += [y[:, y.shape[1] // 4 :].min(), y.max()]
-        # The first quarter may rise from below the frame: the difference is in the rest.
+        # The first quarter may rise from below the frame: the variants differ in the rest.
         margin = 0.05 * (max(settled) - min(settled)) + 0.005
         axes.set_ylim(min(settled) - margin, max(settled) + margin)
         axes.set_xlabel(xlabel)
@@ -61,7 +62,7 @@ def curves(path: Path, title: str, xlabel: str, lines: Curves) -> Path:
 
 
 class Measure(NamedTuple):
-    """A number of each variant, a value for each seed."""
+    """A number of each variant, one value per seed."""
 
     label: str
     values: Mapping[str, Sequence[float]]
@@ -69,7 +70,7 @@ class Measure(NamedTuple):
 
 
 def measures(path: Path, title: str, panels: Sequence[Measure]) -> Path:
-    """Numbers of each variant, side by side: every seed as a dot, and a bar at their mean."""
+    """Plot numbers of each variant, side by side: a dot per seed, and a bar at their mean."""
     variants = list(panels[0].values)
     with _figure(path, (2.4 + 4.2 * len(panels), 0.5 * len(variants) + 1.9), title) as figure:
         grid = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
@@ -111,7 +112,10 @@ def shifts(
     images: Tensor,
     names: Sequence[str],
 ) -> Path:
-    """The true class's probability at every shift of a few images, a heat map a variant. `probabilities` are (images, shifts)."""
+    """Draw the true class's probability at every shift of a few images, one heat map per variant.
+
+    `probabilities` holds (images, shifts) tensors.
+    """
     columns = 1 + len(probabilities)
     with _figure(path, (2.1 * columns, 2.2 * len(images) + 0.9), title) as figure:
         grid = figure.subplots(
@@ -131,7 +135,9 @@ def shifts(
                     probability[row].view(side, side).numpy(), cmap="cividis", vmin=0, vmax=1
                 )
                 axes.set_title(
-                    f"{name}\n± {probability[row].std(correction=0):.3f}", color=colour, fontsize=10
+                    f"{name}\n± {probability[row].std(correction=0):.3f}",
+                    color=colour,
+                    fontsize=10,
                 )
         for axes in grid.flat:
             axes.set_axis_off()
@@ -139,7 +145,7 @@ def shifts(
 
 
 def densities(path: Path, alphas: Sequence[float] = (0.1, 0.25, 1.0, 2.0)) -> Path:
-    """Beta(alpha, alpha), from which MixUp draws lam."""
+    """Plot Beta(alpha, alpha), the distribution of MixUp's lam."""
     with _figure(path, (7.6, 4.4), r"How much of each: Beta($\alpha$, $\alpha$)") as figure:
         axes = figure.add_axes((0.09, 0.14, 0.86, 0.68))
         lam = np.linspace(0.005, 0.995, 400)
@@ -160,7 +166,7 @@ def densities(path: Path, alphas: Sequence[float] = (0.1, 0.25, 1.0, 2.0)) -> Pa
 
 
 def stripes(side: int) -> Tensor:
-    """Black and white stripes that grow ever finer, (1, 1, side, side)."""
+    """Return black and white stripes that grow ever finer, (1, 1, side, side)."""
     across, down = torch.meshgrid(
         torch.linspace(0, 1, side), torch.linspace(0, 1, side), indexing="xy"
     )
@@ -177,7 +183,7 @@ def pooled(image: Tensor, factor: int) -> dict[str, Tensor]:
 
 
 def zebra(path: Path, side: int = 256, factor: int = 4) -> Path:
-    """Stripes pooled by max and by MaxPool2dAA, side by side."""
+    """Draw stripes pooled by nn.MaxPool2d and by MaxPool2dAA, side by side."""
     image = stripes(side)
     with _figure(path, (9.6, 4.0), f"Stripes pooled {factor} times: aliased, and not") as figure:
         grid = figure.subplots(1, 3)

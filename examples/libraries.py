@@ -1,4 +1,4 @@
-"""Import timm and torchvision also where torchvision's C++ operators do not load."""
+"""Import timm and torchvision, even if torchvision's C++ operators do not load."""
 
 from __future__ import annotations
 
@@ -34,11 +34,12 @@ def load(name: str) -> ModuleType:
 
 @cache
 def _declare_operators() -> torch.library.Library | None:
-    """Let torchvision, which timm imports too, load beside a build of torch that it was not made for.
+    """Let torchvision, which timm imports too, load beside another build of torch.
 
-    A package index serves one build of torchvision, linked against a CUDA build of torch. Beside a CPU build its operators
-    (`nms`, `roi_align`) are missing, and the import stops where it describes them. The classifiers and data sets call none,
-    so it is enough to declare the names. The cache keeps the library, and the declarations with it, alive.
+    A package index has one build of torchvision, linked against a CUDA build of torch. Beside a CPU
+    build its operators (`nms`, `roi_align`) are missing, and the import stops at their
+    registrations. The classifiers and data sets call none, so it is enough to declare the names.
+    The cache keeps the library, and its declarations, alive.
     """
     spec = importlib.util.find_spec("torchvision")
     if spec is None or spec.origin is None:

@@ -1,6 +1,6 @@
 """MixUp or manifold mixup, and the mixed loss, in a LightningModule.
 
-python examples/lightning_module.py    # the embedded digits, three epochs; needs the extra regfast[lightning]
+python examples/lightning_module.py    # scikit-learn's digits; needs the extra regfast[lightning]
 """
 
 from __future__ import annotations
@@ -24,12 +24,14 @@ except ImportError as error:
 
 
 class MixedClassifier(LightningModule):
-    """Any classifier, trained on mixed batches of bytes; validated on batches that are normalised alike, and not mixed.
+    """Any classifier, trained on mixed batches of bytes.
+
+    Validation batches are normalised like the training batches, but not mixed.
 
     Args:
-        model: gives logits, (B, classes).
-        mean, std: of the images' channels, of values between 0 and 1.
-        alpha: of MixUp; or with `manifold`, of manifold mixup.
+        model: returns logits, (B, classes).
+        mean, std: of the images' channels, scaled to [0, 1].
+        alpha: of MixUp; with `manifold`, of manifold mixup.
     """
 
     def __init__(
@@ -51,14 +53,14 @@ class MixedClassifier(LightningModule):
         if self.mixed is None:
             output = self.model(x)
         else:
-            # The bytes are normalised, and what one of the layers hands on is mixed.
+            # self.mix has alpha 0 here and only normalises. ManifoldMixup mixes in a layer.
             output, target = self.mixed(x, batch[1])
         loss = self.criterion(output, target)
         self.log("train_loss", loss)
         return loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor], _index: int) -> None:
-        # In evaluation mode the mixing is the normalisation alone; Lightning sets the mode of all that is in the module.
+        # In evaluation mode self.mix only normalises. Lightning sets the mode of all submodules.
         x, y = self.mix(*batch)
         self.log("accuracy", (self.model(x).argmax(1) == y).float().mean())
 

@@ -9,7 +9,7 @@ import regfast
 
 
 def cnn(channels: int, classes: int, width: int) -> nn.Sequential:
-    """The chapter's CNN: six convolutions, a pooling after every second."""
+    """The chapter's CNN: six convolutions, with a pooling after every second one."""
     layers: list[nn.Module] = []
     for out in (width, 2 * width, 4 * width):
         for _ in range(2):
@@ -28,7 +28,10 @@ def cnn(channels: int, classes: int, width: int) -> nn.Sequential:
 def resnet(
     channels: int, classes: int, width: int, rezero: bool, blocks: int = 28
 ) -> nn.Sequential:
-    """The chapter's residual network: 28 blocks of two convolutions in three stages, a pooling after the first two."""
+    """The chapter's residual network: 28 blocks of two convolutions, in three stages.
+
+    A pooling follows the first stage, and another the second.
+    """
     layers: list[nn.Module] = [
         nn.Conv2d(channels, width, 3, padding=1, bias=False),
         nn.BatchNorm2d(width),
@@ -55,13 +58,14 @@ def make(
     rezero: bool = False,
     antialias: bool = False,
 ) -> nn.Module:
-    """A network by name: "cnn", "resnet", "timm:NAME" or "torchvision:NAME"; anti-aliased if asked for.
+    """Make a network by name: "cnn", "resnet", "timm:NAME" or "torchvision:NAME".
 
-    `width` is that of the first two's first convolution.
+    `width` is the channels of the first convolution of "cnn" and "resnet". `antialias` converts the
+    network.
 
     Raises:
-        ValueError: for an unknown name, or gates outside "resnet".
-        ImportError: for a library that does not import.
+        ValueError: if the name is unknown, or `rezero` is set for a network other than "resnet".
+        ImportError: if a library does not import.
     """
     library, _, kind = name.partition(":")
     if rezero and name != "resnet":
@@ -86,7 +90,7 @@ def _of_library(library: str, kind: str, channels: int, classes: int) -> nn.Modu
             return module.create_model(kind, num_classes=classes, in_chans=channels)
         except (RuntimeError, ValueError) as error:
             raise ValueError(f"{name}: timm makes no such model: {error}") from error
-    # The classifiers alone: a detector would download the weights of its backbone.
+    # Only classifiers: a detector would download the weights of its backbone.
     if kind not in module.models.list_models(module.models):
         raise ValueError(f"{name}: torchvision has no such classifier")
     if channels != 3:

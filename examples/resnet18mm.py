@@ -1,4 +1,4 @@
-"""The blog post's ResNet-18 with manifold mixup, on torchvision's ResNet-18 and regfast.ManifoldMixup.
+"""The blog post's ResNet-18 with manifold mixup, from torchvision's ResNet-18 and ManifoldMixup.
 
 `python examples/resnet18mm.py` trains it for a few steps on random images.
 """
@@ -14,10 +14,11 @@ import regfast
 
 
 class Resnet18MM(nn.Module):
-    """A ResNet-18 of five blocks, that mixes what enters one of them: the stem (k = 0: the images), layer1 to layer3, or layer4
-    with the head.
+    """A ResNet-18 of five blocks, with a mix at the input of one of them.
 
-    The post's class ran the blocks before k twice, drew from NumPy's global state, and lost the flattening before `fc`.
+    The blocks are the stem (k = 0: its input is the images), layer1, layer2, layer3, and layer4
+    with the head. The post's class ran the blocks before k twice, drew from NumPy's global state,
+    and lost the flattening before `fc`.
 
     Args:
         num_classes: the number of classes.
@@ -34,19 +35,20 @@ class Resnet18MM(nn.Module):
         )
 
     def forward(self, x: Tensor, mixup: bool = False) -> tuple[Tensor, Tensor | None, float | None]:
-        """(output, index, lam) of images (B, 3, H, W): the loss is lam * loss(output, y) + (1 - lam) * loss(output, y[index]).
+        """Return (output, index, lam) for images (B, 3, H, W).
 
-        Without mixup, index and lam are None.
+        The loss is lam * loss(output, y) + (1 - lam) * loss(output, y[index]). Without mixup, index
+        and lam are None.
         """
         if not mixup:
             return self.manifold.model(x), None, None
-        # The samples' own numbers as labels, so that the partners' labels are the index.
+        # The labels are the samples' numbers, so the partners' labels are the index.
         output, target = self.manifold(x, torch.arange(len(x), device=x.device))
         return output, target.b, self.last_lam
 
     def train(self, mode: bool = True) -> Resnet18MM:
         super().train(mode)
-        # Whether to mix is the caller's word here, not the mode's.
+        # The argument `mixup` decides whether to mix, not the mode.
         self.manifold.training = True
         return self
 
@@ -71,7 +73,8 @@ def main() -> None:
         loss.backward()
         optimizer.step()
         print(
-            f"step {step}: loss {loss:.3f}, mixed before block {model.last_k} with lam {model.last_lam:.2f}"
+            f"step {step}: loss {loss:.3f}, mixed before block {model.last_k} with lam "
+            f"{model.last_lam:.2f}"
         )
 
 

@@ -1,11 +1,12 @@
 """timm's model, data and optimiser with regfast's MixUp, loss and anti-aliasing.
 
-    python examples/timm_recipe.py --toy                       # a minute on a CPU, on made-up images
-    python examples/timm_recipe.py DIR --model resnet50        # DIR/train/CLASS/*.jpg, DIR/validation/CLASS/*.jpg
+    python examples/timm_recipe.py --toy    # made-up images, a minute on a CPU
+    python examples/timm_recipe.py DIR --model resnet50
     python examples/timm_recipe.py DIR --model resnetblur50 --pretrained
 
-The images reach the device as bytes; normalisation, MixUp and CutMix are one pass there. A model that timm has anti-aliased
-keeps its function and its weights (`regfast.fuse`); any other is anti-aliased (`regfast.antialias`).
+Images are DIR/train/CLASS/*.jpg and DIR/validation/CLASS/*.jpg. They reach the device as bytes;
+normalisation, MixUp and CutMix are one pass there. A model that timm has anti-aliased keeps its
+function and its weights (`regfast.fuse`). Any other model is anti-aliased (`regfast.antialias`).
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ except ImportError as error:
 
 
 class Toy(Dataset[tuple[Any, int]]):
-    """64 images of noise around a colour, which is the class."""
+    """64 images of noise around a colour; the colour is the class."""
 
     transform: Callable[[Any], Any] | None = None
     classes = ("red", "green", "blue")
@@ -70,12 +71,12 @@ def make_loader(
         pin_memory=options.device == "cuda",
         **{name: config[name] for name in names},
     )
-    # timm's prefetcher would normalise. The loader within gives bytes, which MixUp normalises as it mixes.
+    # timm's prefetcher would normalise. The loader inside it yields bytes, which MixUp normalises.
     return prefetcher.loader
 
 
 def train(options: argparse.Namespace) -> list[float]:
-    """Trains and prints the accuracy after every epoch; returns these."""
+    """Train, print the accuracy after every epoch, and return the accuracies."""
     device = torch.device(options.device)
     if options.toy:
         train_data, test_data, classes = Toy(), Toy(), len(Toy.classes)
@@ -129,17 +130,24 @@ def main(arguments: Sequence[str] | None = None) -> list[float]:
     add(
         "--toy", action="store_true", help="made-up images and a small model in place of the folder"
     )
-    add("--model", help="any of timm's (default: resnet50, or resnet18 with --toy)")
-    add("--pretrained", action="store_true", help="begin with timm's weights")
+    add("--model", help="a timm model (default: resnet50, or resnet18 with --toy)")
+    add("--pretrained", action="store_true", help="start from timm's weights")
     add(
-        "--size", type=int, help="of the images, in pixels (default: the model's, or 32 with --toy)"
+        "--size",
+        type=int,
+        help="side of the images, in pixels (default: the model's, or 32 with --toy)",
     )
     add("--epochs", type=int, default=5, help="(default: %(default)s)")
     add("--batch", type=int, default=128, help="(default: %(default)s; 16 with --toy)")
     add("--lr", type=float, default=1e-3, help="(default: %(default)s)")
     add("--mixup", type=float, default=0.2, metavar="ALPHA", help="(default: %(default)s)")
     add("--cutmix", type=float, default=1.0, metavar="ALPHA", help="(default: %(default)s)")
-    add("--workers", type=int, default=4, help="of the loader (default: %(default)s; 0 with --toy)")
+    add(
+        "--workers",
+        type=int,
+        default=4,
+        help="loader processes (default: %(default)s; 0 with --toy)",
+    )
     add(
         "--device",
         default="cuda" if torch.cuda.is_available() else "cpu",

@@ -1,13 +1,16 @@
-"""Trains an image classifier with regfast's regularisers, on one device or, under torchrun, on many.
+"""Train an image classifier with regfast's regularisers, on one device or, with torchrun, on many.
 
-    python examples/train.py                                   # the embedded digits, with the chapter's small CNN
-    python examples/train.py --data cifar10 --root DIR --model resnet --antialias --rezero --mixup 0.25 --epochs 30
-    torchrun --nproc-per-node 4 examples/train.py --data folder --root DIR --model timm:resnet50 --antialias --amp --channels-last
+    python examples/train.py    # scikit-learn's digits, the chapter's small CNN
+    python examples/train.py --data cifar10 --root DIR --model resnet --antialias --rezero \\
+        --mixup 0.25 --epochs 30
+    torchrun --nproc-per-node 4 examples/train.py --data folder --root DIR \\
+        --model timm:resnet50 --antialias --amp --channels-last
 
-Images stay bytes on the device; crops, flips, mixing and normalisation happen there. On one CUDA device the network's steps are
-CUDA graphs. Killed and started again with the same arguments it goes on from the last finished epoch. --out gets metrics.jsonl
-(a line an epoch), checkpoint.pt, result.json, and where TensorBoard is installed its events. By default it is a folder of the
-run's own, named after the data, the model and the flags.
+Images stay bytes on the device; crops, flips, mixing and normalisation happen there. On one CUDA
+device the network's steps are CUDA graphs. A killed run, started again with the same arguments,
+goes on from the last finished epoch. --out gets metrics.jsonl (one line per epoch), checkpoint.pt,
+result.json and, if TensorBoard is installed, its events. By default it is the run's own folder,
+named after the data, the model and the flags.
 """
 
 from __future__ import annotations
@@ -40,14 +43,14 @@ from torch.nn.parallel import DistributedDataParallel
 import regfast
 from regfast import info
 
-# Shifts by up to 7 pixels, 8 x 8 in all, as in the chapter.
+# The chapter shifts images by up to 7 pixels, 8 x 8 shifts in all.
 SHIFTS = 8
-# The chapter trains many networks on the same images, and decodes them once.
+# The chapter trains many networks on the same images: decode them once.
 load = functools.lru_cache(maxsize=1)(data.load)
 
 
 class Job(NamedTuple):
-    """This process among those of the run."""
+    """This process within the run's group of processes."""
 
     rank: int
     world: int
@@ -58,14 +61,14 @@ class Job(NamedTuple):
         return self.rank == 0
 
     def sum(self, *numbers: float) -> list[float]:
-        """The numbers added over all processes."""
+        """Return the numbers, each added over all processes."""
         total = torch.tensor(numbers, dtype=torch.float64, device=self.device)
         if self.world > 1:
             dist.all_reduce(total)
         return total.tolist()
 
     def gather(self, value: Any) -> list[Any]:
-        """What every process has, by rank."""
+        """Return the values of all processes, by rank."""
         values = [value] * self.world
         if self.world > 1:
             dist.all_gather_object(values, value)
@@ -74,7 +77,7 @@ class Job(NamedTuple):
 
 @contextmanager
 def job_of(device: str | None) -> Iterator[Job]:
-    """The process group that torchrun has made variables for, or a job of one."""
+    """Enter the process group that torchrun describes in variables, or a job of one process."""
     rank, local, world = (
         int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")
     )
@@ -90,14 +93,14 @@ def job_of(device: str | None) -> Iterator[Job]:
     )
     try:
         yield Job(rank, world, own)
-        # Right after a collective, gloo (of torch 2.13) aborts one process in three or four as it closes its connections.
+        # If it closes right after a collective, gloo (of torch 2.13) often aborts a process.
         time.sleep(0.5)
     finally:
         dist.destroy_process_group()
 
 
 class Run:
-    """A network in training, and all that a checkpoint holds."""
+    """A network in training, and all state that a checkpoint holds."""
 
     def __init__(self, options: argparse.Namespace, job: Job, images: data.Dataset) -> None:
         self.options, self.job, self.images = options, job, images
@@ -124,7 +127,7 @@ class Run:
         )
         self.batch = options.batch * job.world
         self.steps = max(len(images.train.x) // self.batch, 1)
-        # On CUDA a few launches for some hundred parameters; elsewhere as PyTorch chooses.
+        # On CUDA "fused" needs a few launches for hundreds of parameters.
         fused = True if job.device.type == "cuda" else None
         self.optimizer = torch.optim.AdamW(groups, lr=options.lr, weight_decay=1e-2, fused=fused)
         total = options.epochs * self.steps
@@ -136,27 +139,37 @@ class Run:
             self.capture()
 
     def capture(self) -> None:
-        """Makes CUDA graphs of the network's forward and backward in training. In evaluation it runs as it did."""
+        """Capture the network's training forward and backward as CUDA graphs.
+
+        In evaluation the network runs without graphs.
+        """
         count, channels = min(self.batch, len(self.images.train.x)), self.images.train.x.shape[1]
         crop = self.options.crop
         sample = self.as_laid_out(torch.zeros(count, channels, crop, crop, device=self.job.device))
         state = copy.deepcopy(self.model.state_dict())
         with self.autocast():
             torch.cuda.make_graphed_callables(self.model, (sample,))
-        # The runs before the capture changed the batch normalisation. (In place: the graphs hold addresses.)
+        # The warm-up runs changed the batch normalisation. Restore it in place, because the graphs
+        # hold addresses.
         self.model.load_state_dict(state)
-        # The graphs keep autograd's nodes of those runs, and their stream, with which each backward synchronises.
+        # The graphs keep the autograd nodes of those runs and their stream. Each backward
+        # synchronises with it.
         warnings.filterwarnings("ignore", message="The AccumulateGrad node's stream does not match")
 
     def autocast(self) -> torch.autocast:
-        # A graph cannot be captured with the cache of casts, which serves no network that takes each weight once.
+        # A graph cannot be captured with the cache of casts. The cache has no use in a network that
+        # uses each weight once.
         enabled = self.options.amp
         return torch.autocast(
             self.job.device.type, torch.bfloat16, enabled=enabled, cache_enabled=False
         )
 
     def epoch(self) -> dict[str, Any]:
-        """One pass over the training images. What is drawn follows from the seed and the epoch, but for the mixing's streams."""
+        """Run one pass over the training images.
+
+        The seed and the epoch determine all draws except those of the mixing, which has its own
+        streams.
+        """
         number, start = len(self.records) + 1, time.perf_counter()
         torch.manual_seed(self.options.seed * 1_000_003 + number * 1009 + self.job.rank)
         self.network.train()
@@ -172,8 +185,11 @@ class Run:
         }
 
     def draw(self, number: int) -> Iterator[tuple[Tensor, ...]]:
-        """The images of each step of an epoch, and their crops, on the device; one copy, because the host waits for each."""
-        # The same on every process: each takes its share of a batch that all have drawn.
+        """Draw an epoch's images and crops, one per step, and send them to the device in one copy.
+
+        The host waits for each copy.
+        """
+        # Every process draws the same batches and takes its share of each.
         generator = torch.Generator().manual_seed(self.options.seed * 1_000_003 + number)
         order = torch.randperm(len(self.images.train.x), generator=generator)[
             : self.steps * self.batch
@@ -207,7 +223,7 @@ class Run:
 
     @torch.no_grad()
     def evaluate(self) -> list[float]:
-        """How many of the test images are right, and how many there are; each process sees its share."""
+        """Return the number of correct test images and of all; each process runs its share."""
         self.network.eval(), self.mix.eval()
         x, y = (t[self.job.rank :: self.job.world] for t in self.images.test)
         correct = 0.0
@@ -231,7 +247,7 @@ class Run:
         return [self.mix] if self.manifold is None else [self.mix, self.manifold]
 
     def save(self) -> None:
-        """Writes the checkpoint and the metrics, each in one move: what is there is whole at any time."""
+        """Write the checkpoint and the metrics, each by one move, so that every file is whole."""
         # Each process draws its own mixtures.
         streams = self.job.gather([mixer.get_extra_state() for mixer in self.mixers])
         if self.job.writes:
@@ -248,7 +264,7 @@ class Run:
                 part.write_text("".join(json.dumps(record) + "\n" for record in self.records))
 
     def resume(self) -> None:
-        """Goes on from the checkpoint, if there is one."""
+        """Load the checkpoint, if there is one."""
         path = self.options.out / "checkpoint.pt"
         if not path.exists():
             return
@@ -260,7 +276,8 @@ class Run:
                 f"{name}={state['arguments'][name]}, now {arguments[name]}" for name in changed
             )
             raise ValueError(
-                f"{path} is of a run with other arguments ({told}): give them again, or another --out"
+                f"{path} is of a run with other arguments ({told}): give them again, or another "
+                "--out"
             )
         for name in ("model", "optimizer", "schedule"):
             getattr(self, name).load_state_dict(state[name])
@@ -270,7 +287,7 @@ class Run:
 
 
 def identity(options: argparse.Namespace, job: Job) -> dict[str, Any]:
-    """The arguments that a run must have in common with its checkpoint."""
+    """Return the arguments that a run must have in common with its checkpoint."""
     free = ("out", "device", "threads", "root", "eager")
     return {name: value for name, value in vars(options).items() if name not in free} | {
         "processes": job.world
@@ -278,10 +295,10 @@ def identity(options: argparse.Namespace, job: Job) -> dict[str, Any]:
 
 
 def folder_of(options: argparse.Namespace, job: Job) -> Path:
-    """The run's own folder: its name tells every argument that sets it apart from the plain run on its data."""
+    """Return the run's own folder, named after each argument that is not the default."""
     source = options.data
     if source == "folder" and options.root:
-        # Folders of one name may lie in many places.
+        # Two folders may have the same name: add a hash of the path.
         path = options.root.resolve()
         source += f"-{path.name}-{zlib.crc32(bytes(path)):08x}"
     parts = [source, options.model]
@@ -289,13 +306,13 @@ def folder_of(options: argparse.Namespace, job: Job) -> Path:
     for name, value in identity(options, job).items():
         if name not in ("data", "model") and value != usual[name]:
             parts.append(name if value is True else f"{name}{value}")
-    # A model's name may hold what a file's may not, such as a colon; and a flag has hyphens for underscores.
+    # Replace characters that a file name may not hold, such as a colon, and a flag's underscores.
     return Path("out/train", re.sub(r"[^a-zA-Z0-9.+-]", "-", "-".join(parts)))
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A file beside `path` to write to, that takes its place once it is whole."""
+    """Yield a file beside `path` to write to; it replaces `path` once it is whole."""
     part = path.with_name(path.name + ".part")
     try:
         yield part
@@ -306,7 +323,10 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def is_captured(options: argparse.Namespace, job: Job) -> bool:
-    """Whether the network's steps are CUDA graphs. A graph repeats one step, and manifold mixup blends in another layer each."""
+    """Return whether the network's steps are CUDA graphs.
+
+    A graph repeats one step, and manifold mixup blends in another layer in each.
+    """
     return (
         job.device.type == "cuda"
         and job.world == 1
@@ -317,7 +337,7 @@ def is_captured(options: argparse.Namespace, job: Job) -> bool:
 def train(
     options: argparse.Namespace, job: Job, console: Console, deadline: float
 ) -> dict[str, Any] | None:
-    """Trains to the end, from wherever an earlier run came to, and writes the result; None where the deadline came first."""
+    """Train to the end, from the last checkpoint, and write the result; None at the deadline."""
     if job.writes:
         print(f"folder: {options.out}", flush=True)
     result = result_of(options, job)
@@ -326,26 +346,30 @@ def train(
         if options.crop + SHIFTS - 1 > images.test.x.shape[-1]:
             side = images.test.x.shape[-1]
             raise ValueError(
-                f"--crop must leave {SHIFTS - 1} of the images' {side} pixels to shift it by, got {options.crop}"
+                f"--crop must leave {SHIFTS - 1} of the images' {side} pixels to shift it by, "
+                f"got {options.crop}"
             )
         run = Run(options, job, images)
         options.out.mkdir(parents=True, exist_ok=True)
         run.resume()
-        # Before anything is trained: a folder or a disk that cannot take it says so now.
+        # Save before the first epoch, so that a folder or disk that refuses files fails now.
         run.save()
         go_on(run, console, deadline)
         if job.writes and len(run.records) == options.epochs:
             result = conclude(run)
-        # No process leaves while another is still at work.
+        # Wait for all processes.
         job.sum(0)
     if job.writes and result:
-        line = "accuracy {accuracy:.2%}, deviation over shifts {deviation:.4f}, consistency {consistency:.2%}"
+        line = (
+            "accuracy {accuracy:.2%}, deviation over shifts {deviation:.4f}, "
+            "consistency {consistency:.2%}"
+        )
         console.print(line.format(**result), highlight=False)
     return result
 
 
 def go_on(run: Run, console: Console, deadline: float) -> None:
-    """The epochs that remain; after the deadline none begins."""
+    """Run the remaining epochs; none begins after the deadline."""
     board = tensorboard(run.options.out, len(run.records) + 1) if run.job.writes else None
     while len(run.records) < run.options.epochs and time.monotonic() < deadline:
         record = run.epoch()
@@ -363,10 +387,10 @@ def go_on(run: Run, console: Console, deadline: float) -> None:
 
 
 def conclude(run: Run) -> dict[str, Any]:
-    """Measures what has been trained, and writes it, the result last."""
+    """Measure the trained network and write its files, the result last."""
     options, job = run.options, run.job
     images = min(options.shift_images, len(run.images.test.x))
-    # Also where no terminal shows the bar.
+    # Without a terminal there is no progress bar.
     print(f"measuring {images} test images at {SHIFTS**2} shifts each", flush=True)
     shifts = run.shift_consistency(images)
     result = {
@@ -388,19 +412,19 @@ def conclude(run: Run) -> dict[str, Any]:
 
 
 def result_of(options: argparse.Namespace, job: Job) -> dict[str, Any] | None:
-    """What a run with these arguments has written at its end, if it came to it."""
+    """Return the result that a finished run with these arguments has written, or None."""
     path = options.out / "result.json"
     result = json.loads(path.read_text()) if path.exists() else None
     return result if result and result["arguments"] == identity(options, job) else None
 
 
 def tensorboard(out: Path, epoch: int) -> Any:
-    """A writer of TensorBoard's files from `epoch` on, where it is installed."""
+    """Return a writer of TensorBoard's files from `epoch` on, or None without TensorBoard."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return None
-    # An epoch that was killed after its writing and before its checkpoint is done again, and its first points go.
+    # A run killed between its events and its checkpoint repeats the epoch: drop its first events.
     return SummaryWriter(str(out / "tensorboard"), purge_step=epoch)
 
 
@@ -410,20 +434,20 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--data", choices=("digits", "cifar10", "cifar100", "folder"), default="digits")
-    add("--root", type=Path, help="where the data lie")
+    add("--root", type=Path, help="folder of the data")
     add(
         "--size",
         type=positive,
         default=data.SIZE,
-        help="of a folder's images, in pixels (default: %(default)s)",
+        help="side of a folder's images, in pixels (default: %(default)s)",
     )
     add(
         "--crop",
         type=positive,
         default=24,
-        help="what a network sees of an image, in pixels (default: %(default)s)",
+        help="side of the network's input, in pixels (default: %(default)s)",
     )
-    add("--limit", type=positive, help="use only the first so many images of each split")
+    add("--limit", type=positive, help="use only this number of first images of each split")
     add(
         "--model",
         default="cnn",
@@ -456,31 +480,30 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--compile", action="store_true", help="torch.compile the network")
     add("--eager", action="store_true", help="no CUDA graphs: launch every kernel of every step")
     add("--amp", action="store_true", help="automatic mixed precision, in bfloat16")
-    add("--channels-last", action="store_true", help="innermost channels")
+    add("--channels-last", action="store_true", help="channels_last memory format")
     add("--epochs", type=positive, default=20, help="(default: %(default)s)")
     add(
         "--batch",
         type=positive,
         default=64,
-        help="images a step and process (default: %(default)s)",
+        help="images per step and process (default: %(default)s)",
     )
     add("--lr", type=float, default=3e-3, help="the greatest learning rate (default: %(default)s)")
     add("--seed", type=int, default=0)
     add("--device", choices=("cpu", "cuda", "mps"), help="default: cuda where there is one")
-    # One by default: networks this small gain little from more, and results do not depend on the machine's core count.
+    # One thread by default: small networks gain little from more, and then results do not depend on
+    # the machine's core count.
     add("--threads", type=positive, default=1, help="CPU threads (default: %(default)s)")
     add(
         "--shift-images",
         type=positive,
         default=512,
-        help="test images that are shifted in the end (default: %(default)s)",
+        help="test images to shift after training (default: %(default)s)",
     )
     add("--out", type=Path, help="(default: out/train/DATA-MODEL-FLAGS)")
     options = parser.parse_args(arguments)
     if options.manifold and (options.mixup or options.cutmix):
-        parser.error(
-            "--manifold mixes the images too, at times: it takes the place of --mixup and --cutmix"
-        )
+        parser.error("--manifold also mixes the images: leave out --mixup and --cutmix")
     if options.device and not torch.get_device_module(options.device).is_available():
         parser.exit(
             2, f"--device {options.device}: PyTorch finds no {options.device.upper()} device\n"
@@ -505,14 +528,14 @@ def amount(text: str) -> float:
 def main(
     arguments: Sequence[str] | None = None, deadline: float = math.inf
 ) -> dict[str, Any] | None:
-    """Trains as the command line says. After the deadline, of a job of one process, no epoch begins.
+    """Train as the command line says; a job of one process begins no epoch after the deadline.
 
     Args:
-        arguments: the command line; sys.argv's by default.
-        deadline: in seconds, as time.monotonic() counts them.
+        arguments: the command line; if None, sys.argv's.
+        deadline: in seconds, on time.monotonic()'s clock.
 
     Returns:
-        The result; None where epochs are left for another call, and of a process that does not write.
+        The result; None if epochs are left for another call, or this process does not write.
     """
     options = parse(arguments)
     torch.set_num_threads(options.threads)
@@ -521,7 +544,7 @@ def main(
         try:
             return train(options, job, Console(), deadline)
         except (ValueError, ImportError) as error:
-            # What the command line asks for is not to be had: argparse's status.
+            # The command line asks for something unavailable: use argparse's status.
             print(f"error: {error}", file=sys.stderr)
             raise SystemExit(2) from error
         except OSError as error:
@@ -529,7 +552,7 @@ def main(
         except RuntimeError as error:
             if job.world == 1:
                 raise
-            reason = f"another process of this job has died ({str(error).strip().splitlines()[0]})"
+            reason = f"another process of this job died ({str(error).strip().splitlines()[0]})"
             raise SystemExit(
                 f"process {job.rank}: {reason}; start the job again to go on"
             ) from error

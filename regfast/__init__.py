@@ -1,4 +1,4 @@
-"""regfast: anti-aliased pooling, MixUp and other regularisers of vision models, each in one pass."""
+"""regfast: anti-aliased pooling, MixUp and other regularisers for vision, each in one pass."""
 
 from . import filters, functional, metrics
 from ._core.dispatch import backend, debug

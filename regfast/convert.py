@@ -1,4 +1,4 @@
-"""A model that exists, anti-aliased in one line: and back."""
+"""Anti-alias an existing model in one line, and restore it."""
 
 from __future__ import annotations
 
@@ -30,40 +30,41 @@ def antialias(
     filter: Any = "binomial",
     padding_mode: BlurPaddingMode | None = None,
 ) -> nn.Module:
-    """Anti-aliases the layers of a model that decimate, in place.
+    """Anti-alias, in place, the layers of a model that decimate.
 
     These are nn.MaxPool, nn.AvgPool, nn.Conv1d and nn.Conv2d with a stride. A module becomes its
-    anti-aliased twin: it stays the same object, with its name, parameters, state_dict keys, hooks,
-    dtype, device, memory format and flags, in every place where it is used. Where an nn.Sequential
-    has a normalisation and an activation after a convolution, the blur comes after the activation,
-    whose place it takes; elsewhere, right after the convolution. A stride that is set later is
-    obeyed, as nn.Conv2d obeys it. Layers that are blurred already stay as they are: see
-    `regfast.fuse`. `antialias_report` says what became of each layer, and why one was left.
-    `restore` undoes it. Converting twice is converting once.
+    anti-aliased twin. It stays the same object, with its name, parameters, state_dict keys, hooks,
+    dtype, device, memory format and flags, in every place that uses it. If a convolution in an
+    nn.Sequential is followed by an activation, with or without a normalisation between them, the
+    blur comes after the activation and takes its place. Otherwise the blur comes right after the
+    convolution. A stride that is set after the conversion takes effect, as in nn.Conv2d. Layers
+    that are already blurred stay as they are: see `regfast.fuse`. `antialias_report` lists what
+    became of each layer and why. `restore` undoes the conversion. A second conversion changes
+    nothing.
 
-    A normalisation is one of torch.nn, timm or torchvision, or a module that says so by the
-    attribute `is_normalisation = True`. It must take images of any size.
+    A normalisation is one of torch.nn, timm or torchvision, or a module with the attribute
+    `is_normalisation = True`. It must take images of any size.
 
     Args:
-        model: a module; of any kind but wrapped for several processes, compiled or scripted. It may
-            itself be a pooling layer.
-        max_pool, conv, avg_pool: which layers.
+        model: a module, which may itself be a pooling layer. It must not be compiled, scripted or
+            wrapped for several processes.
+        max_pool, conv, avg_pool: whether to convert layers of this kind.
         blur: "after" a convolution; or "before" it, at a quarter of the arithmetic with stride 2.
-        min_channels: convolutions of fewer input channels, such as an image's, are left alone.
-        skip: names of modules (patterns with * as well), with all that is in them, or types of
-            modules.
-        blur_size: the number of a blur's taps, on the axes whose stride is over 1; if None,
+        min_channels: leave convolutions with fewer input channels alone, such as an image's.
+        skip: names of modules (patterns with * as well) or types of modules. These modules and
+            all modules in them stay as they are.
+        blur_size: the number of a blur's taps, on the axes with a stride over 1; if None,
             int(1.7 * stride).
         filter: a blur's taps, by name or as 1-d numbers, as in `regfast.MaxPool2dAA`.
         padding_mode: what a blur reads beyond the border: "reflect", "replicate" or "zeros". If
-            None, "reflect", and of a max pooling "partial".
+            None, "partial" for a max pooling and "reflect" for other layers.
 
     Returns:
         The model.
 
     Raises:
-        ValueError, TypeError: for an argument that is not allowed, and for a model that must be
-            converted earlier; the message names it and what to do. The model is then untouched.
+        ValueError, TypeError: if an argument is not allowed, or the model must be converted
+            earlier. The message names the argument and the remedy. The model is then unchanged.
 
     Source: Zhang, "Making Convolutional Networks Shift-Invariant Again" (2019).
 
@@ -82,7 +83,7 @@ def antialias(
     options = Options(
         max_pool, conv, avg_pool, blur, channels, entries, size, taps, padding_mode
     )  # fmt: skip
-    # All of it is planned before the first change.
+    # Plan everything before the first change.
     for _, step in list(plan(model, options)):
         if step is not None:
             _convert(step)
@@ -91,17 +92,17 @@ def antialias(
 
 
 def antialias_report(model: nn.Module) -> Report:
-    """What `antialias` and `fuse` did to a model and left alone; before them, what they would do.
+    """List what `antialias` and `fuse` did to a model; before them, what they would do.
 
     Returns:
-        A list of (name, type, done, why), a row for each layer that decimates; printed, a table.
+        A list of (name, type, done, why), one row per layer that decimates. It prints as a table.
     """
     check_model(model)
     options = model.__dict__.get(OPTIONS)
     if options is not None:
-        reason = "it has come since: convert the model again"
+        reason = "it was added after the conversion: convert the model again"
     elif FUSED in model.__dict__:
-        reason = "see regfast.antialias, which has not seen it"
+        reason = "call regfast.antialias to convert it"
     else:
         return Report(row for row, _ in plan(model, Options()))
     late = dict(done="left", why=reason)
@@ -110,14 +111,14 @@ def antialias_report(model: nn.Module) -> Report:
 
 
 def restore(model: nn.Module) -> nn.Module:
-    """Undoes `antialias` and `fuse`, in place. Returns the model.
+    """Undo `antialias` and `fuse`, in place, and return the model.
 
-    Layers are again what they were, with the parameters that they have now. Layers of regfast that
-    the two did not make stay.
+    Layers get back their former classes and keep their current parameters. Layers of regfast that
+    were in the model before stay.
 
     Raises:
-        ValueError: for a layer that has become another since, and for a convolution alone whose
-            blur is in another layer.
+        ValueError: if a layer's class has changed since, or if the model is a single convolution
+            with its blur in another layer.
     """
     check_model(model)
     if mark_of(model) is not None and model.__dict__.get("blur", "after") is None:
@@ -143,7 +144,7 @@ def _check_skip(model: nn.Module, skip: Any) -> tuple[str | type[nn.Module], ...
 
 
 def _check_blur(blur_size: Any, filter: Any, padding_mode: Any) -> tuple[int | None, Any]:
-    """The size and the filter of all blurs, checked on one of stride 2."""
+    """Return the size and the filter of all blurs, checked on a blur of stride 2."""
     size = None if blur_size is None else per_axis("blur_size", blur_size, 1, 1)[0]
     filter = filter.tolist() if hasattr(filter, "tolist") else filter
     filter = tuple(filter) if isinstance(filter, list) else filter

@@ -18,17 +18,17 @@ __all__ = ["Conv1dAA", "Conv2dAA", "ConvNormActAA"]
 
 Blur = Literal["after", "before"]
 
-# An attribute of a convolution without a blur of its own: the layer elsewhere that blurs for it, and
-# that obeys whatever is set here. It is no child.
+# A convolution without its own blur holds under this attribute the layer that blurs for it. That
+# layer follows the convolution's blur arguments. It is not a child module.
 FOLLOWER = "_regfast_follower"
 
 
 class _ConvAA(_Pooling):
-    """What the modules share; nn.Conv comes after it in a class's bases, and its attributes mean what they meant."""
+    """The shared part of the modules. In a class's bases it comes before nn.Conv."""
 
     _arguments = ("stride", "blur", "blur_size", "blur_filter", "blur_padding_mode", "activation")
     _convolve: Callable[..., Tensor]
-    # nn.Conv's.
+    # Set by nn.Conv.
     kernel_size: tuple[int, ...]
     stride: tuple[int, ...]
     padding: str | tuple[int, ...]
@@ -81,7 +81,8 @@ class _ConvAA(_Pooling):
             raise ValueError(f"blur must be 'after', 'before' or None, got {self.blur!r}")
         if self.activation is not None and self.blur != "after":
             raise ValueError(
-                f"activation must be None where no blur is after the convolution, got {self.activation!r}"
+                "activation must be None where no blur is after the convolution, "
+                f"got {self.activation!r}"
             )
         modes = self.blur_filter, self.blur_padding_mode, self.activation
         return decimating_window(self.rank, self.stride, RATIO, self.blur_size, *modes)
@@ -104,11 +105,12 @@ class _ConvAA(_Pooling):
         return y if self.blur is None else blur_pool(y, window)
 
     def _commutes(self) -> bool:
-        """Whether the blur comes first, at the stride: it may where every output is a function of one position alone.
+        """Whether the blur may come before the convolution, at the stride.
 
-        Of a bias it may if it gives back a constant as it was.
+        It may if every output depends on a single position. With a bias, the blur must also map a
+        constant to itself.
         """
-        # Surgery on a layer may set integers, which nn.Conv takes.
+        # Surgery on a layer may set the integers that nn.Conv takes.
         size, padding = (
             (value,) if isinstance(value, int) else value
             for value in (self.kernel_size, self.padding)
@@ -141,7 +143,9 @@ class _ConvAA(_Pooling):
 
 
 class Conv1dAA(_ConvAA, nn.Conv1d):
-    """An anti-aliased strided convolution of signals: `Conv2dAA` with one spatial axis, in place of nn.Conv1d.
+    """An anti-aliased strided convolution of signals: `Conv2dAA` with one spatial axis.
+
+    It replaces nn.Conv1d.
 
     Shape: (N, C, L) or (C, L).
     """
@@ -151,26 +155,31 @@ class Conv1dAA(_ConvAA, nn.Conv1d):
 
 
 class Conv2dAA(_ConvAA, nn.Conv2d):
-    """An anti-aliased strided convolution: nn.Conv2d at stride 1, then a blur that takes the stride.
+    """An anti-aliased strided convolution: nn.Conv2d at stride 1, then a blur at the stride.
 
-    It goes where nn.Conv2d stood: the same first arguments in the same order, parameters, state_dict keys and output sizes. With
-    stride 1 nothing is decimated, and it is nn.Conv2d.
+    It replaces nn.Conv2d: it has the same first arguments in the same order, the same parameters,
+    state_dict keys and output sizes. With stride 1 nothing is decimated, and it is nn.Conv2d.
 
     Args:
         in_channels, ..., dtype: as in nn.Conv2d; `padding_mode` is the convolution's own.
-        blur: "after" the convolution; or "before" it, which then takes the stride itself, and has a quarter of the arithmetic at
-            stride 2. A convolution of one pixel without padding is blurred before, at the stride, in either case that gives the
-            same function. None leaves the decimation to a later layer: the convolution is at stride 1.
-        blur_size: the number of taps, an integer on the axes whose stride is over 1, or one an axis; int(1.7 * stride) otherwise.
-        blur_filter, blur_padding_mode: as `filter` and `padding_mode` of `regfast.BlurPool2d`.
-        activation: "relu" stands between the convolution and the blur after it, in the blur's pass.
+        blur: "after" the convolution; or "before" it: the convolution then takes the stride, at a
+            quarter of the arithmetic with stride 2. A 1x1 convolution without padding is blurred
+            before, at the stride, if that gives the same function. None leaves the decimation to
+            a later layer: the convolution is at stride 1.
+        blur_size: the number of taps: an integer for the axes with a stride over 1, or one per
+            axis; if None, int(1.7 * stride).
+        blur_filter, blur_padding_mode: `filter` and `padding_mode` of `regfast.BlurPool2d`.
+        activation: "relu" stands between the convolution and the blur after it, in the blur's
+            pass.
 
     Shape: (N, C, H, W) or (C, H, W). The output has nn.Conv2d's shape, dtype and memory format.
 
     Raises:
-        ValueError, TypeError: for an argument that is not allowed; the message names it and what is.
+        ValueError, TypeError: if an argument is not allowed. The message names it and what is
+            allowed.
 
-    Source: Zhang, "Making Convolutional Networks Shift-Invariant Again" (2019); blurring before is Composer's.
+    Source: Zhang, "Making Convolutional Networks Shift-Invariant Again" (2019); "before" is
+    Composer's.
 
     Example:
         >>> regfast.Conv2dAA(64, 128, 3, stride=2, padding=1)(torch.randn(8, 64, 56, 56)).shape
@@ -182,20 +191,22 @@ class Conv2dAA(_ConvAA, nn.Conv2d):
 
 
 class ConvNormActAA(nn.Sequential):
-    """The book chapter's order of an anti-aliased stage: convolution at stride 1, normalisation, activation, blur at the stride.
+    """The book chapter's anti-aliased stage.
 
-    It is laid out as torchvision's Conv2dNormActivation is: children 0, 1, ..., with the same parameters. A ReLU is folded
-    into the blur's pass.
+    It consists of a convolution at stride 1, a normalisation, an activation and a blur at the
+    stride. The layout is that of torchvision's Conv2dNormActivation: children 0, 1, ..., with the
+    same parameters. A ReLU is folded into the blur's pass.
 
     Args:
-        in_channels, out_channels, kernel_size, stride, groups, dilation, device, dtype: as in nn.Conv2d.
-        padding: (kernel_size - 1) // 2 * dilation if not said.
-        norm_layer: makes a layer of the number of channels; None for none.
+        in_channels, out_channels, kernel_size, stride, groups, dilation, device, dtype: as in
+            nn.Conv2d.
+        padding: if None, (kernel_size - 1) // 2 * dilation.
+        norm_layer: makes a normalisation from the number of channels; None for none.
         activation_layer: makes the activation; None for none.
-        bias: of the convolution; if not said, where no normalisation follows.
+        bias: whether the convolution has a bias; if None, only without a normalisation.
         blur_size, blur_filter, blur_padding_mode: as in `Conv2dAA`.
 
-    Shape: (N, C, H, W) to (N, out_channels, H', W'), nn.Conv2d's.
+    Shape: (N, C, H, W) to (N, out_channels, H', W'), as nn.Conv2d's.
     """
 
     def __init__(
@@ -248,19 +259,19 @@ class ConvNormActAA(nn.Sequential):
 
 
 def blur_layers(activation: Sequence[nn.Module], window: Window) -> list[nn.Module]:
-    """An activation, if there is one, and the blur of a window after it: one layer where the activation is a ReLU."""
+    """Return the activation, if any, and the blur after it; a ReLU is folded into the blur."""
     if window.is_identity:
         return list(activation)
     folded = [type(layer) for layer in activation] == [nn.ReLU] and not is_hooked(activation[0])
     blur = {1: BlurPool1d, 2: BlurPool2d}[window.rank](
-        tuple(map(len, window.taps)), window.stride, filter=window.taps, padding_mode=window.padding_mode,
-        activation="relu" if folded else None,
+        tuple(map(len, window.taps)), window.stride, filter=window.taps,
+        padding_mode=window.padding_mode, activation="relu" if folded else None,
     )  # fmt: skip
     return [blur] if folded else [*activation, blur]
 
 
 def follow(blur: Any, window: Window) -> None:
-    """Gives a `BlurPool` the stride, the taps and the border of a window; its activation stays."""
+    """Give a `BlurPool` the stride, taps and border of a window, but keep its activation."""
     blur.__dict__.update(
         kernel_size=tuple(map(len, window.taps)), stride=window.stride, padding="same",
         filter=window.taps, padding_mode=window.padding_mode,

@@ -1,4 +1,4 @@
-"""A model that is anti-aliased already, on regfast's layers in one line."""
+"""Run a model that is already anti-aliased on regfast's layers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .pooling import BlurPool1d, BlurPool2d, BlurPool3d, MaxPool1dAA, MaxPool2dA
 
 __all__ = ["fuse"]
 
-# An attribute of a model that was fused.
+# A fused model has this attribute.
 FUSED = "_regfast_fused"
 _BLURS: dict[int, type[nn.Module]] = {1: BlurPool1d, 2: BlurPool2d}
 _MAX_POOLS: dict[int, tuple[type[nn.Module], type[nn.Module]]] = {
@@ -30,27 +30,27 @@ _MAX_POOLS: dict[int, tuple[type[nn.Module], type[nn.Module]]] = {
 
 
 def fuse(model: nn.Module) -> nn.Module:
-    """Makes the blurs of a model that is anti-aliased already regfast's, in place.
+    """Replace other libraries' blurs in a model by regfast's layers, in place.
 
     These are timm's `BlurPool2d`, antialiased-cnns' `BlurPool` and `BlurPool1D`, kornia's
     `BlurPool2D` and `MaxBlurPool2D`, and Composer's `BlurPool2d`, `BlurMaxPool2d` and `BlurConv2d`.
-    A blur becomes a `regfast.BlurPool2d` with its taps and its border, or a `regfast.MaxPool2dAA`
-    together with its maximum: also with the nn.MaxPool2d of stride 1 that stands before it in an
-    nn.Sequential. An nn.ReLU before either is folded in. What is folded leaves an nn.Identity.
+    A blur becomes a `regfast.BlurPool2d` with its taps and its border. A maximum with a blur
+    becomes a `regfast.MaxPool2dAA`, also where an nn.MaxPool2d of stride 1 precedes the blur in an
+    nn.Sequential. An nn.ReLU before either is folded in. A folded layer leaves an nn.Identity.
 
     The model computes the same function. Layers stay the same objects with their names, parameters,
-    buffers, state_dict keys and hooks; a checkpoint of either model loads strictly into the other,
-    and a blur's taps are then those of the checkpoint. `antialias_report` says what became of each
-    layer, and why one was left; `restore` undoes it. Fusing twice is fusing once.
+    buffers, state_dict keys and hooks. A checkpoint of either model loads strictly into the other,
+    and a blur then takes the checkpoint's taps. `antialias_report` lists what became of each layer
+    and why. `restore` undoes the fusion. A second call changes nothing.
 
     Args:
-        model: a module, of any kind but wrapped for several processes, compiled or scripted.
+        model: a module. It must not be compiled, scripted or wrapped for several processes.
 
     Returns:
         The model.
 
     Raises:
-        TypeError, ValueError: for what is no such module. Later, load_state_dict raises a
+        TypeError, ValueError: if the model is not such a module. Later, load_state_dict raises a
             ValueError for a checkpoint with a blur that no regfast layer computes.
 
     Example:
@@ -66,10 +66,10 @@ def fuse(model: nn.Module) -> nn.Module:
 
 
 class Fusion(NamedTuple):
-    """What a blur of another library becomes, or the obstacle to that.
+    """What a blur of another library becomes, or the obstacle to its fusion.
 
-    With `into` a Conv2dAA, that is the layer's own convolution. `folded` are the places of the
-    layers before it that it takes in.
+    If `into` is Conv2dAA, the layer's own convolution becomes one. `folded` holds the places of the
+    preceding layers that the fused layer takes in.
     """
 
     layer: nn.Module
@@ -81,13 +81,13 @@ class Fusion(NamedTuple):
 
     @property
     def why(self) -> str:
-        """The report's words on a layer that is not fused."""
+        """The report's reason for a layer that is not fused."""
         told = f"regfast.fuse leaves it: {self.obstacle}" if self.obstacle else "see regfast.fuse"
         return f"by {self.origin}; {told}"
 
 
 def fusions(model: nn.Module) -> dict[int, Fusion]:
-    """A `Fusion` for each blur of another library in a model, by the blur's id."""
+    """Return a `Fusion` for each blur of another library in a model, by the blur's id."""
     found = {}
     for module in model.modules():
         origin = origin_of(module)
@@ -99,19 +99,19 @@ def fusions(model: nn.Module) -> dict[int, Fusion]:
             fusion = found.get(id(child))
             if fusion is None or fusion.obstacle:
                 continue
-            # Its hooks see its input.
+            # A hook must see the input that it saw before the fusion.
             if uses[id(child)] == 1 and not is_hooked(child):
                 found[id(child)] = _folded(fusion, container, children[:at])
     return found
 
 
 def is_blur(module: nn.Module) -> bool:
-    """Whether a module is a blur and nothing else, regfast's or another library's."""
+    """Return whether a module is a blur and nothing else, regfast's or another library's."""
     return isinstance(module, (BlurPool1d, BlurPool2d, BlurPool3d)) or is_plain_blur(module)
 
 
 def _fusion(layer: nn.Module, origin: str) -> Fusion:
-    """How a layer is fused by itself."""
+    """Return how a layer is fused by itself."""
     fusion = Fusion(layer, origin, type(layer), {})
     try:
         taps, blurs = read(layer)
@@ -127,10 +127,10 @@ def _fusion(layer: nn.Module, origin: str) -> Fusion:
 
 
 def _layer_of(blur: PeerBlur, taps: Taps) -> tuple[type[nn.Module], dict[str, Any]]:
-    """The regfast layer that computes it, and its arguments.
+    """Return the regfast layer that computes a blur, and its arguments.
 
     Raises:
-        ValueError: for a border that the layer does not have.
+        ValueError: if the layer does not have the blur's border.
     """
     sizes, rank = tuple(map(len, taps)), len(taps)
     filter = _filter(taps)
@@ -150,21 +150,21 @@ def _layer_of(blur: PeerBlur, taps: Taps) -> tuple[type[nn.Module], dict[str, An
 
 
 def _filter(taps: Taps) -> Any:
-    """Taps as a layer's argument: by name if they have one."""
+    """Return taps as a layer's argument: their name, or the taps if they have none."""
     named = (binomial(len(axis)) for axis in taps)
     pairs = ((tap, other) for axis, row in zip(taps, named) for tap, other in zip(axis, row))
     return "binomial" if all(abs(tap - other) < 1e-6 for tap, other in pairs) else taps
 
 
 def _with_maximum(attributes: dict[str, Any], pool: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of an anti-aliased max pooling, from those of its blur and of its maximum."""
-    # At stride 1 a maximum has no use for ceil_mode, and its blur knows none.
+    """Return the arguments of an anti-aliased max pooling from those of its blur and maximum."""
+    # At stride 1 ceil_mode changes nothing, and the blur does not take it.
     rest: dict[str, Any] = dict(return_indices=False, ceil_mode=False, ratio=RATIO)
     return attributes | rest | pool | dict(blur_size=attributes["kernel_size"])
 
 
 def _convolution(layer: Any, blur: PeerBlur, attributes: dict[str, Any]) -> dict[str, Any]:
-    """The attributes that make the convolution in Composer's BlurConv2d the whole of it."""
+    """Return the attributes that make the convolution of Composer's BlurConv2d do all its work."""
     convolution, first = layer.conv, layer.blur_first
     if type(convolution) is not nn.Conv2d or is_hooked(convolution):
         raise ValueError("its convolution has hooks or is no nn.Conv2d")
@@ -179,9 +179,9 @@ def _convolution(layer: Any, blur: PeerBlur, attributes: dict[str, Any]) -> dict
 
 
 def _agrees(layer: Any, ours: nn.Module, rank: int) -> bool:
-    """Whether two layers give the same for an image of odd and even sides; a convolution apart.
+    """Return whether two layers agree on an image of odd and even sides, without a convolution.
 
-    Versions differ, and this one may be newer than what is known of it.
+    Versions differ, and the installed one may be newer than this code.
     """
     theirs = copy.copy(layer)
     own = layer._buffers.items()
@@ -195,12 +195,12 @@ def _agrees(layer: Any, ours: nn.Module, rank: int) -> bool:
     image = torch.randn(1, channels, *(side + 1, side)[:rank], generator=draw, device="cpu")
     with torch.no_grad(), backend("reference"):
         expected, found = type(layer).forward(theirs, image), ours(image)
-    # Of sums of some tens of products of order one in float32.
+    # The outputs are float32 sums of some tens of products of order one.
     return found.shape == expected.shape and torch.allclose(found, expected, rtol=0, atol=1e-5)
 
 
 def _folded(fusion: Fusion, container: nn.Module, before: list[tuple[str, nn.Module]]) -> Fusion:
-    """A fusion that takes in a maximum and a ReLU that stand before its layer in a container."""
+    """Return a fusion that also takes in a maximum and a ReLU before its layer in a container."""
     into, attributes, taken = fusion.into, fusion.attributes, 0
     rank = next((rank for rank, blur in _BLURS.items() if blur is into), None)
     if rank is not None and before and _is_maximum(before[-1][1], _MAX_POOLS[rank][0]):
@@ -220,18 +220,18 @@ def _folded(fusion: Fusion, container: nn.Module, before: list[tuple[str, nn.Mod
 
 
 def _is_maximum(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a module is an nn.MaxPool of stride 1 that may be folded into the blur after it."""
+    """Return whether a module is an nn.MaxPool of stride 1 that may be folded."""
     if type(module) is not kind or is_hooked(module) or module.return_indices:
         return False
     return all(s == 1 for s in stride_of(module))
 
 
 def _is_relu(before: list[tuple[str, nn.Module]], at: int) -> bool:
-    """Whether the module at that place is an nn.ReLU that may be folded into what follows it."""
+    """Return whether the module at that place is an nn.ReLU that may be folded."""
     module = before[at][1]
     if type(module) is not nn.ReLU or is_hooked(module):
         return False
-    # What comes first and works in place changes a tensor that is read elsewhere too.
+    # An in-place ReLU that comes first changes a tensor that other code may read.
     return not module.inplace or len(before) + at > 0
 
 
@@ -250,7 +250,7 @@ def _apply(fusion: Fusion) -> None:
 
 
 def _read_again(module: Any, keys: Any) -> None:
-    """After a fused layer has loaded a checkpoint: its taps are the filter's of the checkpoint."""
+    """Set a fused layer's taps to those of the checkpoint that it has just loaded."""
     ((name, buffer),) = module._buffers.items()
     if name in module._non_persistent_buffers_set or buffer.is_meta:
         return
@@ -260,5 +260,5 @@ def _read_again(module: Any, keys: Any) -> None:
         setattr(layer, argument, _filter(read_taps(module, layer.rank)))
     except ValueError as error:
         told = "regfast.restore the model before it is loaded"
-        found = f"a blur of the checkpoint is none of regfast's: {error}"
+        found = f"no regfast layer computes a blur of the checkpoint: {error}"
         raise ValueError(f"{found}; {told}") from error

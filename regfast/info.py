@@ -1,4 +1,4 @@
-"""`python -m regfast.info`: versions, devices, which path each operation takes on each, and why."""
+"""`python -m regfast.info`: versions, devices, and the path of each operation on each device."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .ops import OPERATIONS
 
 
 def versions() -> dict[str, str]:
-    """The version of everything that decides what runs."""
+    """Return the versions of Python, the libraries and regfast."""
     found = {
         "regfast": regfast.__version__,
         "python": platform.python_version(),
@@ -31,7 +31,7 @@ def versions() -> dict[str, str]:
 
 
 def processor() -> str:
-    """The name of the CPU, where py-cpuinfo is there to ask."""
+    """Return the name of the CPU; py-cpuinfo gives the most precise one."""
     try:
         from cpuinfo import get_cpu_info
 
@@ -41,7 +41,7 @@ def processor() -> str:
 
 
 def devices() -> dict[torch.device, str]:
-    """The devices of this machine, by name."""
+    """Return the devices of this machine with their names."""
     found = {torch.device("cpu"): processor()}
     for index in range(torch.cuda.device_count()):
         found[torch.device("cuda", index)] = torch.cuda.get_device_name(index)
@@ -51,7 +51,7 @@ def devices() -> dict[torch.device, str]:
 
 
 def path(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
-    """The path that an operation takes for tensors of this device and dtype, and why."""
+    """Return the path that an operation takes for tensors of this device and dtype, and why."""
     choice = os.environ.get("REGFAST_BACKEND", "auto")
     if choice == "reference":
         return "reference", "REGFAST_BACKEND=reference"
@@ -82,5 +82,5 @@ if __name__ == "__main__":
         main()
         sys.stdout.flush()
     except BrokenPipeError:
-        # The reader, such as `head`, has what it wants. Python would flush again as it ends.
+        # A reader such as `head` has closed the pipe. Python flushes again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

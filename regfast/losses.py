@@ -1,4 +1,7 @@
-"""Losses of mixed labels. A mixed target is a tuple (y_i, y_j, lam), such as a `MixedTarget`; any other target is a plain one."""
+"""Losses for mixed labels.
+
+A mixed target is a tuple (y_i, y_j, lam), such as a `MixedTarget`. Any other target is a plain one.
+"""
 
 from __future__ import annotations
 
@@ -24,23 +27,27 @@ __all__ = [
 
 
 class MixupLoss(Traceable):
-    """The book's loss: lam*loss(input, y_i) + (1 - lam)*loss(input, y_j) of a mixed target; the plain loss of a plain one.
+    """The book's loss: lam*loss(input, y_i) + (1 - lam)*loss(input, y_j).
 
-    For cross entropy `MixupCrossEntropyLoss` is the same, and reads the logits once.
+    For a plain target it is base_loss(input, target). For cross entropy, `MixupCrossEntropyLoss`
+    gives the same value and reads the logits once.
 
     Args:
-        base_loss: any loss of (input, target); nn.CrossEntropyLoss() by default. For a (B,) lam it must return a loss a sample
-            (reduction="none"): a mean has lost what each lam would weigh.
+        base_loss: any loss of (input, target); nn.CrossEntropyLoss() by default. For a (B,) lam it
+            must return one loss per sample (reduction="none"), so that each lam can weigh its own.
 
     Raises:
-        ValueError: for a tuple that is not of three, a (B,) lam with a reduced loss, or a lam outside [0, 1].
-        TypeError: for a base_loss that cannot be called, or a lam that is no number.
+        ValueError: if a tuple does not have three elements, a lam is outside [0, 1], or a (B,) lam
+            meets a reduced loss.
+        TypeError: if base_loss cannot be called, or lam is not a number.
 
-    Source: Zhang et al., "mixup: Beyond Empirical Risk Minimization" (2018); the book chapter's MixupLoss.
+    Source: Zhang et al., "mixup: Beyond Empirical Risk Minimization" (2018); the book chapter's
+    MixupLoss.
 
     Example:
         >>> x, target = regfast.MixUp(0.2)(torch.randn(8, 3, 32, 32), torch.randint(10, (8,)))
-        >>> regfast.MixupLoss(nn.CrossEntropyLoss(label_smoothing=0.1))(torch.randn(8, 10), target).shape
+        >>> loss = regfast.MixupLoss(nn.CrossEntropyLoss(label_smoothing=0.1))
+        >>> loss(torch.randn(8, 10), target).shape
         torch.Size([])
     """
 
@@ -67,7 +74,8 @@ def mixup_criterion(
     """The blog's loss: lam*criterion(pred, y_a) + (1 - lam)*criterion(pred, y_b).
 
     Raises:
-        ValueError: for a (B,) lam with a criterion that does not return a loss a sample, or a lam outside [0, 1].
+        ValueError: if a lam is outside [0, 1], or a (B,) lam meets a criterion that does not return
+            one loss per sample.
     """
     return _weigh("loss", criterion(pred, y_a), criterion(pred, y_b), lam)
 
@@ -78,29 +86,34 @@ def mixup_accuracy(
     """The blog's accuracy: lam*metric(preds, y_a) + (1 - lam)*metric(preds, y_b).
 
     Raises:
-        ValueError: for a (B,) lam with a metric that does not return a value a sample, or a lam outside [0, 1].
+        ValueError: if a lam is outside [0, 1], or a (B,) lam meets a metric that does not return
+            one value per sample.
     """
     return _weigh("metric", metric(preds, y_a), metric(preds, y_b), lam)
 
 
 class MixupCrossEntropyLoss(Traceable, nn.CrossEntropyLoss):
-    """nn.CrossEntropyLoss of mixed or plain labels: lam*CE(input, a) + (1 - lam)*CE(input, b), reading the logits once.
+    """nn.CrossEntropyLoss for mixed labels: lam*CE(input, a) + (1 - lam)*CE(input, b).
+
+    It reads the logits once. For a plain target it is nn.CrossEntropyLoss, value for value.
 
     Args:
         weight, ignore_index, reduction, label_smoothing: as in nn.CrossEntropyLoss.
 
-    Shape: input (N, C) or (N, C, d1, ...); target a tuple (a, b, lam), of class indices (N,) or (N, d1, ...) and of a weight that
-    is a number, 0-d or (N,); or the class indices alone, and then it is nn.CrossEntropyLoss, value for value. Labels may also be
-    probabilities of the classes, floating and of input's shape.
+    Shape: input (N, C) or (N, C, d1, ...). The target is a tuple (a, b, lam) or the labels alone.
+    Labels are class indices, (N,) or (N, d1, ...), or floating-point class probabilities of input's
+    shape. lam is a number, or a tensor of shape () or (N,).
 
     Raises:
-        ValueError, TypeError: for an argument or an input that is not allowed; the message names it and what is.
+        ValueError, TypeError: if an argument or input is not allowed. The message names it and what
+            is allowed.
 
     Source: Zhang et al., "mixup: Beyond Empirical Risk Minimization" (2018).
 
     Example:
         >>> a, b = torch.randint(10, (2, 8))
-        >>> regfast.MixupCrossEntropyLoss(label_smoothing=0.1)(torch.randn(8, 10), (a, b, 0.7)).shape
+        >>> loss = regfast.MixupCrossEntropyLoss(label_smoothing=0.1)
+        >>> loss(torch.randn(8, 10), (a, b, 0.7)).shape
         torch.Size([])
     """
 
@@ -127,16 +140,20 @@ class MixupCrossEntropyLoss(Traceable, nn.CrossEntropyLoss):
 
 
 class MixupBCEWithLogitsLoss(Traceable, nn.BCEWithLogitsLoss):
-    """nn.BCEWithLogitsLoss of multi-hot labels, mixed or plain. It is linear in the labels, so those are blended, once.
+    """nn.BCEWithLogitsLoss for multi-hot labels, mixed or plain.
+
+    The loss is linear in the labels, so they are blended and the loss is computed once. For a plain
+    target it is nn.BCEWithLogitsLoss, value for value.
 
     Args:
         weight, reduction, pos_weight: as in nn.BCEWithLogitsLoss.
 
-    Shape: input (N, ...); target a tuple (a, b, lam), of labels of input's shape and any dtype, and of a weight that is a number,
-    0-d or (N,); or the labels alone, and then it is nn.BCEWithLogitsLoss, value for value.
+    Shape: input (N, ...). The target is a tuple (a, b, lam) or the labels alone. Labels have
+    input's shape and any dtype. lam is a number, or a tensor of shape () or (N,).
 
     Raises:
-        ValueError, TypeError: for an argument or an input that is not allowed; the message names it and what is.
+        ValueError, TypeError: if an argument or input is not allowed. The message names it and what
+            is allowed.
 
     Source: Zhang et al., "mixup: Beyond Empirical Risk Minimization" (2018).
     """
@@ -166,7 +183,8 @@ class MixupBCEWithLogitsLoss(Traceable, nn.BCEWithLogitsLoss):
                 raise TypeError(f"target's {name} must be a Tensor, got {type(labels).__name__}")
             if labels.shape != input.shape:
                 raise ValueError(
-                    f"target's {name} must have input's shape {tuple(input.shape)}, got {tuple(labels.shape)}"
+                    f"target's {name} must have input's shape {tuple(input.shape)}, got "
+                    f"{tuple(labels.shape)}"
                 )
         lam = check_lam(lam, input)
         lam = _broadcast(lam, input)
@@ -176,7 +194,10 @@ class MixupBCEWithLogitsLoss(Traceable, nn.BCEWithLogitsLoss):
 
 
 def _as_mixed(target: Any) -> tuple[Any, Any, Any] | None:
-    """A mixed target as a tuple, None of a plain one. (Some loaders and scatters turn tuples into lists.)"""
+    """Return a mixed target as a tuple, or None for a plain target.
+
+    Some loaders and scatters turn tuples into lists.
+    """
     if not isinstance(target, (tuple, list)):
         return None
     if len(target) != 3:
@@ -188,28 +209,29 @@ def _as_mixed(target: Any) -> tuple[Any, Any, Any] | None:
 
 
 def _weigh(name: str, first: Any, second: Any, lam: float | Tensor) -> Any:
-    """lam*first + (1 - lam)*second, of one number for the batch or of one a sample, in first's dtype."""
+    """Return lam*first + (1 - lam)*second in first's dtype, for one lam or one per sample."""
     shape = tuple(getattr(first, "shape", ()))
     if isinstance(lam, Tensor) and lam.ndim and lam.shape != shape[:1]:
         hint = (
-            "reduction='none', and the mean of what comes out; or MixupCrossEntropyLoss, MixupBCEWithLogitsLoss"
-            * (name == "loss")
+            "reduction='none', and the mean of the result; or MixupCrossEntropyLoss, "
+            "MixupBCEWithLogitsLoss" * (name == "loss")
         )
-        expected = f"a value a sample, ({lam.shape[0]}, ...)" + (f" ({hint})" if hint else "")
+        expected = f"one value per sample, ({lam.shape[0]}, ...)" + (f" ({hint})" if hint else "")
         raise ValueError(
-            f"a lam of shape {tuple(lam.shape)} needs a {name} that returns {expected}, got shape {shape}"
+            f"a lam of shape {tuple(lam.shape)} needs a {name} that returns {expected}, got "
+            f"shape {shape}"
         )
     lam = check_lam(lam, first)
     if not isinstance(first, Tensor):
         return lam * first + (1 - lam) * second
     lam = _broadcast(lam, first)
     mixed = lam * first + (1 - lam) * second
-    # Of two 0-d tensors neither gives way, and a float64 lam would make a float64 loss.
+    # PyTorch promotes two 0-d tensors, so a float64 lam would make a float64 loss.
     return mixed.to(first.dtype) if first.is_floating_point() else mixed
 
 
 def _broadcast(lam: float | Tensor, like: Tensor) -> float | Tensor:
-    """lam as it meets a tensor with the batch first, on its device."""
+    """Return lam on a tensor's device, in a shape that broadcasts along its batch."""
     if not isinstance(lam, Tensor) or lam.ndim == 0:
         return lam
     return on_device(lam, like.device, accumulator(like.dtype)).view(-1, *(1,) * (like.ndim - 1))

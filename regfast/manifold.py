@@ -1,4 +1,4 @@
-"""Manifold mixup of any model: the blend of MixUp in a hidden layer, with one run of what comes before it."""
+"""Manifold mixup of any model: MixUp's blend in a hidden layer, at a single run of the model."""
 
 from __future__ import annotations
 
@@ -26,55 +26,66 @@ from .ops.mixup import blend
 
 __all__ = ["ManifoldMixup"]
 
-# So many hidden layers are candidates by default at most: as many as in the blog's ResNet.
+# The most hidden layers that are candidates by default: as many as in the blog's ResNet.
 _HIDDEN = 4
-# So many forwards may await their backwards, with activation checkpointing, before the mix of the first is forgotten.
+# With activation checkpointing, the most forwards that may await their backward. Older mixes are
+# forgotten.
 _REMEMBERED = 256
 
 
 class ManifoldMixup(nn.Module):
-    """Manifold mixup of a model: what one layer hands on is blended, lam*h + (1 - lam)*h[index], and the labels with it.
+    """Manifold mixup of a model: blend the output of one layer, and the labels with it.
 
-    Called as `output, target = mm(x, y)`. In training mode each call draws one of the candidates, runs the model once, blends
-    there and runs on; the target is a `MixedTarget`, for `MixupCrossEntropyLoss`, `MixupLoss` or anything that takes (y_i, y_j,
-    lam). In eval mode it is the bare model: `mm(x, y)` returns (output, y), and `mm(x)` the output. Calls of the model itself mix
-    nothing.
+    The layer's output h becomes lam*h + (1 - lam)*h[index].
+
+    Call it as `output, target = mm(x, y)`. In training mode each call draws one of the candidates
+    and runs the model once, with the blend at that candidate. The target is a `MixedTarget`, for
+    `MixupCrossEntropyLoss`, `MixupLoss` or any code that takes (y_i, y_j, lam). In eval mode it is
+    the bare model: `mm(x, y)` returns (output, y), and `mm(x)` the output. Calls of the model
+    itself mix nothing.
 
     Args:
         model: any nn.Module, also one in DistributedDataParallel or torch.compile.
         layers: names of modules, as in `model.named_modules()`; the output of each is a candidate.
-            By default the blog's choice in any network: what enters the first stage ("stem"), and
-            what every stage but the last hands on; four of these, spread evenly, where there are
-            more. The stages are the first three or more children of one class that are met from
-            the model down through its largest child: a ResNet's layer1 to layer4, a transformer's
-            blocks, the convolutions of a plain nn.Sequential.
+            If None, the blog's choice in any network: the input of the first stage ("stem"), and
+            the output of every stage but the last; four of these, spread evenly, if there are
+            more. The stages are the first three or more children of one class, from the model down
+            through its largest child: a ResNet's layer1 to layer4, a transformer's blocks, the
+            convolutions of a plain nn.Sequential.
         alpha: lam is drawn from Beta(alpha, alpha), one for the batch; 0 mixes nothing.
         include_input: whether the input, x, is a candidate as well.
-        generator: drawn from as it is; it must be on the host. By default a generator of the module's own: reproducible from
-            torch.manual_seed, distinct by rank, saved and restored with the state_dict.
+        generator: the source of all draws; it must be on the host. If None, the module has its own
+            generator, which is reproducible from torch.manual_seed, differs by rank, and is saved
+            and restored with the state_dict.
 
     Call:
-        x: the model's first argument, the batch first: a tensor, or tuples, lists, dicts and dataclasses of tensors. Of these, as
-            of what a layer hands on, each floating-point tensor whose first dimension is the batch is blended, and the rest kept.
+        x: the model's first argument: a tensor with the batch first, or tuples, lists, dicts and
+            dataclasses of tensors. In it, as in a layer's output, each floating-point tensor with
+            the batch as its first dimension is blended. All else is kept.
         y: labels, (B, ...).
-        *args, **kwargs: further arguments of the model, passed on as they are.
+        *args, **kwargs: further arguments of the model, passed on unchanged.
 
     Attributes:
         candidates: the names of the candidates; "input" is x.
-        last_k, last_layer, last_lam: which of them the last call in training mode drew, its name, and lam as a number.
+        last_k, last_layer, last_lam: the index and the name of the candidate that the last call in
+            training mode drew, and lam as a number.
 
-    The model carries hooks until `close()`, the end of a `with` block, or the deletion of the ManifoldMixup. Activation
-    checkpointing needs them to mix in its recomputation what the forward mixed: close after the backward. (A backward in compiled
-    autograd recomputes without them.)
+    The model carries hooks until `close()`, the end of a `with` block, or the deletion of the
+    ManifoldMixup. Activation checkpointing needs them to repeat the forward's mix in its
+    recomputation: close after the backward. (A backward in compiled autograd recomputes without
+    them.)
 
-    The model may be compiled, fullgraph or not, before its first call; each candidate makes a graph of its own. Where the
-    ManifoldMixup itself is compiled, its draw breaks the graph before the model's.
+    The model may be compiled, fullgraph or not, before its first call; each candidate makes its own
+    graph. If the ManifoldMixup itself is compiled, its draw breaks the graph before the model's.
 
     Raises:
-        ValueError, TypeError: for an argument or an input that is not allowed; the message names it and what is.
-        RuntimeError: where in a call a candidate never runs, or runs twice, so that there is no one place to mix.
+        ValueError, TypeError: if an argument or input is not allowed. The message names it and what
+            is allowed.
+        RuntimeError: if in a call a candidate never runs or runs twice, so that there is no single
+            place to mix.
 
-    Source: Verma et al., "Manifold Mixup: Better Representations by Interpolating Hidden States" (2019).
+    Source: Verma et al., "Manifold Mixup: Better Representations by Interpolating Hidden States"
+    (2019).
 
     Example:
         >>> mm = regfast.ManifoldMixup(torchvision.models.resnet18(num_classes=10))
@@ -101,7 +112,8 @@ class ManifoldMixup(nn.Module):
         self._stream = Stream(generator)
         if generator is not None and generator.device.type != "cpu":
             raise ValueError(
-                f"generator must be on the cpu, where the layer is drawn, got one on {generator.device}"
+                "generator must be on the cpu, where the layer is drawn, got one on "
+                f"{generator.device}"
             )
         hidden = _default_candidates(model) if layers is None else _named_candidates(model, layers)
         self._candidates = (_INPUT, *hidden) if include_input else hidden
@@ -116,7 +128,7 @@ class ManifoldMixup(nn.Module):
         self._install()
 
     def _install(self) -> None:
-        """Hooks the candidates of the model, with no forward to remember."""
+        """Hook the model's candidates, and start without remembered forwards."""
         self._active: _Mix | None = None
         self._past = _Past()
         self._handles: list[RemovableHandle] = []
@@ -132,7 +144,7 @@ class ManifoldMixup(nn.Module):
         self._removal = weakref.finalize(self, _remove, self._handles)
 
     def close(self) -> None:
-        """Takes the hooks out of the model; in eval mode the module still works."""
+        """Remove the hooks from the model; in eval mode the module still works."""
         self._removal()
 
     def __enter__(self) -> ManifoldMixup:
@@ -155,7 +167,8 @@ class ManifoldMixup(nn.Module):
             return output if y is None else (output, y)
         if _INPUT in self._candidates and isinstance(x, Tensor) and not x.is_floating_point():
             raise ValueError(
-                f"ManifoldMixup: x is a candidate, and must be floating-point, got {x.dtype}: or include_input=False"
+                f"ManifoldMixup: x is a candidate, and must be floating-point, got {x.dtype}: or "
+                "pass include_input=False"
             )
         mix, target = self._begin(x, y)
         try:
@@ -169,7 +182,10 @@ class ManifoldMixup(nn.Module):
 
     @outside_graphs("a torch.Generator cannot be drawn from within a graph")
     def _begin(self, x: Any, y: Any) -> tuple[_Mix, MixedTarget]:
-        """What a call mixes, drawn or, where a backward is recomputing the call, what it mixed before; and the target."""
+        """Return the mix of a call and its target.
+
+        The mix is drawn. If a backward is recomputing the call, it is the mix of the first run.
+        """
         if not self._removal.alive:
             raise RuntimeError(
                 "ManifoldMixup was closed, and mixes no more: call it in eval mode, or its model"
@@ -201,7 +217,7 @@ class ManifoldMixup(nn.Module):
             self._active = None
 
     def _visit(self, k: int, value: Any) -> Any:
-        """What candidate k hands on in place of `value`; None for the value itself."""
+        """Return what candidate k outputs in place of `value`; None for the value itself."""
         node = None if torch.compiler.is_compiling() else _running_node()
         mix = self._active if node is None else self._past.find(node)
         if mix is None:
@@ -210,7 +226,8 @@ class ManifoldMixup(nn.Module):
             mix.runs[k] += 1
             if mix.runs[k] > 1:
                 raise RuntimeError(
-                    f"ManifoldMixup: {self.candidates[k]!r} ran twice in a forward; name a module that runs once"
+                    f"ManifoldMixup: {self.candidates[k]!r} ran twice in a forward; name a "
+                    "module that runs once"
                 )
         return self._blend(mix, value) if mix.k == k else None
 
@@ -225,14 +242,15 @@ class ManifoldMixup(nn.Module):
 
         result = _map(blend_batch, value)
         if not blended:
-            expected = f"a floating-point tensor whose first dimension is the batch, {batch}"
+            expected = f"a floating-point tensor with the batch, {batch}, as its first dimension"
             raise ValueError(
-                f"ManifoldMixup: {self.candidates[mix.k]!r} must be or hold {expected}, got {_describe(value)}"
+                f"ManifoldMixup: {self.candidates[mix.k]!r} must be or hold {expected}, got "
+                f"{_describe(value)}"
             )
         return result
 
     def _check_runs(self, mix: _Mix) -> None:
-        """Refuses a model in which a candidate did not run."""
+        """Refuse a model with a candidate that did not run."""
         if mix is self._active and 0 in mix.runs:
             raise RuntimeError(_never_ran(self.model, self._candidates, mix.runs))
 
@@ -248,7 +266,7 @@ class ManifoldMixup(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         is_open = self._removal
-        # The copy of the model came with copies of the hooks, and these handles are theirs.
+        # The copied model has copies of the hooks, and these handles belong to them.
         _remove(self._handles)
         self._install()
         if not is_open:
@@ -259,7 +277,7 @@ class ManifoldMixup(nn.Module):
 
 
 class _Candidate(NamedTuple):
-    """A place to mix in: the output of a module of the model, or what enters it."""
+    """A place to mix in: the output of a module of the model, or the input of one."""
 
     name: str
     path: str
@@ -270,7 +288,10 @@ _INPUT = _Candidate("input", "", before=True)
 
 
 class _Hook:
-    """The hook of candidate k. It does not keep its owner alive; a copy of it has none, and does nothing."""
+    """The hook of candidate k.
+
+    It holds its owner by a weak reference. A copy of it has no owner and does nothing.
+    """
 
     def __init__(self, owner: ManifoldMixup | None = None, k: int = 0) -> None:
         self._owner = None if owner is None else weakref.ref(owner)
@@ -278,7 +299,7 @@ class _Hook:
 
     def __call__(self, module: nn.Module, *values: Any) -> Any:
         owner = None if self._owner is None else self._owner()
-        # A pre-hook is called with the module's arguments, a hook with these and the output.
+        # PyTorch calls a pre-hook with the arguments, and a hook with the arguments and the output.
         return None if owner is None else owner._visit(self._k, values[-1])
 
     def __reduce__(self) -> tuple[type[_Hook], tuple[()]]:
@@ -292,7 +313,11 @@ def _remove(handles: list[RemovableHandle]) -> None:
 
 @dataclasses.dataclass(eq=False)
 class _Mix:
-    """What one forward mixes, how often each candidate has run, and the autograd nodes that it made: numbers in [first, last)."""
+    """The mix of one forward.
+
+    `runs` counts the runs of each candidate. The forward's autograd nodes are those with numbers
+    in [first, last).
+    """
 
     k: int
     index: Tensor
@@ -303,9 +328,10 @@ class _Mix:
 
 
 class _Past:
-    """The forwards whose backward may be still to come, told apart by their autograd nodes.
+    """The forwards that may still have a backward, told apart by their autograd nodes.
 
-    A recomputation runs in the backward of a node that its forward made, and a thread numbers the nodes that it makes.
+    A recomputation runs in the backward of a node that its forward made. Each thread numbers the
+    nodes that it makes.
     """
 
     def __init__(self) -> None:
@@ -313,9 +339,10 @@ class _Past:
         self._forgotten = -math.inf
 
     def begin(self, mix: _Mix) -> _Mix:
-        # Without gradients a forward makes no node; but a reentrant checkpoint round it has just made one, and will recompute it.
+        # Without gradients a forward makes no node. But a reentrant checkpoint around it has just
+        # made one, and its backward recomputes this forward.
         mix.first = _next_number() - (not torch.is_grad_enabled())
-        # Where the numbers fall, another thread has taken over.
+        # If the numbers fall, another thread has taken over.
         while self._mixes and (
             len(self._mixes) == _REMEMBERED or self._mixes[-1].last > _next_number()
         ):
@@ -327,28 +354,28 @@ class _Past:
         mix.last = _next_number()
 
     def find(self, node: int) -> _Mix | None:
-        """The forward that made the node of this number; None where none of them did."""
+        """Return the forward that made the node of this number, or None."""
         for mix in self._mixes:
             if mix.first <= node < mix.last:
                 return mix
         if node < self._forgotten:
             raise RuntimeError(
-                "ManifoldMixup: a backward recomputes a forward whose mix is forgotten: it is over "
+                "ManifoldMixup: a backward recomputes a forgotten forward: it is over "
                 f"{_REMEMBERED} forwards old, or another thread's"
             )
         return None
 
 
 def _next_number() -> int:
-    """The number of the autograd node that this thread makes next."""
+    """Return the number of the autograd node that this thread makes next."""
     return torch._C._autograd._get_sequence_nr()
 
 
 def _running_node() -> int | None:
-    """The number of the node whose backward is running in this thread; None outside a backward.
+    """Return the number of the node with a backward running in this thread, or None.
 
-    Where a recomputed checkpoint holds another, a backward runs within the backward of a node, and the outermost node is the one
-    that the forward made.
+    If a recomputed checkpoint holds another, a backward runs within the backward of a node. The
+    forward made the outermost node.
     """
     node: Any = torch._C._current_autograd_node()
     if node is None:
@@ -362,7 +389,7 @@ def _running_node() -> int | None:
 
 
 def _unwrapped(model: nn.Module) -> tuple[str, nn.Module]:
-    """The model within DistributedDataParallel, torch.compile and their like, and the path to it."""
+    """Return the model within DistributedDataParallel or torch.compile, and the path to it."""
     path = ""
     while (children := dict(model.named_children())).keys() in ({"module"}, {"_orig_mod"}):
         (name, model) = children.popitem()
@@ -371,7 +398,7 @@ def _unwrapped(model: nn.Module) -> tuple[str, nn.Module]:
 
 
 def _default_candidates(model: nn.Module) -> tuple[_Candidate, ...]:
-    """What enters the first stage, and what every stage but the last hands on; four at most."""
+    """Return the first stage's input and the output of every stage but the last; four at most."""
     path, inner = _unwrapped(model)
     parent, stages = _stages(inner)
     module, prefix = inner.get_submodule(parent), f"{parent}." if parent else ""
@@ -382,26 +409,28 @@ def _default_candidates(model: nn.Module) -> tuple[_Candidate, ...]:
             if not _is_first(inner, prefix + stage):
                 places.append(_Candidate("stem", path + prefix + stage, before=True))
         elif isinstance(module, nn.Sequential):
-            # What lies between two stages counts with the first. It may be one module in many places,
-            # such as a shared ReLU, so that the hook is the next stage's.
+            # Modules between two stages count with the first. The last of them may stand in many
+            # places, such as a shared ReLU, so the hook is on the next stage's input.
             name = children[children.index(stage) - 1]
             places.append(_Candidate(prefix + name, path + prefix + stage, before=True))
         else:
             places.append(_Candidate(prefix + before, path + prefix + before))
     if not places:
         raise ValueError(
-            "layers must name modules: by default they are blocks of one class, or the layers of an nn.Sequential, and "
-            f"{type(inner).__name__} holds none (its children are {_quoted(dict(inner.named_children()))})"
+            "layers must name modules: by default they are blocks of one class, or the layers of "
+            "an nn.Sequential, and "
+            f"{type(inner).__name__} holds none (its children are "
+            f"{_quoted(dict(inner.named_children()))})"
         )
     count = min(len(places), _HIDDEN)
     return tuple(places[(2 * i + 1) * len(places) // (2 * count)] for i in range(count))
 
 
 def _stages(model: nn.Module) -> tuple[str, list[str]]:
-    """The path of the module that holds the stages, and their names in it.
+    """Return the path of the module that holds the stages, and their names in it.
 
-    It is the first with at least three children of one class, from the model down through the child
-    of most modules; failing that, the one with most.
+    This is the first module with at least three children of one class, from the model down through
+    the largest child. Without one, it is the module with the most children of one class.
     """
     best: tuple[str, list[str]] = "", []
     path, module = "", model
@@ -415,7 +444,7 @@ def _stages(model: nn.Module) -> tuple[str, list[str]]:
             break
         alike: dict[type[nn.Module], list[str]] = {}
         for name, child in children.items():
-            # A ModuleList is never called. Only in an nn.Sequential is it known what follows a layer.
+            # A ModuleList is never called. Only an nn.Sequential defines what follows a layer.
             if not isinstance(child, nn.ModuleList) and (
                 child._modules or isinstance(module, nn.Sequential)
             ):
@@ -432,7 +461,7 @@ def _stages(model: nn.Module) -> tuple[str, list[str]]:
 
 
 def _is_first(model: nn.Module, path: str) -> bool:
-    """Whether every step of the path is to a first child, so that the model's input enters there."""
+    """Return whether the path is made of first children, so that the model's input enters it."""
     for name in path.split("."):
         if name != next(iter(model._modules)):
             return False
@@ -451,7 +480,7 @@ def _named_candidates(model: nn.Module, layers: Any) -> tuple[_Candidate, ...]:
     known = {name for name, _ in inner.named_modules(remove_duplicate=False) if name}
     candidates = []
     for name in layers:
-        # A wrapper's prefix may be said or not.
+        # A name may have the wrapper's prefix or not.
         short = name.removeprefix(path)
         if short not in known:
             close = difflib.get_close_matches(short, known)
@@ -468,14 +497,16 @@ def _named_candidates(model: nn.Module, layers: Any) -> tuple[_Candidate, ...]:
     for i, module in enumerate(modules):
         if module in modules[:i]:
             raise ValueError(
-                f"layers must name each module once, got {candidates[i].name!r} twice or under two names"
+                f"layers must name each module once, got {candidates[i].name!r} twice or under "
+                "two names"
             )
     return tuple(candidates)
 
 
 def _never_ran(model: nn.Module, candidates: Sequence[_Candidate], runs: Sequence[int]) -> str:
     missing = [candidate for candidate, count in zip(candidates, runs) if not count]
-    message = f"ManifoldMixup: {_quoted(candidate.name for candidate in missing)} never ran in the forward"
+    names = _quoted(candidate.name for candidate in missing)
+    message = f"ManifoldMixup: {names} never ran in the forward"
     blocks = {candidate: _last_block(model, candidate) for candidate in missing}
     if any(blocks.values()):
         layers = [
@@ -484,18 +515,22 @@ def _never_ran(model: nn.Module, candidates: Sequence[_Candidate], runs: Sequenc
             if candidate != _INPUT
         ]
         message += (
-            "; where activation checkpointing, such as timm's, goes round a stage's own call and runs its blocks alone, name the "
-            f"last block: layers={layers}"
+            "; activation checkpointing, such as timm's, may run a stage's blocks without a call "
+            "of "
+            f"the stage: name the last block, layers={layers}"
         )
     if any(
         "_orig_mod" in module._modules or module._compiled_call_impl for module in model.modules()
     ):
-        message += "; a model that ran compiled before it had its hooks must be compiled anew, after torch.compiler.reset()"
+        message += (
+            "; a model that ran compiled before it had its hooks must be compiled again, "
+            "after torch.compiler.reset()"
+        )
     return message
 
 
 def _last_block(model: nn.Module, candidate: _Candidate) -> str | None:
-    """The name of the module that hands the candidate on where the candidate's own module does not run."""
+    """Return the module with the candidate's output if the candidate's own module does not run."""
     path = _previous(model, candidate.path) if candidate.before else candidate.path
     name = path
     while (module := model.get_submodule(name))._modules and isinstance(
@@ -506,7 +541,7 @@ def _last_block(model: nn.Module, candidate: _Candidate) -> str | None:
 
 
 def _previous(model: nn.Module, path: str) -> str:
-    """The path of the sibling before this module; of a first child, the one before its parent."""
+    """Return the path of the sibling before this module; for a first child, its parent's."""
     parent, _, name = path.rpartition(".")
     children = list(model.get_submodule(parent)._modules)
     if name == children[0]:
@@ -523,12 +558,13 @@ def _check_labels(y: Any, x: Any) -> None:
     if y.ndim == 0 or y.shape[:1] != batch:
         expected = f"({batch[0] if batch else 'B'}, ...)"
         raise ValueError(
-            f"ManifoldMixup: y must have shape {expected}, labels of each sample of x, got {tuple(y.shape)}"
+            f"ManifoldMixup: y must have shape {expected}, labels of each sample of x, got "
+            f"{tuple(y.shape)}"
         )
 
 
 def _map(function: Callable[[Tensor], Tensor], value: Any) -> Any:
-    """`value` with the function of every tensor within its tuples, lists, dicts and dataclasses."""
+    """Apply the function to every tensor in nested tuples, lists, dicts and dataclasses."""
     if isinstance(value, Tensor):
         return function(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):

@@ -1,4 +1,4 @@
-"""How much a classifier's answer depends on where its image begins."""
+"""How much a classifier's prediction depends on shifts of its image."""
 
 from __future__ import annotations
 
@@ -16,12 +16,14 @@ __all__ = ["ShiftConsistency", "shift_consistency"]
 
 
 class ShiftConsistency(NamedTuple):
-    """What `shift_consistency` gives.
+    """The result of `shift_consistency`.
 
-    deviation: the median over the images of the standard deviation of a class's probability over all shifts. Lower is better.
-    consistency: how often two shifts of an image, drawn at random, get the same class. Higher is better.
-    probability: that of the class, (N, shifts), float32, on the host; shifts row by row.
-    prediction: the class predicted, (N, shifts), int64, on the host.
+    deviation: the standard deviation of a class's probability over all shifts of an image; the
+        median over the images. Lower is better.
+    consistency: the chance that two random shifts of an image get the same class. Higher is better.
+    probability: the probability of that class, (N, shifts), float32, on the host. Shifts are in
+        row-major order.
+    prediction: the predicted class, (N, shifts), int64, on the host.
     """
 
     deviation: float
@@ -39,33 +41,40 @@ def shift_consistency(
     batch_size: int = 256,
     progress: bool = True,
 ) -> ShiftConsistency:
-    """Shows a classifier every crop of its images, one pixel apart, and says how much its answer changes.
+    """Run a classifier on every crop of its images and measure how much its predictions change.
+
+    The crops are one pixel apart.
 
     Args:
-        model: gives logits, (B, classes). It is put into evaluation mode, and afterwards back into the modes that it was in.
-        images: (N, C, H, W), larger than the crop, as the model takes them; on any device: crops are sent to the model's.
-        labels: the true classes, (N,), whose probabilities are followed; if not given, the class predicted for the centre crop.
-        crop: the size that the model is shown, an integer or (height, width).
-        batch_size: how many crops at once.
-        progress: whether to show a progress bar, where rich is installed.
+        model: returns logits, (B, classes). It runs in evaluation mode, and each module then gets
+            its former mode back.
+        images: (N, C, H, W), at least as large as the crop, as the model takes them. They may be on
+            any device: the crops are sent to the model's.
+        labels: the true classes, (N,). If None, the classes predicted for the centre crops.
+        crop: the size of the model's input, an integer or (height, width).
+        batch_size: the number of crops per batch.
+        progress: whether to show a progress bar; this needs rich.
 
     Returns:
-        The median deviation and the consistency, with every probability and prediction. The standard deviation is that of all
-        shifts there are, (H - height + 1) * (W - width + 1), not of a sample; and the consistency the expectation over all pairs.
+        The median deviation and the consistency, with every probability and prediction. The
+        standard deviation is over all (H - height + 1) * (W - width + 1) shifts, not over a sample.
+        The consistency is the expectation over all pairs of shifts.
 
     Raises:
-        ValueError, TypeError: for an argument that is not allowed; the message names it and what is.
+        ValueError, TypeError: if an argument is not allowed. The message names it and what is
+            allowed.
 
-    Source: the book chapter's first exercise; Zhang, "Making Convolutional Networks Shift-Invariant Again" (2019), for the
-    consistency, which is estimated there by one random pair an image.
+    Source: the book chapter's first exercise. For the consistency: Zhang, "Making Convolutional
+    Networks Shift-Invariant Again" (2019), which estimates it from one random pair per image.
 
     Example:
-        >>> deviation, consistency, *_ = regfast.metrics.shift_consistency(model, images, labels, crop=224)
+        >>> measure = regfast.metrics.shift_consistency
+        >>> deviation, consistency, *_ = measure(model, images, labels, crop=224)
     """
     height, width = _check(model, images, labels, crop)
     (batch_size,) = per_axis("batch_size", batch_size, 1, 1)
     device = next(model.parameters(), images).device
-    # (N, C, shifts down, shifts across, height, width), a view.
+    # A view of shape (N, C, shifts down, shifts across, height, width).
     crops = images.unfold(2, height, 1).unfold(3, width, 1)
     down, across = crops.shape[2:4]
     probability, prediction = [], []
@@ -92,7 +101,7 @@ def shift_consistency(
 
 
 def _check(model: Any, images: Any, labels: Any, crop: Any) -> tuple[int, int]:
-    """The crop's height and width."""
+    """Return the crop's height and width."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a module, got {type(model).__name__}")
     if not isinstance(images, Tensor):
@@ -115,7 +124,8 @@ def _check(model: Any, images: Any, labels: Any, crop: Any) -> tuple[int, int]:
             raise TypeError(f"labels must be a Tensor of integers, got {found}")
         if labels.shape != images.shape[:1]:
             raise ValueError(
-                f"labels must have shape {tuple(images.shape[:1])}, one an image, got {tuple(labels.shape)}"
+                f"labels must have shape {tuple(images.shape[:1])}, one per image, got "
+                f"{tuple(labels.shape)}"
             )
     return height, width
 
@@ -124,7 +134,8 @@ def _check_classes(labels: Tensor, logits: Tensor) -> None:
     low, high = (int(bound) for bound in labels.aminmax())
     if low < 0 or high >= logits.shape[1]:
         raise ValueError(
-            f"labels must be in [0, {logits.shape[1]}), the model's classes, got {low if low < 0 else high}"
+            f"labels must be in [0, {logits.shape[1]}), the model's classes, got "
+            f"{low if low < 0 else high}"
         )
 
 
@@ -143,7 +154,7 @@ def _logits(model: nn.Module, batch: Tensor) -> Tensor:
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode; afterwards each module in its own again."""
+    """Put the model into evaluation mode; at the end give each module its former mode back."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -164,7 +175,7 @@ def _track(batches: Sequence[Tensor], progress: bool) -> Iterable[Tensor]:
 
 
 def _agreement(predictions: Tensor) -> float:
-    """How often two shifts, drawn independently, get the same class: the expectation, over images of (N, shifts) predictions."""
+    """Return the chance that two independent shifts of an image agree, from (N, shifts) classes."""
     total = 0.0
     for row in predictions:
         _, counts = row.unique(return_counts=True)

@@ -1,4 +1,4 @@
-"""MixUp and CutMix of a batch and of its labels: the module, the collator and the function."""
+"""MixUp and CutMix of a batch and its labels: the module, the collator and the function."""
 
 from __future__ import annotations
 
@@ -21,10 +21,13 @@ __all__ = ["MixUp", "MixedTarget", "MixupCollator", "mixup_data"]
 
 
 class MixedTarget(NamedTuple):
-    """The labels of a mixed batch: lam of a and 1 - lam of b. It is the tuple (y_i, y_j, lambda) of the book and the blog.
+    """The labels of a mixed batch: lam of a and 1 - lam of b.
 
-    a, b: the labels of the samples and of their partners, (B, ...): class indices, or dense ones (probabilities, multi-hot).
-    lam: the weight of a in [0, 1]: a number, a 0-d or a (B,) tensor.
+    This is the tuple (y_i, y_j, lambda) of the book and the blog.
+
+    a, b: the labels of the samples and of their partners, (B, ...): class indices or dense labels
+        (probabilities, multi-hot).
+    lam: the weight of a, in [0, 1]: a number, or a tensor of shape () or (B,).
     """
 
     a: Tensor
@@ -32,7 +35,7 @@ class MixedTarget(NamedTuple):
     lam: float | Tensor
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> MixedTarget:
-        """The same on another device; a lam that is a number stays one."""
+        """Return the target on another device; a lam that is a number stays one."""
         a, b = (labels.to(device, non_blocking=non_blocking) for labels in (self.a, self.b))
         return MixedTarget(
             a,
@@ -43,15 +46,16 @@ class MixedTarget(NamedTuple):
         )
 
     def soft(self, num_classes: int, smoothing: float = 0.0) -> Tensor:
-        """The blended labels as probabilities, (B, ..., num_classes), float32.
+        """Return the blended labels as probabilities, (B, ..., num_classes), float32.
 
-        Class indices become one-hot vectors in a new last dimension (nn.CrossEntropyLoss wants that of a map's probabilities
-        second: `.movedim(-1, 1)`). Labels that are floating or bool are dense already, and keep their shape. Both are smoothed as
-        nn.CrossEntropyLoss smooths: (1 - smoothing) * label + smoothing / num_classes.
+        Class indices become one-hot vectors in a new last dimension. (For maps of labels,
+        nn.CrossEntropyLoss takes the classes second: `.movedim(-1, 1)`.) Labels that are
+        floating-point or bool are dense already and keep their shape. Both are smoothed as in
+        nn.CrossEntropyLoss: (1 - smoothing) * label + smoothing / num_classes.
 
         Raises:
-            ValueError: for a smoothing or a lam outside [0, 1], a label that is no class (an ignored one has no soft target), or
-                dense labels of another number of classes.
+            ValueError: if smoothing or lam is outside [0, 1], a label is not a class (an ignored
+                one has no soft target), or dense labels have another number of classes.
         """
         num_classes, smoothing = as_python(num_classes), as_python(smoothing)
         if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
@@ -67,7 +71,7 @@ class MixedTarget(NamedTuple):
 
 
 def _dense(labels: Tensor, num_classes: int) -> Tensor:
-    """Labels as float32 probabilities."""
+    """Return labels as float32 probabilities."""
     if labels.is_floating_point() or labels.dtype == torch.bool:
         if labels.shape[-1:] != (num_classes,):
             raise ValueError(
@@ -84,41 +88,55 @@ def _dense(labels: Tensor, num_classes: int) -> Tensor:
 
 
 class MixUp(Traceable):
-    """Mixes a batch with itself: x becomes lam*x + (1 - lam)*x[index], in one pass, and y the tuple (y, y[index], lam).
+    """Mix a batch with itself: x becomes lam*x + (1 - lam)*x[index], y becomes (y, y[index], lam).
 
-    Called as `x, target = mix(x, y)` on a batch that is already on the device. In training mode the target is a `MixedTarget`,
-    for `MixupCrossEntropyLoss`, `MixupLoss` or whatever takes (y_i, y_j, lam). In eval mode nothing is mixed: x is normalised and
-    cast as in training, and y goes out as it came in, so that metrics work, and these losses are then the plain ones; `mix(x)` is
-    x alone. (It is no child of the model: `model.eval()` does not reach it, `mix.eval()` does.)
+    Call it as `x, target = mix(x, y)` on a batch that is already on the device. Mixing,
+    normalisation and cast are one pass.
+
+    In training mode the target is a `MixedTarget`, for `MixupCrossEntropyLoss`, `MixupLoss` or any
+    code that takes (y_i, y_j, lam). In eval mode nothing is mixed: x is normalised and cast as in
+    training, and y is returned unchanged, so that metrics work and these losses are the plain
+    ones. `mix(x)` then returns x alone. (The module is not a child of the model. `model.eval()`
+    does not reach it; call `mix.eval()`.)
 
     Args:
-        alpha: lam is drawn from Beta(alpha, alpha). 0 mixes nothing, or leaves CutMix alone where cutmix_alpha is over 0.
-        pairing: a sample's partner. "random": torch.randperm. "pairs": a random perfect matching (an odd batch leaves its last
-            sample with itself). "flip": the batch in reverse, as in timm. "roll": the sample before, as in torchvision.
-        per_sample: whether each sample has a lam of its own, a box, and its own chances `prob` and `switch_prob`.
-        prob: the chance that anything is mixed; else lam is 1.
-        cutmix_alpha: where over 0, CutMix: a box of the partner is pasted, of an area whose share 1 - lam is drawn from
-            Beta(cutmix_alpha, cutmix_alpha); lam is then corrected to the area that the image's border left of the box.
-        switch_prob: the chance of CutMix in place of MixUp where both alphas are over 0.
-        mean, std: what x is normalised by, a number or one a channel; x of uint8 is divided by 255 first.
-        dtype: the result's, floating; x's by default (float32 for uint8 with mean and std).
-        generator: drawn from as it is, and everything is drawn where it lies: with a CUDA generator on the device. By default a
-            generator of the module's own, on the host: reproducible from torch.manual_seed, distinct by rank and by DataLoader
-            worker, saved and restored with the state_dict.
+        alpha: lam is drawn from Beta(alpha, alpha). 0 mixes nothing; with a cutmix_alpha over 0, it
+            leaves CutMix alone.
+        pairing: the choice of each sample's partner. "random": torch.randperm. "pairs": a random
+            perfect matching (an odd batch pairs its last sample with itself). "flip": the batch in
+            reverse, as in timm. "roll": the previous sample, as in torchvision.
+        per_sample: whether each sample has its own lam, box, and draws with `prob` and
+            `switch_prob`.
+        prob: the probability of mixing; otherwise lam is 1.
+        cutmix_alpha: if over 0, CutMix: a box of the partner is pasted. Its share of the area,
+            1 - lam, is drawn from Beta(cutmix_alpha, cutmix_alpha). lam is then corrected to the
+            part of the box inside the image.
+        switch_prob: the probability of CutMix in place of MixUp if both alphas are over 0.
+        mean, std: the constants that normalise x, a number or one per channel. x of uint8 is
+            divided by 255 first.
+        dtype: the result's floating-point dtype. If None, x's (float32 for uint8 with mean and
+            std).
+        generator: the source of all draws, on its own device: with a CUDA generator the draws are
+            on the device. If None, the module has its own generator on the host. That one is
+            reproducible from torch.manual_seed, differs by rank and by DataLoader worker, and is
+            saved and restored with the state_dict.
 
-    Shape: x (B, ...), with CutMix (B, C, ..., H, W); floating or uint8. y (B, ...). lam is float32, () or, with per_sample, (B,).
-    The host never waits for the device.
+    Shape: x (B, ...), with CutMix (B, C, ..., H, W); floating-point or uint8. y (B, ...). lam is
+    float32, (), or (B,) with per_sample. The host never waits for the device.
 
-    A generator cannot be drawn from within a graph of torch.compile: compile what follows the module, or draw outside with `draw`
-    and blend within by `regfast.functional.mixup`.
+    A graph of torch.compile cannot draw from a generator. Compile what follows the module; or draw
+    outside with `draw` and blend inside with `regfast.functional.mixup`.
 
     Raises:
-        ValueError, TypeError: for an argument or an input that is not allowed; the message names it and what is.
+        ValueError, TypeError: if an argument or input is not allowed. The message names it and what
+            is allowed.
 
-    Source: Zhang et al., "mixup: Beyond Empirical Risk Minimization" (2018); Yun et al., "CutMix" (2019).
+    Source: Zhang et al., "mixup: Beyond Empirical Risk Minimization" (2018); Yun et al., "CutMix"
+    (2019).
 
     Example:
-        >>> mix = regfast.MixUp(0.2, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), dtype=torch.bfloat16)
+        >>> mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+        >>> mix = regfast.MixUp(0.2, mean=mean, std=std, dtype=torch.bfloat16)
         >>> x = torch.randint(256, (8, 3, 224, 224), dtype=torch.uint8)
         >>> x, target = mix(x, torch.arange(8))
         >>> x.dtype, target.lam.shape
@@ -155,7 +173,7 @@ class MixUp(Traceable):
         self.dtype = dtype
         self.mean = mean = as_python(mean)
         self.std = std = as_python(std)
-        # No buffers: a model that is cast to half precision must not take them along. On each device they are wanted once.
+        # Not buffers: casting a model to half precision must not cast them.
         self._affine = None if mean is None else Affine(mean, std)
         self._stream = Stream(generator)
 
@@ -166,7 +184,8 @@ class MixUp(Traceable):
         if y is None:
             if self.training:
                 raise TypeError(
-                    "y must be a Tensor of labels in training mode, got None; in eval mode mix(x) is x normalised"
+                    "y must be a Tensor of labels in training mode, got None; in eval mode "
+                    "mix(x) is x normalised"
                 )
             return self._unmixed(x)
         _check_labels(y, x)
@@ -188,24 +207,27 @@ class MixUp(Traceable):
     def draw(
         self, B: int, size: Sequence[int] | None = None, device: torch.device | str | None = None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """What one call draws, (index, lam, box): the arguments of `regfast.functional.mixup`, for those who call that.
+        """Draw (index, lam, box) as one call does, for `regfast.functional.mixup`.
 
         Args:
             B: the number of samples.
-            size: (H, W) of the images; needed for CutMix alone.
-            device: where the draws go; by default they stay with the generator.
+            size: (H, W) of the images; only CutMix needs it.
+            device: the device of the results; if None, the generator's.
 
         Returns:
-            index, (B,) int64; lam, float32, () or with per_sample (B,); and box: None without CutMix, else (4,) or (B, 4) int64,
-            -1s where a sample is blended and not pasted.
+            index: (B,), int64.
+            lam: float32, (), or (B,) with per_sample.
+            box: None without CutMix; else int64, (4,), or (B, 4) with per_sample. A sample that is
+                blended and not pasted has -1s.
 
         Raises:
-            ValueError: for CutMix without a size.
+            ValueError: if CutMix has no size.
         """
         B, size = as_python(B), as_python(size)
         if isinstance(B, bool) or not isinstance(B, int) or B < 0:
             raise ValueError(
-                f"B must be a number of samples, got {B if isinstance(B, (int, float)) else type(B).__name__}"
+                "B must be a number of samples, got "
+                f"{B if isinstance(B, (int, float)) else type(B).__name__}"
             )
         generator = self._stream.generator
         shape = (B,) if self.per_sample else ()
@@ -218,7 +240,8 @@ class MixUp(Traceable):
         if self.cutmix_alpha > 0:
             if not isinstance(size, Sequence) or len(size) != 2 or min(size) < 1:
                 raise ValueError(
-                    f"size must be the images' (H, W), at least 1, where cutmix_alpha is over 0, got {size!r}"
+                    "size must be the images' (H, W), at least 1, where cutmix_alpha is over 0, "
+                    f"got {size!r}"
                 )
             pasted = happens(self.switch_prob if self.alpha > 0 else 1.0)
             box, left = boxes(
@@ -236,14 +259,14 @@ class MixUp(Traceable):
         return index, lam, box if box is None else on_device(box, device)
 
     def _unmixed(self, x: Tensor) -> Tensor:
-        """x normalised and cast as in training."""
+        """Return x normalised and cast as in training."""
         dtype, scale, shift = self._constants(x)
         if scale is None and x.is_floating_point():
             return x.to(dtype)
         return blend(x, torch.arange(len(x), device=x.device), 1.0, None, scale, shift, dtype)
 
     def _constants(self, x: Tensor) -> tuple[torch.dtype, Tensor | None, Tensor | None]:
-        """The result's dtype, and what normalises x's channels, where x is."""
+        """Return the result's dtype, and the scale and shift that normalise x, on x's device."""
         dtype = result_dtype(x.dtype, self.dtype, self.mean, self.std)
         return dtype, *((None, None) if self._affine is None else self._affine.of(x, dtype))
 
@@ -256,27 +279,32 @@ class MixUp(Traceable):
     def extra_repr(self) -> str:
         normalised = "" if self.mean is None else f", mean={self.mean}, std={self.std}"
         return (
-            f"alpha={self.alpha}, pairing={self.pairing!r}, per_sample={self.per_sample}, prob={self.prob}, "
-            f"cutmix_alpha={self.cutmix_alpha}, switch_prob={self.switch_prob}{normalised}, dtype={self.dtype}"
+            f"alpha={self.alpha}, pairing={self.pairing!r}, per_sample={self.per_sample}, "
+            f"prob={self.prob}, cutmix_alpha={self.cutmix_alpha}, "
+            f"switch_prob={self.switch_prob}{normalised}, dtype={self.dtype}"
         )
 
 
 class MixupCollator:
-    """The book's collate function: collates a batch and mixes it, with one lam for all and a random permutation.
+    """The book's collate function: it collates a batch and mixes it with one lam and a permutation.
 
-    `DataLoader(data, collate_fn=MixupCollator())` gives (x, (y_i, y_j, lam)), the tuple a `MixedTarget` and lam a Python float.
-    It works in the loader's workers, forked or spawned: each has a stream of its own, which differs from epoch to epoch and
-    is reproducible from torch.manual_seed. (`MixUp` mixes on the device instead, and takes uint8 images.)
+    `DataLoader(data, collate_fn=MixupCollator())` gives (x, (y_i, y_j, lam)). The tuple is a
+    `MixedTarget`, and lam a Python float. It works in the loader's workers, forked or spawned:
+    each has its own stream, which differs from epoch to epoch and is reproducible from
+    torch.manual_seed. (`MixUp` mixes on the device instead, and takes uint8 images.)
 
     Args:
         alpha: lam is drawn from Beta(alpha, alpha); 0 mixes nothing.
-        base_collate: what makes a batch (x, y) of samples; x must be floating-point.
-        generator: drawn from as it is, where there are no workers; else each worker's copy is seeded from it and from the worker.
+        base_collate: makes a batch (x, y) from samples; x must be floating-point.
+        generator: the source of all draws without workers. Each worker's copy is seeded from it and
+            from the worker.
 
     Raises:
-        ValueError, TypeError: for an argument, or a batch, that is not allowed; the message names it and what is.
+        ValueError, TypeError: if an argument or batch is not allowed. The message names it and what
+            is allowed.
 
-    Source: the book chapter's MixupCollator, which drew from NumPy's global state: the same in every worker.
+    Source: the book chapter's MixupCollator, which drew the same numbers in every worker, from
+    NumPy's global state.
 
     Example:
         >>> images, labels = torch.rand(64, 3, 32, 32), torch.randint(10, (64,))
@@ -314,32 +342,36 @@ class MixupCollator:
         return x, MixedTarget(a, b, float(lam))
 
     def __repr__(self) -> str:
-        return f"MixupCollator(alpha={self.alpha}, base_collate={getattr(self.base_collate, '__name__', self.base_collate)})"
+        name = getattr(self.base_collate, "__name__", self.base_collate)
+        return f"MixupCollator(alpha={self.alpha}, base_collate={name})"
 
 
 def mixup_data(
     x: Tensor, y: Tensor, alpha: float = 1.0, *, generator: torch.Generator | None = None
 ) -> tuple[Tensor, Tensor, Tensor, float | Tensor]:
-    """The blog's function: (mixed_x, y_a, y_b, lam), with one lam for the batch and a random permutation.
+    """The blog's function: (mixed_x, y_a, y_b, lam), with one lam and a random permutation.
 
     Args:
         x: (B, ...), floating-point.
         y: labels, (B, ...).
         alpha: lam is drawn from Beta(alpha, alpha); 0 gives lam = 1, which mixes nothing.
-        generator: drawn from as it is; torch's global one on the host by default.
+        generator: the source of the draws; if None, torch's global generator on the host.
 
     Returns:
-        lam is a Python float; with a CUDA generator a 0-d tensor, so that the host need not wait for it.
+        mixed_x, y_a, y_b, and lam as a Python float. With a CUDA generator lam is a 0-d tensor, so
+        that the host does not wait for it.
 
     Raises:
-        ValueError, TypeError: for an argument that is not allowed; the message names it and what is.
+        ValueError, TypeError: if an argument is not allowed. The message names it and what is
+            allowed.
     """
     alpha = check_alpha("alpha", alpha)
     check_generator(generator)
     check_batch(x)
     if not x.is_floating_point():
         raise TypeError(
-            f"x must be floating-point, got {x.dtype}: convert it, or take regfast.MixUp, which normalises bytes"
+            f"x must be floating-point, got {x.dtype}: convert it, or take regfast.MixUp, which "
+            "normalises bytes"
         )
     _check_labels(y, x)
     generator = torch.default_generator if generator is None else generator
@@ -351,9 +383,9 @@ def mixup_data(
 
 
 def _partners(x: Tensor, y: Tensor, drawn: Tensor) -> tuple[Tensor, Tensor]:
-    """The index where x is, sent there once, and the partners' labels."""
+    """Return the index on x's device, sent there once, and the partners' labels."""
     index = on_device(drawn, x.device)
-    # Labels that are elsewhere do not wait for it to come back.
+    # Labels on another device use the host's draw, and do not wait for a copy back.
     return index, y[index if y.device == x.device else on_device(drawn, y.device)]
 
 
@@ -362,7 +394,8 @@ def _check_labels(y: Any, x: Tensor) -> None:
         raise TypeError(f"y must be a Tensor of labels, got {type(y).__name__}")
     if y.shape[:1] != x.shape[:1]:
         raise ValueError(
-            f"y must have shape ({x.shape[0]}, ...), labels of each sample of x, got {tuple(y.shape)}"
+            f"y must have shape ({x.shape[0]}, ...), labels of each sample of x, got "
+            f"{tuple(y.shape)}"
         )
 
 

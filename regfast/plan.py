@@ -1,4 +1,4 @@
-"""What `antialias` does to a model, and says of it, layer by layer."""
+"""The plan of `antialias` and its report, layer by layer."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from .pooling import (
     MaxPool3dAA,
 )
 
-# An attribute of a model: the `Options` that it was converted with.
+# A converted model holds its `Options` under this attribute.
 OPTIONS = "_regfast_antialias"
 
 _Twins = dict[type[nn.Module], type[nn.Module]]
@@ -64,7 +64,7 @@ class Options(NamedTuple):
     padding_mode: BlurPaddingMode | None = None
 
     def attributes(self, twin: type[nn.Module]) -> dict[str, Any]:
-        """What an anti-aliased layer has beyond its twin: its arguments by keyword."""
+        """Return the keyword arguments that an anti-aliased layer has beyond its plain twin."""
         own = dict(_DEFAULTS[twin])
         prefix = "blur_" if "blur_filter" in own else ""
         own |= {"blur_size": self.blur_size, f"{prefix}filter": self.filter}
@@ -73,7 +73,7 @@ class Options(NamedTuple):
         return own
 
     def why(self, reason: str) -> str:
-        """The report's words on a blur: a reason, and what the caller chose."""
+        """Return the report's reason for a blur: the given one, and what the caller chose."""
         names = ("blur_size", "filter", "padding_mode")
         values = {name: getattr(self, name) for name in names}
         chosen = [f"{n}={v!r}" for n, v in values.items() if v != self._field_defaults[n]]
@@ -81,9 +81,9 @@ class Options(NamedTuple):
 
 
 class Step(NamedTuple):
-    """A module to convert, and what the report says of it.
+    """A module to convert, and the report's words on it.
 
-    Where its blur comes after an activation, `place` is that one's.
+    If its blur comes after an activation, `place` is the activation's place.
     """
 
     module: nn.Module
@@ -94,7 +94,7 @@ class Step(NamedTuple):
 
 
 class _Place(NamedTuple):
-    """Where an activation is that a blur may come after; `name` is the report's for it."""
+    """The place of an activation that a blur may follow; `name` is its name in the report."""
 
     container: nn.Module
     key: str
@@ -102,12 +102,12 @@ class _Place(NamedTuple):
 
 
 def twin_of(module: nn.Module) -> type[nn.Module]:
-    """The anti-aliased class of a layer's."""
+    """Return the anti-aliased class of a layer."""
     return _TWINS[type(module)]
 
 
 def matches(model: nn.Module, entry: str | type[nn.Module]) -> Iterator[nn.Module]:
-    """The modules that an entry of `skip` stands for, and all that is in them."""
+    """Yield the modules that an entry of `skip` selects, and all modules in them."""
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(entry, str):
             found = name == entry or fnmatchcase(name, entry)
@@ -118,7 +118,7 @@ def matches(model: nn.Module, entry: str | type[nn.Module]) -> Iterator[nn.Modul
 
 
 def plan(model: nn.Module, options: Options) -> Iterator[tuple[ReportRow, Step | None]]:
-    """A row for each layer that decimates or may, and what to do about it, if anything."""
+    """Yield a row for each layer that decimates or may, and the step that converts it, if any."""
     skipped = {id(module) for entry in options.skip for module in matches(model, entry)}
     uses, places, blurred = use_counts(model), dict(_places(model)), dict(_blurred(model))
     peers = fusions(model)
@@ -137,7 +137,7 @@ def plan(model: nn.Module, options: Options) -> Iterator[tuple[ReportRow, Step |
             if reason:
                 yield row._replace(why=reason), None
         elif any(s > 1 for s in stride_of(module)):
-            reason = "it is among those to skip" if id(module) in skipped else None
+            reason = "it is in `skip`" if id(module) in skipped else None
             reason = reason or _obstacle(module, options)
             if reason:
                 yield row._replace(why=reason), None
@@ -150,9 +150,9 @@ def plan(model: nn.Module, options: Options) -> Iterator[tuple[ReportRow, Step |
 
 
 def _obstacle(module: Any, options: Options) -> str | None:
-    """Why a layer that decimates is to be left alone, or None."""
+    """Return why a layer that decimates is left alone, or None."""
     if isinstance(module, LazyModuleMixin):
-        return "it is lazy: run the model once before"
+        return "it is lazy: run the model once first"
     if torch.nn.utils.parametrize.is_parametrized(module):
         return "it is parametrised"
     if type(module) is nn.Conv3d:
@@ -178,7 +178,7 @@ def _obstacle(module: Any, options: Options) -> str | None:
     try:
         become(copy.copy(module), twin_of(module), attributes)
     except (ValueError, TypeError) as error:
-        return f"it cannot be: {error}"
+        return f"it cannot be converted: {error}"
     return None
 
 
@@ -190,14 +190,14 @@ def _convolution_obstacle(module: Any, options: Options) -> str | None:
         found = f"it has {module.in_channels} input channels"
         return f"{found}, fewer than min_channels={options.min_channels}"
     if not module.weight.is_floating_point():
-        return f"its numbers are {module.weight.dtype}, which no blur takes"
+        return f"no blur takes its dtype, {module.weight.dtype}"
     return None
 
 
 def _step(
     module: Any, options: Options, place: _Place | None, shared: bool, skipped: set[int]
 ) -> Step:
-    """How to convert a layer, which `shared` is used in several places."""
+    """Return how to convert a layer; `shared` tells that several places use it."""
     attributes = options.attributes(twin_of(module))
 
     def step(done: str, reason: str = "", place: Any = None, **changed: Any) -> Step:
@@ -217,12 +217,14 @@ def _step(
     trial: Any = copy.copy(module)
     become(trial, twin_of(module), attributes)
     if trial._commutes():
-        return step("blur before convolution", "of one pixel, that is the same function")
+        return step(
+            "blur before convolution", "for a pointwise convolution, that is the same function"
+        )
     return step("blur after convolution", reason or "")
 
 
 def _not_after_activation(place: _Place | None, skipped: set[int]) -> str | None:
-    """Why a blur cannot come after an activation, or None."""
+    """Return why a blur cannot come after an activation, or None."""
     if place is None:
         return "no activation follows it in an nn.Sequential"
     activation: Any = place.container._modules[place.key]
@@ -230,16 +232,16 @@ def _not_after_activation(place: _Place | None, skipped: set[int]) -> str | None
     if [*activation.parameters(), *activation.buffers()]:
         return f"{found} has parameters"
     if id(activation) in skipped:
-        return f"{found} is among those to skip"
+        return f"{found} is in `skip`"
     if is_hooked(activation):
         return f"{found} has hooks or a forward of its own"
     return None
 
 
 def _places(model: nn.Module) -> Iterator[tuple[int, _Place]]:
-    """The place of the activation that follows each convolution in an nn.Sequential.
+    """Yield the place of the activation that follows each convolution in an nn.Sequential.
 
-    A normalisation may stand between the two, or have the activation at its end.
+    A normalisation may stand between the two, or may itself end with the activation.
     """
     uses = use_counts(model)
     for container, children in own_sequentials(model):
@@ -259,10 +261,11 @@ def _places(model: nn.Module) -> Iterator[tuple[int, _Place]]:
 
 
 def _blurred(model: nn.Module) -> Iterator[tuple[int, str]]:
-    """Each layer of an nn.Sequential that a blur follows, or a blur of stride 1 precedes: by which.
+    """Yield each layer that is already blurred, and by which blur.
 
-    What stands between a layer and its blur is a normalisation or an activation, if anything. A
-    convolution may be within another library's blur too.
+    In an nn.Sequential a blur follows the layer, or a blur of stride 1 precedes it. Only
+    normalisations and activations may stand between a layer and the blur after it. A convolution
+    inside another library's blur is blurred too.
     """
     for module in model.modules():
         origin = origin_of(module)

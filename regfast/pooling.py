@@ -40,9 +40,10 @@ __all__ = [
 
 
 class _Pooling(Traceable):
-    """What the modules share: the window, made from the arguments and made again whenever one of them is set.
+    """The shared part of the modules: a window that follows the arguments.
 
-    (Surgery on a model sets `layer.ceil_mode = True` or `layer.stride = 1`, and nn.MaxPool2d obeys.)
+    The window is made again whenever an argument is set. (Surgery on a model sets
+    `layer.ceil_mode = True` or `layer.stride = 1`, and nn.MaxPool2d obeys.)
     """
 
     rank: int
@@ -50,7 +51,7 @@ class _Pooling(Traceable):
     _window: Window
 
     def _make_window(self) -> Window:
-        """The window that the arguments say: each kind of pooling has its own."""
+        """Return the window of the arguments; each kind of pooling has its own."""
         raise NotImplementedError
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -62,7 +63,7 @@ class _Pooling(Traceable):
             try:
                 self.__dict__["_window"] = self._make_window()
             except (TypeError, ValueError):
-                # What is refused leaves the layer as it was.
+                # A refused value leaves the layer unchanged.
                 self.__dict__[name] = before
                 raise
 
@@ -72,7 +73,10 @@ def _activation_repr(activation: str | None) -> str:
 
 
 class _MaxPoolAA(_Pooling):
-    """What the modules share; nn.MaxPool comes after it in a class's bases, and gives none of its code but the constructor."""
+    """The shared part of the modules. In a class's bases it comes before nn.MaxPool.
+
+    It uses only nn.MaxPool's constructor.
+    """
 
     _arguments = (
         "kernel_size", "stride", "padding", "dilation", "return_indices", "ceil_mode",
@@ -112,14 +116,17 @@ class _MaxPoolAA(_Pooling):
     def extra_repr(self) -> str:
         blur = f"ratio={self.ratio}" if self.blur_size is None else f"blur_size={self.blur_size}"
         return (
-            f"kernel_size={self.kernel_size}, stride={self.stride}, padding={self.padding}, dilation={self.dilation}, "
-            f"ceil_mode={self.ceil_mode}, {blur}, filter={self.filter!r}, padding_mode={self.padding_mode!r}"
+            f"kernel_size={self.kernel_size}, stride={self.stride}, padding={self.padding}, "
+            f"dilation={self.dilation}, ceil_mode={self.ceil_mode}, {blur}, "
+            f"filter={self.filter!r}, padding_mode={self.padding_mode!r}"
             + _activation_repr(self.activation)
         )
 
 
 class MaxPool1dAA(_MaxPoolAA, nn.MaxPool1d):
-    """Anti-aliased max pooling of signals: `MaxPool2dAA` with one spatial axis, in place of nn.MaxPool1d.
+    """Anti-aliased max pooling of signals: `MaxPool2dAA` with one spatial axis.
+
+    It replaces nn.MaxPool1d.
 
     Shape: (N, C, L) or (C, L).
     """
@@ -128,30 +135,38 @@ class MaxPool1dAA(_MaxPoolAA, nn.MaxPool1d):
 
 
 class MaxPool2dAA(_MaxPoolAA, nn.MaxPool2d):
-    """Anti-aliased max pooling: nn.MaxPool2d's stride-1 maximum, then a blur that takes its stride, in one pass.
+    """Anti-aliased max pooling: a stride-1 maximum, then a blur that takes the stride, in one pass.
 
-    It goes where nn.MaxPool2d stood: the same first arguments in the same order, the same output size for every
-    argument and input size, no parameters and no state_dict keys. With stride 1 nothing is decimated, and it is nn.MaxPool2d.
+    It replaces nn.MaxPool2d: it has the same first arguments in the same order, and the same output
+    size for every argument and input size. It has no parameters and no state_dict keys. With stride
+    1 nothing is decimated, and it is nn.MaxPool2d.
 
     Args:
-        kernel_size, stride, padding, dilation, ceil_mode: as in nn.MaxPool2d; an integer or one an axis.
-        return_indices: refused where True: an output is a weighted sum of several maxima, and no one index belongs to it.
-        ratio: the blur's size is int(ratio * stride), never less than the stride; a number or one an axis.
-        blur_size: overrides `ratio`: an integer on the axes whose stride is over 1, a tuple literally.
-        filter: the blur's taps: "binomial", a window that scipy.signal.get_window knows, 1-d taps, or
-            one of these per axis. Whatever is given is divided by its sum.
-        padding_mode: what the blur reads beyond the border. "partial": the maxima of windows that partly overlap the image. Or
-            "replicate", "reflect" (as antialiased-cnns and timm train), "zeros" (as kornia and Composer train): a padding of
-            nn.MaxPool2d's stride-1 output.
-        activation: "relu" pools what nn.ReLU gives, in the same pass: for a ReLU that stands before the layer.
+        kernel_size, stride, padding, dilation, ceil_mode: as in nn.MaxPool2d; an integer or one per
+            axis.
+        return_indices: must be False: an output is a weighted sum of several maxima and has no
+            single index.
+        ratio: the blur's size is int(ratio * stride), never less than the stride; a number or one
+            per axis.
+        blur_size: the number of the blur's taps, in place of `ratio`: an integer for the axes with
+            a stride over 1, or one per axis.
+        filter: the blur's taps: "binomial", a window that scipy.signal.get_window knows, 1-d taps,
+            or one of these per axis. Taps are divided by their sum.
+        padding_mode: what the blur reads beyond the border. "partial": the maxima of windows that
+            partly overlap the image. Or a padding of nn.MaxPool2d's stride-1 output: "replicate",
+            "reflect" (as antialiased-cnns and timm train), "zeros" (as kornia and Composer train).
+        activation: "relu" pools the output of nn.ReLU, in the same pass: it replaces a ReLU before
+            the layer.
 
-    Shape: (N, C, H, W) or (C, H, W); float16, bfloat16, float32, float64. The output keeps the input's dtype and memory format.
+    Shape: (N, C, H, W) or (C, H, W); float16, bfloat16, float32, float64. The output keeps the
+    input's dtype and memory format.
 
     Raises:
-        ValueError, TypeError: for an argument or an input that is not allowed; the message names it and what is.
+        ValueError, TypeError: if an argument or input is not allowed. The message names it and what
+            is allowed.
 
-    Source: Zhang, "Making Convolutional Networks Shift-Invariant Again" (2019); the book chapter's MaxPool2dAA, whose filter
-    lost its last tap.
+    Source: Zhang, "Making Convolutional Networks Shift-Invariant Again" (2019); the book chapter's
+    MaxPool2dAA, which lost its filter's last tap.
 
     Example:
         >>> regfast.MaxPool2dAA(3, 2, 1)(torch.randn(8, 64, 112, 112)).shape
@@ -162,7 +177,9 @@ class MaxPool2dAA(_MaxPoolAA, nn.MaxPool2d):
 
 
 class MaxPool3dAA(_MaxPoolAA, nn.MaxPool3d):
-    """Anti-aliased max pooling of volumes: `MaxPool2dAA` with three spatial axes, in place of nn.MaxPool3d.
+    """Anti-aliased max pooling of volumes: `MaxPool2dAA` with three spatial axes.
+
+    It replaces nn.MaxPool3d.
 
     Shape: (N, C, D, H, W) or (C, D, H, W).
     """
@@ -172,7 +189,8 @@ class MaxPool3dAA(_MaxPoolAA, nn.MaxPool3d):
 
 class _AvgPoolAA(_Pooling):
     _arguments: tuple[str, ...] = (
-        "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "ratio", "blur_size", "filter", "padding_mode",
+        "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad",
+        "ratio", "blur_size", "filter", "padding_mode",
     )  # fmt: skip
     divisor_override: int | None = None
     _average: Callable[..., Tensor]
@@ -202,7 +220,10 @@ class _AvgPoolAA(_Pooling):
         self.padding_mode = padding_mode
 
     def _make_window(self) -> Window:
-        """Of blur and average together where one pass does both; else of the blur, which leaves the stride to the average."""
+        """Return the window of blur and average together, if one pass does both.
+
+        Otherwise return the blur's window, which leaves the stride to the average.
+        """
         modes = self.ceil_mode, self.count_include_pad, self.divisor_override
         kernel, padding = check_average(self.rank, self.kernel_size, self.padding, *modes)
         stride = kernel if self.stride is None else self.stride
@@ -210,9 +231,9 @@ class _AvgPoolAA(_Pooling):
             self.rank, stride, self.ratio, self.blur_size, self.filter, self.padding_mode
         )
         together = averaged(window, kernel, self.divisor_override)
-        # A kernel of many taps takes long to compile.
+        # A kernel with many taps takes long to compile.
         fits = not any(padding) and not self.ceil_mode and max(map(len, together.taps)) <= 8
-        # With stride 1 the two are not joined: by the stride `forward` knows whether they are.
+        # `forward` tells the two windows apart by the stride: only a joint one has a stride over 1.
         return (
             together
             if fits and any(s > 1 for s in window.stride)
@@ -239,13 +260,16 @@ class _AvgPoolAA(_Pooling):
     def extra_repr(self) -> str:
         blur = f"ratio={self.ratio}" if self.blur_size is None else f"blur_size={self.blur_size}"
         return (
-            f"kernel_size={self.kernel_size}, stride={self.stride}, padding={self.padding}, ceil_mode={self.ceil_mode}, "
-            f"{blur}, filter={self.filter!r}, padding_mode={self.padding_mode!r}"
+            f"kernel_size={self.kernel_size}, stride={self.stride}, padding={self.padding}, "
+            f"ceil_mode={self.ceil_mode}, {blur}, filter={self.filter!r}, "
+            f"padding_mode={self.padding_mode!r}"
         )
 
 
 class AvgPool1dAA(_AvgPoolAA):
-    """Anti-aliased average pooling of signals: `AvgPool2dAA` with one spatial axis, in place of nn.AvgPool1d.
+    """Anti-aliased average pooling of signals: `AvgPool2dAA` with one spatial axis.
+
+    It replaces nn.AvgPool1d.
 
     Shape: (N, C, L) or (C, L).
     """
@@ -279,21 +303,27 @@ class _DividedAvgPoolAA(_AvgPoolAA):
 
 
 class AvgPool2dAA(_DividedAvgPoolAA):
-    """Anti-aliased average pooling: a blur, then nn.AvgPool2d. An average is a poor low-pass filter for its own stride.
+    """Anti-aliased average pooling: a blur, then nn.AvgPool2d.
 
-    It goes where nn.AvgPool2d stood: the same first arguments in the same order, each with its meaning, and the same output size.
-    With stride 1 nothing is decimated, and it is nn.AvgPool2d. Blur and average are one blur, in one pass, where there is no
-    padding, `ceil_mode` is off and the two have at most 8 taps.
+    An average is a poor low-pass filter for its own stride.
+
+    It replaces nn.AvgPool2d: it has the same first arguments in the same order, with the same
+    meaning, and the same output size. With stride 1 nothing is decimated, and it is nn.AvgPool2d.
+    Blur and average are a single blur in one pass if there is no padding, `ceil_mode` is off and
+    the two have at most 8 taps.
 
     Args:
-        kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override: as in nn.AvgPool2d.
+        kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override: as in
+            nn.AvgPool2d.
         ratio, blur_size, filter: the blur's, as in `regfast.MaxPool2dAA`.
         padding_mode: what the blur reads beyond the image: "reflect", "replicate" or "zeros".
 
-    Shape: (N, C, H, W) or (C, H, W); float16, bfloat16, float32, float64. The output keeps the input's dtype and memory format.
+    Shape: (N, C, H, W) or (C, H, W); float16, bfloat16, float32, float64. The output keeps the
+    input's dtype and memory format.
 
     Raises:
-        ValueError, TypeError: for an argument or an input that is not allowed; the message names it and what is.
+        ValueError, TypeError: if an argument or input is not allowed. The message names it and what
+            is allowed.
 
     Source: Zhang, "Making Convolutional Networks Shift-Invariant Again" (2019).
 
@@ -307,9 +337,12 @@ class AvgPool2dAA(_DividedAvgPoolAA):
 
 
 class AvgPool3dAA(_DividedAvgPoolAA):
-    """Anti-aliased average pooling of volumes: `AvgPool2dAA` with three spatial axes, in place of nn.AvgPool3d.
+    """Anti-aliased average pooling of volumes: `AvgPool2dAA` with three spatial axes.
 
-    Shape: (N, C, D, H, W) or (C, D, H, W). Where blur and average are two passes, the output is contiguous, as nn.AvgPool3d's is.
+    It replaces nn.AvgPool3d.
+
+    Shape: (N, C, D, H, W) or (C, D, H, W). If blur and average are two passes, the output is
+    contiguous, as nn.AvgPool3d's is.
     """
 
     rank = 3
@@ -367,19 +400,23 @@ class BlurPool2d(_BlurPool):
         kernel_size: the number of taps, at most 31; an integer or one per axis. (timm's and
             antialiased-cnns' blurs take a number of channels first. This one takes none.)
         stride: an integer or one per axis.
-        padding: "same", (kernel_size - 1)//2 before and the rest after, for floor((H - 1)/stride) + 1 outputs; or an integer
-            (or one an axis) on both sides, for floor((H + 2 padding - kernel_size)/stride) + 1.
-        filter: "binomial", a window that scipy.signal.get_window knows, 1-d taps, or one of these per
-            axis. Whatever is given is divided by its sum.
+        padding: "same": (kernel_size - 1)//2 before and the rest after, for
+            floor((H - 1)/stride) + 1 outputs. Or an integer, or one per axis, on both sides, for
+            floor((H + 2 padding - kernel_size)/stride) + 1.
+        filter: "binomial", a window that scipy.signal.get_window knows, 1-d taps, or one of these
+            per axis. Taps are divided by their sum.
         padding_mode: "reflect", "replicate" or "zeros".
-        activation: "relu" blurs what nn.ReLU gives, in the same pass: for a ReLU that stands before the layer.
-        channels, device, dtype: taken and ignored, so that the class serves as timm's `aa_layer`. The blur has no parameters
-            and needs no channel count.
+        activation: "relu" blurs the output of nn.ReLU, in the same pass: it replaces a ReLU before
+            the layer.
+        channels, device, dtype: ignored; with them the class serves as timm's `aa_layer`. The blur
+            has no parameters and needs no channel count.
 
-    Shape: (N, C, H, W) or (C, H, W); float16, bfloat16, float32, float64. The output keeps the input's dtype and memory format.
+    Shape: (N, C, H, W) or (C, H, W); float16, bfloat16, float32, float64. The output keeps the
+    input's dtype and memory format.
 
     Raises:
-        ValueError, TypeError: for an argument or an input that is not allowed; the message names it and what is.
+        ValueError, TypeError: if an argument or input is not allowed. The message names it and what
+            is allowed.
 
     Source: Zhang, "Making Convolutional Networks Shift-Invariant Again" (2019).
 
@@ -425,7 +462,8 @@ class BlurPool3d(_BlurPool):
 class BlurLayer(_BlurPool):
     """The book chapter's blur: `BlurPool{D}d(kernel_size, stride)`, padded "same" by reflection.
 
-    Two corrections to the listing: its taps lost the last one, and it read its padding off the wrong dimension.
+    The listing had two faults, which are corrected here: it lost the last tap, and it read its
+    padding off the wrong dimension.
 
     Args:
         kernel_size: the number of taps.

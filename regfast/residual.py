@@ -1,4 +1,4 @@
-"""ReZero: residual connections whose branches are scaled by a learnable gate that starts at zero. Modules."""
+"""ReZero: residual connections with branches scaled by a learnable gate that starts at zero."""
 
 from __future__ import annotations
 
@@ -29,22 +29,24 @@ __all__ = [
 Activation = str | nn.Module | Callable[[Tensor], Tensor] | None
 
 _MODULES: dict[str, type[nn.Module]] = {
-    "identity": nn.Identity, "relu": nn.ReLU, "leaky_relu": nn.LeakyReLU, "gelu": nn.GELU, "silu": nn.SiLU,
+    "identity": nn.Identity, "relu": nn.ReLU, "leaky_relu": nn.LeakyReLU,
+    "gelu": nn.GELU, "silu": nn.SiLU,
 }  # fmt: skip
 _NAMES = {module: name for name, module in _MODULES.items()}
 _FUNCTIONS: list[tuple[Any, str]] = [
-    (F.relu, "relu"), (torch.relu, "relu"), (F.leaky_relu, "leaky_relu"), (F.gelu, "gelu"), (F.silu, "silu"),
+    (F.relu, "relu"), (torch.relu, "relu"), (F.leaky_relu, "leaky_relu"),
+    (F.gelu, "gelu"), (F.silu, "silu"),
 ]  # fmt: skip
-# The book's default. Every block takes one of its own in its place, so that a hook on one block's is not on all.
+# The book's default. Each block makes its own ReLU in its place, so that a hook sees one block.
 _RELU = nn.ReLU()
 
 
 def _fused_name(activation: Activation) -> str | None:
-    """The name of an activation that the operation takes along, or None of one that must be called."""
+    """Return the name of an activation that the operation fuses; None if it must be called."""
     if activation is None or isinstance(activation, str):
         return activation or "identity"
     if not isinstance(activation, nn.Module):
-        # By identity: a callable need not be hashable.
+        # Compare by identity, because a callable need not be hashable.
         return next((name for function, name in _FUNCTIONS if function is activation), None)
     other = (
         getattr(activation, "approximate", "none") != "none"
@@ -69,12 +71,15 @@ def _check_sizes(**sizes: Any) -> None:
 
 
 class _Gated(Traceable):
-    """What the modules share: the gate, and the ways to join a branch and its shortcut. Without a gate the branch is whole."""
+    """The shared part of the modules: the gate, and the sum of a branch and its shortcut.
+
+    Without a gate the branch is not scaled.
+    """
 
     alpha: nn.Parameter | None
 
     def _make_gate(self, gated: bool, device: Any, dtype: Any) -> None:
-        # Of one dimension: fully_shard refuses parameters that have none.
+        # fully_shard refuses 0-d parameters, so the gate has one dimension.
         self.register_parameter(
             "alpha", nn.Parameter(torch.zeros(1, device=device, dtype=dtype)) if gated else None
         )
@@ -106,7 +111,7 @@ class _Residual(_Gated):
         self.branch = branch
         self.shortcut = nn.Identity() if shortcut is None else shortcut
         self.activation = activation
-        # Without a gate it is the block of He et al., activated after the sum.
+        # Without a gate this is the block of He et al., with the activation after the sum.
         self.form = form if gated else "post"
         self._make_gate(gated, **factory)
 
@@ -121,20 +126,24 @@ class _Residual(_Gated):
 
 
 class ReZero(_Residual):
-    """A residual connection with a gate: shortcut(x) + alpha*act(branch(x)), alpha a parameter that starts at zero.
+    """A residual connection with a gate: shortcut(x) + alpha*act(branch(x)).
 
-    At first it is its shortcut, whatever the branch does, so that networks of any depth train from the first step.
+    alpha is a parameter that starts at zero. At first the layer is its shortcut, whatever the
+    branch does, so that networks of any depth train from the first step.
 
     Args:
-        branch: the module whose output is scaled. It is given the further arguments of a call, such as attention masks.
-        shortcut: the module beside it, whose output has the branch's shape; None for x itself.
-        activation: "identity", "relu", "leaky_relu", "gelu", "silu", a module or a function. One that is named, or is the module
-            or function of such a name, is computed in the pass that adds; any other is called.
+        branch: the module with the scaled output. It takes the further arguments of a call, such as
+            attention masks.
+        shortcut: the module beside it, with an output of the branch's shape; None for x itself.
+        activation: "identity", "relu", "leaky_relu", "gelu", "silu", a module or a function. One of
+            these names, or its module or function, is computed in the pass that adds. Any other is
+            called.
         form: "gate"; or "post" for act(shortcut(x) + alpha*branch(x)).
         device, dtype: of alpha, which has shape (1,).
 
     Raises:
-        ValueError, TypeError: for an argument that is not allowed; the message names it and what is.
+        ValueError, TypeError: if an argument is not allowed. The message names it and what is
+            allowed.
 
     Source: Bachlechner et al., "ReZero is All You Need" (2020).
 
@@ -173,7 +182,7 @@ class ReZero(_Residual):
 def _check_block(
     activation: Any, gated: Any, form: str, antialias: Any = False, norm_layer: Any = None
 ) -> nn.Module:
-    """The activation of a block as a module."""
+    """Return the activation of a block as a module."""
     check_bool("ReZero", gated)
     check_bool("antialias", antialias)
     if norm_layer is not None and not callable(norm_layer):
@@ -200,7 +209,11 @@ def _branch(
     antialias: bool,
     factory: dict[str, Any],
 ) -> nn.Sequential:
-    """Convolutions from width to width, each normalised, with the activation between them; if antialiased, blurred after it."""
+    """Return convolutions with normalisations, and the activation between them.
+
+    `widths` holds the channels before and after each convolution. An anti-aliased stride is a
+    blur after the activation.
+    """
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     for place, (k, stride) in enumerate(zip(kernel_sizes, strides), start=1):
         taken, left = ((1, 1), stride) if antialias else (stride, (1, 1))
@@ -219,7 +232,7 @@ def _branch(
 def _normalisation(
     norm_layer: Callable[[int], nn.Module], channels: int, factory: dict[str, Any]
 ) -> nn.Module:
-    """A normalisation, cast only if that is asked for: parameters of a FakeTensorMode cannot be."""
+    """Return a normalisation; cast it only on request, as FakeTensorMode cannot cast parameters."""
     norm = norm_layer(channels)
     return norm if all(value is None for value in factory.values()) else norm.to(**factory)
 
@@ -232,7 +245,7 @@ def _shortcut(
     antialias: bool,
     factory: Any,
 ) -> nn.Module | None:
-    """One pixel's convolution and a normalisation where the shape changes, otherwise nothing."""
+    """Return a 1x1 convolution and a normalisation if the shape changes, otherwise None."""
     if in_channels == channels and stride == (1, 1):
         return None
     convolution = Conv2dAA if antialias else nn.Conv2d
@@ -245,30 +258,36 @@ def _shortcut(
 
 
 class ResidualBlock(_Residual):
-    """The book chapter's residual block: convolution, normalisation, activation, convolution, normalisation; and its gate.
+    """The book chapter's residual block, with a gate.
 
-    With `ReZero` it is shortcut(x) + alpha*act(f(x)), alpha a parameter that starts at zero; without, act(shortcut(x) + f(x)).
+    The branch f is convolution, normalisation, activation, convolution, normalisation. With
+    `ReZero` the block is shortcut(x) + alpha*act(f(x)), and alpha is a parameter that starts at
+    zero. Without, it is act(shortcut(x) + f(x)).
 
     Args:
         in_channels, channels: of the input and of the output.
-        kernel_size: odd, so that the convolutions are padded to the same size.
+        kernel_size: odd, so that padded convolutions keep the size.
         stride: of the first convolution, and of the shortcut.
-        activation: a module, or a name that `regfast.functional.rezero` knows. It stands between the convolutions too.
+        activation: a module, or a name that `regfast.functional.rezero` knows. It also stands
+            between the convolutions.
         ReZero: whether there is a gate.
-        antialias: a stride is not the convolution's, but that of a blur after the activation that follows (a ReLU is folded into
-            its pass), and of one before the shortcut's convolution.
+        antialias: whether blurs take the stride in place of the convolutions. One follows the
+            activation after the first convolution (a ReLU is folded into its pass), and one
+            precedes the shortcut's convolution.
         form: "gate", or "post" for act(shortcut(x) + alpha*f(x)).
-        norm_layer: makes a normalisation of a number of channels; None for none, and convolutions with a bias.
+        norm_layer: makes a normalisation from the number of channels; None for none, with a bias in
+            the convolutions instead.
         device, dtype: of the parameters.
 
-    Shape: (N, in_channels, H, W) to (N, channels, (H - 1)//stride + 1, (W - 1)//stride + 1). Where shapes change, the shortcut is
-    a convolution of one pixel and a normalisation.
+    Shape: (N, in_channels, H, W) to (N, channels, (H - 1)//stride + 1, (W - 1)//stride + 1). If the
+    shape changes, the shortcut is a 1x1 convolution and a normalisation.
 
     Raises:
-        ValueError, TypeError: for an argument that is not allowed; the message names it and what is.
+        ValueError, TypeError: if an argument is not allowed. The message names it and what is
+            allowed.
 
-    Source: the book chapter's ResidualBlock; He et al., "Deep Residual Learning" (2016); Bachlechner et al., "ReZero is All You
-    Need" (2020).
+    Source: the book chapter's ResidualBlock; He et al., "Deep Residual Learning" (2016);
+    Bachlechner et al., "ReZero is All You Need" (2020).
     """
 
     def __init__(
@@ -303,17 +322,22 @@ class ResidualBlock(_Residual):
 
 
 class BottleneckBlock(_Residual):
-    """A residual block of three convolutions: 1x1 to `channels`, 3x3 at the stride, 1x1 to `channels * expansion`; and its gate.
+    """A residual block of three convolutions, with a gate.
+
+    They are 1x1 to `channels`, 3x3 at the stride, and 1x1 to `channels * expansion`.
 
     Args:
         in_channels: of the input.
         channels: of the 3x3 convolution.
-        expansion: of the output, as a multiple of `channels`.
-        stride, activation, ReZero, antialias, form, norm_layer, device, dtype: as in `ResidualBlock`.
+        expansion: the output's channels are `channels * expansion`.
+        stride, activation, ReZero, antialias, form, norm_layer, device, dtype: as in
+            `ResidualBlock`.
 
-    Shape: (N, in_channels, H, W) to (N, channels * expansion, (H - 1)//stride + 1, (W - 1)//stride + 1).
+    Shape: (N, in_channels, H, W) to
+    (N, channels * expansion, (H - 1)//stride + 1, (W - 1)//stride + 1).
 
-    Source: He et al., "Deep Residual Learning" (2016), with the stride where ResNet v1.5 has it; an exercise of the book chapter.
+    Source: He et al., "Deep Residual Learning" (2016), with ResNet v1.5's place of the stride; an
+    exercise of the book chapter.
     """
 
     def __init__(
@@ -349,10 +373,11 @@ class BottleneckBlock(_Residual):
 
 
 class ResidualLinear(_Residual):
-    """A residual block of two linear layers with an activation between them; and its gate.
+    """A residual block of two linear layers with an activation between them, and a gate.
 
     Args:
-        in_features, out_features: of the input and of the output. Where they differ, the shortcut is a linear layer without bias.
+        in_features, out_features: of the input and of the output. If they differ, the shortcut is a
+            linear layer without bias.
         activation, ReZero, form, device, dtype: as in `ResidualBlock`.
 
     Shape: (..., in_features) to (..., out_features).
@@ -384,12 +409,16 @@ class ResidualLinear(_Residual):
 
 
 class ReZeroTransformerEncoderLayer(_Gated):
-    """A transformer's encoder layer with a gate, not normalised: x + alpha*attention(x), then x + alpha*feed_forward(x).
+    """A transformer's encoder layer with a gate in place of the normalisations.
 
-    It goes into nn.TransformerEncoder, whose `enable_nested_tensor` is for torch's own layer. Both sublayers share the gate.
+    It computes x + alpha*attention(x), then x + alpha*feed_forward(x), with one gate for both.
+
+    It goes into nn.TransformerEncoder with `enable_nested_tensor=False`, as that option supports
+    only torch's own layer.
 
     Args:
-        d_model, nhead, dim_feedforward, dropout, activation, batch_first, bias, device, dtype: as in nn.TransformerEncoderLayer.
+        d_model, nhead, dim_feedforward, dropout, activation, batch_first, bias, device, dtype: as
+            in nn.TransformerEncoderLayer.
 
     Shape: (S, N, d_model), or with `batch_first` (N, S, d_model), or (S, d_model).
 
@@ -397,7 +426,8 @@ class ReZeroTransformerEncoderLayer(_Gated):
 
     Example:
         >>> layer = regfast.ReZeroTransformerEncoderLayer(64, 4, batch_first=True)
-        >>> nn.TransformerEncoder(layer, 6, enable_nested_tensor=False)(torch.randn(8, 10, 64)).shape
+        >>> encoder = nn.TransformerEncoder(layer, 6, enable_nested_tensor=False)
+        >>> encoder(torch.randn(8, 10, 64)).shape
         torch.Size([8, 10, 64])
     """
 
@@ -436,7 +466,7 @@ class ReZeroTransformerEncoderLayer(_Gated):
         src_key_padding_mask: Tensor | None = None,
         is_causal: bool = False,
     ) -> Tensor:
-        """The arguments are nn.TransformerEncoderLayer's; a mask comes with `is_causal`, as there."""
+        """Take nn.TransformerEncoderLayer's arguments; `is_causal` needs a mask, as there."""
         masks = dict(attn_mask=src_mask, key_padding_mask=src_key_padding_mask, is_causal=is_causal)
         attended, _ = self.self_attn(src, src, src, need_weights=False, **masks)
         x = self._join(src, self.dropout1(attended))
@@ -445,22 +475,25 @@ class ReZeroTransformerEncoderLayer(_Gated):
 
 
 def parameter_groups(model: nn.Module, alpha_lr: float | None = None) -> list[dict[str, Any]]:
-    """The trainable parameters of a model in two groups for an optimizer: the gates without weight decay, and all others.
+    """Split a model's trainable parameters into two groups for an optimizer: gates and all others.
 
-    Weight decay draws a gate back to the zero that it starts from, and gates often want a learning rate of their own.
+    The gates have no weight decay, which would draw them back to the zero that they start from.
+    They often need their own learning rate.
 
     Args:
         model: a module that has gates of regfast's layers.
-        alpha_lr: the gates' learning rate; the optimizer's own if not said.
+        alpha_lr: the gates' learning rate; if None, the optimizer's.
 
     Returns:
-        [{"params": others}, {"params": gates, "weight_decay": 0.0, "lr": alpha_lr}], each parameter once.
+        [{"params": others}, {"params": gates, "weight_decay": 0.0, "lr": alpha_lr}]. Each parameter
+        is in one group, once.
 
     Raises:
-        ValueError: where the model has no trainable gate.
+        ValueError: if the model has no trainable gate.
 
     Example:
-        >>> optimizer = torch.optim.AdamW(regfast.parameter_groups(model, alpha_lr=1e-2), lr=1e-3, weight_decay=0.05)
+        >>> groups = regfast.parameter_groups(model, alpha_lr=1e-2)
+        >>> optimizer = torch.optim.AdamW(groups, lr=1e-3, weight_decay=0.05)
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a module, got {type(model).__name__}")
@@ -473,7 +506,8 @@ def parameter_groups(model: nn.Module, alpha_lr: float | None = None) -> list[di
     alphas = [parameter for parameter in trainable if parameter in gates]
     if not alphas:
         raise ValueError(
-            "model must have a trainable gate of a regfast layer, such as ResidualBlock's alpha; it has none"
+            "model must have a trainable gate of a regfast layer, such as ResidualBlock's alpha; "
+            "it has none"
         )
     others = [parameter for parameter in trainable if parameter not in gates]
     rate: dict[str, Any] = {} if alpha_lr is None else {"lr": alpha_lr}

@@ -1,4 +1,4 @@
-"""Compiling a model's kernels before they are needed."""
+"""Compile a model's kernels before they are needed."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from .ops.max_blur_pool import max_blur_pool
 
 __all__ = ["warm_up"]
 
-# The most columns, or channels, that the kernels read and write at once.
+# The most columns, and the most channels, that the kernels read and write at once.
 COLUMNS, CHANNELS = 8, 4
-# Images of up to this width are cut to fit it.
+# The kernels fit their tiles to images of up to this width.
 NARROW = 64
 
 
@@ -31,31 +31,33 @@ def warm_up(
     backward: bool = True,
     widths: Iterable[int] = (56, 28, 14),
 ) -> None:
-    """Compiles the kernels of a model's poolings and blurs, for images over 64 wide and of `widths`.
+    """Compile the kernels of a model's poolings and blurs.
 
     A kernel is compiled for a window, a dtype, a memory format, an alignment and the borders that
-    outputs read beyond, and not for a size; but images of up to 64 columns are cut to fit their
-    width, of which there are a few ways. The alignments are, of contiguous images, whether the
-    width is a multiple of 8, 4, 2 or 1, and the output's of half as many; of channels-last ones,
-    whether the channels are a multiple of 4, 2 or 1. This runs each layer on small images of all of
-    them. What it leaves out compiles when it is met: other narrow images; tensors that begin at an
-    address which is no multiple of 16 bytes, that span 2^31 elements or more, or that are sliced or
-    expanded along the innermost axis.
+    outputs read beyond. It is not compiled for a size, except that the tiles of images of up to 64
+    columns fit the width. The alignment of contiguous images tells whether the width is a multiple
+    of 8, 4, 2 or 1, and the output's width of half as many. The alignment of channels-last images
+    tells whether the channels are a multiple of 4, 2 or 1.
 
-    Where operations take the PyTorch reference, as on a CPU, nothing is compiled and nothing is run.
+    This function runs each layer on small images of all these kinds, over 64 wide and of `widths`.
+    The rest compiles at its first use: other narrow images; tensors that begin at an address that
+    is not a multiple of 16 bytes, span 2^31 elements or more, or are sliced or expanded along the
+    innermost axis.
+
+    Where operations take the PyTorch reference, as on a CPU, it compiles and runs nothing.
 
     Args:
-        model: the layers are found among its modules; nothing in it changes.
-        device: where the images will be. By default the device of the model's parameters, or for a
-            model without any the GPU, if there is one.
-        dtypes: the images' dtypes. By default that of the model's parameters, and where this is
-            float32, or there are none, bfloat16 as well, in which autocast runs the model.
+        model: the module with the layers. It does not change.
+        device: the images' device. If None, the device of the model's parameters. A model without
+            parameters takes the GPU, if there is one.
+        dtypes: the images' dtypes. If None, the dtype of the model's parameters; and if that is
+            float32, or there are none, bfloat16 as well, for autocast.
         memory_formats: the images' formats. `torch.channels_last` stands for volumes' format too.
-        backward: compile the backward too.
-        widths: the widths of narrow images, for instance of a network's later stages.
+        backward: whether to compile the backward too.
+        widths: the widths of narrow images, such as those of a network's later stages.
 
     Raises:
-        RuntimeError: where backend "triton" is asked for and cannot run on the device.
+        RuntimeError: if backend "triton" is chosen and cannot run on the device.
 
     Example:
         >>> model = regfast.antialias(torchvision.models.resnet50())
@@ -88,7 +90,7 @@ def warm_up(
 
 
 def _shapes(window: Window, narrow: tuple[int, ...]) -> Iterator[tuple[bool, tuple[int, ...]]]:
-    """Small images of every alignment and every border, and whether they are channels-last."""
+    """Yield small shapes for every alignment and border, and whether they are channels-last."""
     least = [
         window.reach(axis) + len(window.taps[axis]) + 4 * window.stride[axis]
         for axis in range(window.rank)
@@ -97,7 +99,7 @@ def _shapes(window: Window, narrow: tuple[int, ...]) -> Iterator[tuple[bool, tup
         max(least[-1], NARROW) + 1, max(least[-1], NARROW) + 1 + COLUMNS * window.stride[-1]
     )
     widths = (*(width for width in narrow if width >= least[-1]), *wide)
-    # Other axes than the innermost differ in what lies beyond their ends, which the remainder by the stride tells.
+    # On the outer axes only the remainder by the stride decides what lies beyond their ends.
     ends = [range(size, size + stride) for size, stride in zip(least[:-1], window.stride[:-1])]
     for sizes in itertools.product(*ends, widths):
         yield False, (2, 3, *sizes)

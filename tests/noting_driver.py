@@ -1,6 +1,6 @@
-"""Gives Triton a driver that notes launches instead of making them, and prints what it noted: test_launch.py runs it.
+"""A Triton driver that records launches instead of making them, for test_launch.py.
 
-Nothing of Triton's is replaced but its driver, so what is noted is what the version installed gives a launcher.
+Only the driver is replaced: what is recorded is what the installed Triton gives a launcher.
 """
 
 from __future__ import annotations
@@ -27,7 +27,10 @@ ORDINARY = threading.local()
 
 
 class NotingLauncher:
-    """In the place of Triton's launcher: it is given the grid, stream, function, two metadata, two hooks, and the arguments."""
+    """Replaces Triton's launcher.
+
+    Its arguments: grid (3), stream, function, two metadata, two hooks, the kernel's arguments.
+    """
 
     def __init__(self, src: Any, metadata: Any) -> None:
         self.name = src.fn.__name__
@@ -71,7 +74,10 @@ def ways_of(call: Callable[[], Any]) -> list[str]:
 
 
 def calls() -> dict[str, Callable[[], Any]]:
-    """Every kernel by the operation that launches it. Of what an operation allocates, addresses differ from call to call."""
+    """Every kernel, by the operation that launches it.
+
+    The addresses of the tensors that an operation allocates differ between calls.
+    """
     x = torch.randn(4, 8, 16, 16)
     g, window, blur = (
         torch.randn(4, 8, 8, 8),
@@ -107,7 +113,10 @@ def calls() -> dict[str, Callable[[], Any]]:
 
 
 def comparable(given: tuple[Any, ...]) -> list[Any]:
-    """What a launcher is given; of a tensor, what Triton reads of it but the address, which is an output's own."""
+    """A launcher's arguments.
+
+    A tensor is replaced by what Triton reads of it, except its address: an output's differs.
+    """
     found = []
     for value in given:
         if isinstance(value, torch.Tensor):
@@ -169,7 +178,7 @@ def switches() -> dict[str, list[str]]:
         found[switch] = ways_of(call)
         setattr(owner, switch, before)
         found[switch] += ways_of(call)
-        # What was compiled for the switch is not what is repeated.
+        # A kernel that was compiled for the switch is not launched again.
         launch.LAUNCHES.clear()
         setattr(owner, switch, value)
         found[switch] += ways_of(call)
@@ -205,7 +214,7 @@ def streams() -> list[int]:
 
 
 def in_order(count: int) -> list[list[Any]]:
-    """What launches of `count` sizes give, each twice."""
+    """The outputs of launches of `count` sizes, each made twice."""
     window, found = regfast.BlurPool2d()._window, []
     for size in range(8, 8 + count):
         x = torch.zeros(1, 4, size, 16)
@@ -215,7 +224,7 @@ def in_order(count: int) -> list[list[Any]]:
 
 
 def grids() -> dict[tuple[Any, ...], int]:
-    """How often each grid and shape was noted."""
+    """The number of launches of each grid and shape."""
     counts: dict[tuple[Any, ...], int] = {}
     for _, given in NOTED:
         key = (*given[:3], *(tuple(t.shape) for t in given if isinstance(t, torch.Tensor)))
@@ -238,7 +247,7 @@ def threads() -> bool:
 
 
 def fork() -> bool:
-    """A process forked from one that has launched, and one from it that launches what is new there."""
+    """Fork after a launch, and launch new shapes in the child."""
     del NOTED[:]
     in_order(10)
     expected = grids()

@@ -1,7 +1,7 @@
-"""An independent computation of the operations, in float64, by SciPy and NumPy. It shares nothing with the library.
+"""The operations in float64 by SciPy and NumPy, independent of the library.
 
-A pooling's arrays are (N, C, *spatial) without NaN; arguments are one integer or one entry an axis; the output's size is
-PyTorch's own.
+A pooling's arrays are (N, C, *spatial) without NaN. Arguments are one integer or one entry per
+axis. The output's size is PyTorch's own.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def per_axis(value, rank):
 
 
 def max_pool_outputs(sizes, kernel_size, stride, padding, dilation, ceil_mode):
-    """nn.MaxPool1d/2d/3d's output sizes, or None where it refuses."""
+    """The output sizes of nn.MaxPool1d/2d/3d, or None where it refuses the arguments."""
     pool = (torch.nn.MaxPool1d, torch.nn.MaxPool2d, torch.nn.MaxPool3d)[len(sizes) - 1]
     try:
         y = pool(kernel_size, stride, padding, dilation, ceil_mode=ceil_mode)(
@@ -41,8 +41,10 @@ def max_blur_pool(
     rectified=False,
     outputs=None,
 ):
-    """Every maximum that a window touching the image has, no less than zero if `rectified`, extended by the border mode, then
-    correlated and decimated."""
+    """Max pooling at stride 1, then the border, the correlation and the stride.
+
+    The map holds every maximum that a window touching the image has, at least zero if `rectified`.
+    """
     rank = x.ndim - 2
     k, s, p, d = (per_axis(value, rank) for value in (kernel_size, stride, padding, dilation))
     if outputs is None:
@@ -70,7 +72,7 @@ def max_blur_pool(
 
 
 def blur_pool(x, stride, padding, taps_per_axis, padding_mode):
-    """x extended by `padding` on both sides, or by half the taps if that is "same", then correlated and decimated."""
+    """x extended by `padding` per side ("same": half the taps), then correlated at the stride."""
     rank = x.ndim - 2
     s = per_axis(stride, rank)
     if padding == "same":
@@ -88,7 +90,7 @@ def blur_pool(x, stride, padding, taps_per_axis, padding_mode):
 
 
 def mixup(x, index, lam, boxes, mean, std):
-    """Sample by sample: blended, or where there is a box, pasted; then normalised over dimension 1."""
+    """Per sample: blended or, where a box is given, pasted; then normalised over dimension 1."""
     y = np.empty_like(x)
     for i, (j, weight, box) in enumerate(zip(index, lam, boxes)):
         if box is None or box[0] < 0:
@@ -102,7 +104,7 @@ def mixup(x, index, lam, boxes, mean, std):
 
 
 def mixup_cross_entropy(x, a, b, lam, weight, ignore_index, reduction, label_smoothing):
-    """Row by row, and each term of the mean by its own sum of weights."""
+    """Row by row; each term's mean is divided by its own sum of weights."""
     log_p, weight = special.log_softmax(x, axis=1), np.asarray(weight)
     shares = np.broadcast_to(np.reshape(lam, (-1, *(1,) * (x.ndim - 2))), a.shape)
     total = 0.0
@@ -132,13 +134,13 @@ def rezero(x, f, alpha, activation, form):
         "gelu": lambda u: u * special.ndtr(u),
         "silu": lambda u: u * special.expit(u),
     }[activation]
-    # alpha is a float32's.
+    # alpha is a float32.
     alpha = np.float64(np.float32(alpha))
     return x + alpha * act(f) if form == "gate" else act(x + alpha * f)
 
 
 def _correlate(maxima, zeros_at, leads, strides, taps_per_axis, padding_mode, outputs):
-    """Correlate each axis from `lead` positions before its zero on, and keep every stride-th element."""
+    """Correlate each axis from `lead` positions before its zero, at its stride."""
     for axis, taps in enumerate(taps_per_axis, start=2):
         lead, stride, count = leads[axis - 2], strides[axis - 2], outputs[axis - 2]
         wide = lead + len(taps) + stride

@@ -1,7 +1,7 @@
-"""PTX on NumPy's arrays, for Triton's interpreter, which runs no inline assembly.
+"""PTX on NumPy arrays, for Triton's interpreter, which runs no inline assembly.
 
-It knows the instructions that kernels/tiles.py uses, by the PTX ISA, and refuses any other. A value is
-an array of registers, one an instance of the assembly.
+It runs the instructions of kernels/tiles.py, by the PTX ISA, and refuses any other. A value is an
+array of registers, one per instance of the assembly.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from triton.runtime.interpreter import TensorHandle, _get_np_dtype
 
 Values = dict[str, np.ndarray]
 BITS = {"r": np.uint32, "f": np.uint32, "h": np.uint16}
-# What the ISA has an instruction return for a NaN, of either 16-bit format.
+# The canonical NaN of either 16-bit format.
 NAN = 0x7FFF
 
 
@@ -37,7 +37,7 @@ def create_inline_asm(
     is_pure: bool,
     pack: int,
 ) -> Results:
-    """`InterpreterBuilder.create_inline_asm`: every instance is given `pack` elements of each tensor."""
+    """`InterpreterBuilder.create_inline_asm`: each instance takes `pack` elements per tensor."""
     shape = values[0].data.shape
     kinds = [kind.strip() for kind in constraints.split(",")]
     outputs = [kind[1:] for kind in kinds if kind.startswith("=")]
@@ -61,7 +61,7 @@ def elements_per_register(itemsize: int, pack: int) -> int:
 
 
 def registers_of(data: np.ndarray, pack: int) -> list[np.ndarray]:
-    """The registers in which an instance finds `pack` successive elements: as many in one as it holds, the first lowest."""
+    """The registers that hold `pack` successive elements, the first element in the lowest bits."""
     size = data.itemsize
     count = elements_per_register(size, pack)
     bits = np.ascontiguousarray(data).reshape(-1, pack).view(f"u{size}")
@@ -72,7 +72,7 @@ def registers_of(data: np.ndarray, pack: int) -> list[np.ndarray]:
 def tensor_of(
     registers: list[np.ndarray], shape: tuple[int, ...], dtype: np.dtype, pack: int
 ) -> tuple[Any, list[np.ndarray]]:
-    """The tensor of the first registers, and the registers that are left."""
+    """The tensor that the first registers hold, and the remaining registers."""
     count = pack // elements_per_register(dtype.itemsize, pack)
     words = np.stack(registers[:count], axis=-1)
     assert words.dtype.itemsize * count == dtype.itemsize * pack, (
@@ -84,8 +84,8 @@ def tensor_of(
 def execute(asm: str, given: Values, outputs: dict[str, Any]) -> Values:
     """The output registers after a block of assembly, which must write them all.
 
-    An input may be in an output's register, as the constraints do not forbid it: none is read after
-    an output has been written.
+    An input may share an output's register, as the constraints allow it: no input is read after an
+    output is written.
     """
     known, locals_, written = dict(given), set(), {}
     statements = [statement.strip() for statement in asm.split(";")]
@@ -136,7 +136,7 @@ def numbers_of(halves: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def instruction(opcode: str) -> Callable[..., np.ndarray]:
-    """What an instruction computes of its sources."""
+    """The result of an instruction on its sources."""
     if opcode == "mov.b32":
         return lambda a: a
     if opcode == "lop3.b32":
@@ -179,7 +179,7 @@ def exceeds_or_unordered(x: np.ndarray, y: np.ndarray, a: np.ndarray, b: np.ndar
 
 
 def prmt(a: Any, b: Any, selector: Any) -> np.ndarray:
-    """Any four of the eight bytes, b's above a's. (A nibble's highest bit, for a sign's copies, is not known here.)"""
+    """Any four of the eight bytes, with b's above a's. (Sign replication is not implemented.)"""
     eight, picked = a.astype(np.uint64) | np.uint64(b) << np.uint64(32), np.uint64(0)
     for place in range(4):
         nibble = int(selector) >> 4 * place & 15

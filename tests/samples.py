@@ -1,7 +1,8 @@
-"""One table of sample inputs an operation: a new operation adds its entry, and has the whole contract suite.
+"""One table of sample inputs per operation; an operation with an entry has the contract suite.
 
-A sample is arguments and a shape. Grids are small because Triton's interpreter takes some 20 ms a program: the shapes are
-the smallest that still have an interior and a border, and two samples have more than one block along each axis.
+A sample is arguments and a shape. Triton's interpreter takes some 20 ms per program, so shapes are
+the smallest that have an interior and a border. Two samples have more than one block along each
+axis.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from regfast.reference.max_blur_pool import all_maxima, max_blur_pool, split
 class Sample:
     shape: tuple[int, ...]
     arguments: dict[str, Any] = field(default_factory=dict)
-    # What the sample is there for; samples without a group run in the slow half of the suite.
+    # The tests that use the sample; samples without a group run in the slow half of the suite.
     group: str = ""
 
     @property
@@ -43,14 +44,17 @@ class Sample:
     def input(
         self, dtype: torch.dtype = torch.float32, device: str = "cpu", channels_last: bool = False
     ) -> Tensor:
-        """Fresh random data with ties everywhere: as a ReLU leaves it, half of it zeros; rounded, where there is one to come."""
+        """Random data with ties.
+
+        Half of it is zero, as after a ReLU; with an activation in the sample it is rounded instead.
+        """
         x = torch.randn(self.shape, dtype=torch.float32)
         x = x.mul(4).round() / 4 if "activation" in self.arguments else x.relu()
         return as_format(x.to(device=device, dtype=dtype), channels_last)
 
 
 def check_signature(theirs: type, ours: type) -> None:
-    """A layer is called as its twin of torch.nn is; what it has beyond that goes by keyword."""
+    """A layer has the signature of its torch.nn twin; further arguments are keyword-only."""
     expected, got = (
         list(inspect.signature(module).parameters.values()) for module in (theirs, ours)
     )
@@ -68,7 +72,7 @@ def as_format(x: Tensor, channels_last: bool) -> Tensor:
 
 
 def no_synchronisation() -> contextlib.AbstractContextManager[object]:
-    """A context in which it is an error that the host waits for the device. Without CUDA there is nothing to wait for."""
+    """A context that makes a synchronisation with the CUDA device an error."""
     # Tracing launches nothing, and Dynamo cannot trace the switch.
     if torch.compiler.is_compiling() or not torch.cuda.is_available():
         return contextlib.nullcontext()
@@ -87,20 +91,20 @@ def _strict() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Operation:
-    """What the suite needs of an operation that is differentiated by one tensor."""
+    """An operation that is differentiated by one tensor, as the suite uses it."""
 
     name: str
-    # Of an input and a sample's arguments, tensors where they are tensors.
+    # Takes an input and a sample's arguments.
     function: Callable[..., Tensor]
     oracle: Callable[[Any, Sample], Any]
-    # From an input, its output and a sample: every registered op, with arguments to call it with.
+    # Takes an input, its output and a sample; returns every registered op and its arguments.
     op_calls: Callable[[Tensor, Tensor, Sample], list[tuple[Any, tuple]]]
     samples: list[Sample]
-    # What a sample's arguments are for a device: none of them changes there, but where they are tensors.
+    # The sample's arguments, with its tensors on the device.
     arguments: Callable[[Sample, torch.device], dict[str, Any]] = lambda sample, device: (
         sample.arguments
     )
-    # The shape to take finite differences on.
+    # The shape for finite differences.
     least: Callable[[Sample], tuple[int, ...]] = lambda sample: sample.shape
 
     def __str__(self) -> str:
@@ -124,7 +128,7 @@ def blur(x: Tensor, **arguments: Any) -> Tensor:
 
 
 def max_window(rank: int = 2, **changes: Any) -> Window:
-    """The window of MaxPool2dAA(2), but for `changes`."""
+    """The window of MaxPool2dAA(2) with `changes`."""
     arguments = dict(
         kernel_size=2, stride=None, padding=0, dilation=1, return_indices=False, ceil_mode=False,
         ratio=1.7, blur_size=None, filter="binomial", padding_mode="partial",
@@ -146,10 +150,11 @@ def blur_window(sample: Sample) -> Window:
 def check_gradient_of_nan(
     x: Tensor, found: Tensor, expected: Tensor, window: Window, *, rtol: float, atol: float
 ) -> None:
-    """The gradient of a pooling's images that hold NaN, against one that PyTorch's rule routes.
+    """Compare a pooling's gradient on images with NaN to `expected`, routed by PyTorch's rule.
 
-    A window that holds a NaN may give its gradient to any of its elements. All others do as they always do; and of each image
-    all of the gradient arrives, unless some of it is given to an element that is rectified.
+    A window that holds a NaN may give its gradient to any of its elements; other windows follow
+    PyTorch's rule. Each image receives the whole gradient, unless a rectified element takes some of
+    it.
     """
     shares = x.isnan()
     for axis, (k, d) in enumerate(zip(window.kernel_size, window.dilation)):
@@ -164,7 +169,7 @@ def check_gradient_of_nan(
     if window.activation is None:
         dims = tuple(range(-window.rank, 0))
         error = (found.sum(dims) - expected.sum(dims)).abs()
-        # A sum has the errors of all its terms.
+        # A sum adds up the errors of its terms.
         assert (
             error <= rtol * (found.abs() + expected.abs()).sum(dims) + atol * x[0, 0].numel()
         ).all()
@@ -202,7 +207,7 @@ def pool_op_calls(x: Tensor, y: Tensor, sample: Sample) -> list[tuple[Any, tuple
     maxima = all_maxima(x, window, before, after, False, x.dtype)
     calls = plain_blur_op_calls(maxima, y, blur)
     if window.rank == 3 and all(d == 1 for d in window.dilation):
-        # The maxima of each slice, as images, of which no window reaches beyond the border.
+        # The slices are pooled as images; no window reaches beyond the border.
         slices = window._replace(
             stride=(1,) * 3, taps=((1.0,),) * 3, lead=(0,) * 3, trail=(0,) * 3, ceil_mode=False
         )
@@ -222,7 +227,7 @@ def window_op_calls(x: Tensor, y: Tensor, window: Window) -> list[tuple[Any, tup
 
 def blur_op_calls(x: Tensor, y: Tensor, sample: Sample) -> list[tuple[Any, tuple]]:
     if "activation" in sample.arguments:
-        # An activated blur is a pooling, of windows of one element.
+        # An activated blur is a pooling with windows of one element.
         return window_op_calls(x, y, blur_window(sample))
     return plain_blur_op_calls(x, y, blur_window(sample))
 
@@ -236,11 +241,11 @@ def plain_blur_op_calls(x: Tensor, y: Tensor, window: Window) -> list[tuple[Any,
 
 
 def least_image(sample: Sample) -> tuple[int, ...]:
-    """An image in one channel that has an interior still."""
+    """A one-channel image that still has an interior."""
     return (1, 1, *(min(size, 5 if sample.rank < 3 else 3) for size in sample.shape[2:]))
 
 
-# Each sample's partner: by a permutation that is no involution, by one that is, and by a map that takes one sample three times.
+# The partner of each sample. "repeats" takes one sample three times.
 INDEX = {
     "permutation": [2, 0, 3, 1],
     "involution": [1, 0, 3, 2],
@@ -249,7 +254,7 @@ INDEX = {
     "pair": [1, 0],
 }
 LAM = [0.25, 1.0, 0.625, 0.0]
-# Within, all, none; and a sample that is blended.
+# Inside the image, the whole image, an empty box, and a blended sample.
 BOXES = [[1, 3, 0, 2], [0, 6, 0, 5], [2, 2, 1, 4], [-1, -1, -1, -1]]
 
 
@@ -293,14 +298,14 @@ def loss(x: Tensor, lam: float | Tensor, **arguments: Any) -> Tensor:
 
 
 def labels_of(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Two labels of each row of logits, (N, C, ...): every class and, in places, the same one twice."""
+    """Two labels per row of logits, (N, C, ...): every class, and some rows with equal labels."""
     shape = x.shape[:1] + x.shape[2:]
     rows = torch.arange(math.prod(shape), device=x.device).view(shape)
     return (13 * rows + 1) % x.shape[1], (11 * rows + 2) % x.shape[1]
 
 
 def loss_arguments(sample: Sample, device: torch.device) -> dict[str, Any]:
-    """Tuples as tensors."""
+    """The arguments with their tuples as tensors."""
     given = sample.arguments.items()
     return {
         name: torch.tensor(value, device=device) if isinstance(value, tuple) else value
@@ -339,12 +344,12 @@ def loss_op_calls(x: Tensor, y: Tensor, sample: Sample) -> list[tuple[Any, tuple
 
 
 def residual(x: Tensor, alpha: float, **arguments: Any) -> Tensor:
-    """The branch is what is differentiated. (For the stream and the gate see test_rezero.py.)"""
+    """Differentiated by the branch. (test_rezero.py covers the stream and the gate.)"""
     return functional.rezero(stream_of(x), x, torch.full((1,), alpha, device=x.device), **arguments)
 
 
 def stream_of(x: Tensor) -> Tensor:
-    """Halves between -1.5 and 1.5, in the format of x."""
+    """Multiples of 1/2 between -1.5 and 1.5, in the memory format of x."""
     pattern = (5 * torch.arange(math.prod(x.shape), device=x.device) + 1) % 7 - 3
     return torch.zeros_like(x) + (pattern / 2).view(x.shape).to(x.dtype)
 
@@ -371,8 +376,9 @@ def residual_op_calls(x: Tensor, y: Tensor, sample: Sample) -> list[tuple[Any, t
     ]
 
 
-# core: forward, backward and tangent in the core suite; formats: with innermost channels and in half precision too. main: every
-# dtype, layout and transform as well. special: with infinities and NaN too. Sizes of 4, 8 and 16 are aligned to the vectors.
+# core: forward, backward and tangent in the core suite. formats: channels_last and half precision
+# too. main: every dtype, layout and transform as well. special: infinities and NaN too. Sizes of 4,
+# 8 and 16 are aligned to the vectors.
 POOL = [
     Sample((2, 3, 9, 10), {}, "core formats main special"),
     Sample((2, 4, 5, 16), {"kernel_size": 3, "stride": 2, "padding": 1}, "core formats special"),
@@ -412,7 +418,7 @@ POOL = [
     Sample((1, 2, 5, 4, 6), {"kernel_size": 2}, "core formats main"),
     Sample((1, 1, 1, 1), {"kernel_size": 2, "padding": 1, "dilation": 2}, "core"),
     Sample((1, 2, 6, 6), {"kernel_size": 3, "stride": 1, "padding": 1}, "core"),
-    # Of whose elements a lane has the last alone, and reads no output for it: there is none beside it.
+    # A lane has only the last of these elements, and reads no output for it.
     Sample((1, 2, 9, 9), {"kernel_size": 5, "stride": 1}, "core"),
     Sample(
         (1, 2, 3, 2),
@@ -564,7 +570,7 @@ OPERATIONS = [
 
 
 class NetworkWindow(NamedTuple):
-    # Of an example.
+    # A model that has the window.
     name: str
     operation: str
     sample: Sample
@@ -575,12 +581,14 @@ _SAME = {"kernel_size": 3, "stride": 2, "padding": 1}
 _VALID = {"kernel_size": 3, "stride": 2}
 _REFLECT = {"padding_mode": "reflect"}
 _ZEROS = {"padding_mode": "zeros"}
-# The windows that networks have, once each. `models` counts those of torchvision 0.28 (89) and timm 1.0.31 (1371) in which
-# `antialias` puts it, with blur="before" where the name says so; it is 0 where the window is a peer's, by its class or weights.
-# The blur of 3 taps at stride 2 is that of a convolution, of a 1x1 one before it, of an activation other than ReLU, and of
-# nn.AvgPool2d(1, 2).
+# The distinct windows of networks. `models` counts the models of torchvision 0.28 (89) and timm
+# 1.0.31 (1371) in which `antialias` puts the window, with blur="before" where the name says so; it
+# is 0 for a window of a peer library, by its class or weights. The blur of 3 taps at stride 2 is
+# that of a convolution, of a 1x1 convolution after the blur, of an activation other than ReLU, and
+# of nn.AvgPool2d(1, 2).
 NETWORK_WINDOWS = [
-    # Of `antialias`: maxima. Sizes are nearly always even for (3, 2, 1) and (2, 2, 0), odd for (3, 2, 0).
+    # `antialias`, max poolings. Sizes are nearly always even for (3, 2, 1) and (2, 2, 0), odd for
+    # (3, 2, 0).
     NetworkWindow("resnet50", "max_blur_pool", Sample((1, 2, 8, 12), _SAME), 183),
     NetworkWindow("vgg16", "max_blur_pool", Sample((1, 2, 8, 12), {"kernel_size": 2}), 33),
     NetworkWindow("inception_v4", "max_blur_pool", Sample((1, 2, 9, 11), _VALID), 11),
@@ -590,7 +598,7 @@ NETWORK_WINDOWS = [
     NetworkWindow(
         "googlenet", "max_blur_pool", Sample((1, 2, 8, 7), {"kernel_size": 2, "ceil_mode": True}), 1
     ),
-    # Of `antialias`: blurs.
+    # `antialias`, blurs.
     NetworkWindow("resnet50 convolution", "blur_pool", Sample((1, 2, 8, 9), {}), 857),
     NetworkWindow("regnet_y_400mf", "blur_pool", Sample((1, 2, 8, 8), {"activation": "relu"}), 68),
     NetworkWindow("resnet50d average", "blur_pool", Sample((1, 2, 8, 8), {"stride": 1}), 160),
@@ -624,7 +632,7 @@ NETWORK_WINDOWS = [
         Sample((1, 2, 7, 8), {"kernel_size": 5, "stride": 1}),
         5,
     ),
-    # Of `antialias`: signals and volumes.
+    # `antialias`, signals and volumes.
     NetworkWindow(
         "nextvit_small by 4", "blur_pool", Sample((1, 2, 20), {"kernel_size": 6, "stride": 1}), 3
     ),
@@ -641,7 +649,7 @@ NETWORK_WINDOWS = [
     ),
     NetworkWindow("s3d 3", "max_blur_pool", Sample((1, 1, 4, 6, 5), _SAME), 1),
     NetworkWindow("s3d 2", "max_blur_pool", Sample((1, 1, 4, 4, 6), {"kernel_size": 2}), 1),
-    # Peers' layers, by the weights that there are for them. antialiased-cnns: 4 taps, and 2, 3 and 5.
+    # Peer libraries' layers. antialiased-cnns publishes weights for 4 taps, and for 2, 3 and 5.
     NetworkWindow(
         "antialiased_cnns.resnet50",
         "max_blur_pool",
@@ -690,10 +698,10 @@ NETWORK_WINDOWS = [
         Sample((1, 2, 8, 9), {"kernel_size": 2}),
         0,
     ),
-    # timm: its maximum at stride 1 and its blur after it, as one; and its `aa_layer="blurpc"`.
+    # timm: its max pooling at stride 1 and its blur as one layer; and its `aa_layer="blurpc"`.
     NetworkWindow("resnetblur50", "max_blur_pool", Sample((1, 2, 8, 12), _SAME | _REFLECT), 0),
     NetworkWindow("efficientnet_blur_b0", "blur_pool", Sample((1, 2, 8, 9), _ZEROS), 0),
-    # kornia (the first) and Composer (all): three taps, and zeros beyond the border.
+    # kornia (the first) and Composer (the others): three taps, and zeros beyond the border.
     NetworkWindow("kornia.MaxBlurPool2D", "max_blur_pool", Sample((1, 2, 8, 12), _ZEROS), 0),
     NetworkWindow("composer resnet50", "max_blur_pool", Sample((1, 2, 8, 12), _SAME | _ZEROS), 0),
     NetworkWindow(

@@ -1,6 +1,6 @@
-"""Networks that people use, anti-aliased: they run, train, compile, export, trace, and take their checkpoints.
+"""Anti-aliased torchvision and timm networks run, train, compile, export and load checkpoints.
 
-Images of 64 pixels, on which every network still has something to pool, in small variants where there are any.
+Images have 64 pixels, so that every network still has something to pool. Variants are small.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ from torch import nn
 
 import regfast
 
-# A network's layers in another order of sums: float32, relative to its largest logit.
+# float32 sums of a whole network in another order, relative to its largest logit.
 ROUNDING = 1e-3
 
-# How many layers are anti-aliased, and how many of these blur after an activation.
+# The number of anti-aliased layers, and how many of them blur after an activation.
 TORCHVISION = {
-    "resnet18": (7, 0), "resnet50": (7, 0), "vgg11_bn": (5, 0), "mobilenet_v2": (4, 4), "mobilenet_v3_small": (4, 4),
+    "resnet18": (7, 0), "resnet50": (7, 0), "vgg11_bn": (5, 0), "mobilenet_v2": (4, 4),
+    "mobilenet_v3_small": (4, 4),
     "densenet121": (4, 0), "regnet_y_400mf": (8, 4), "convnext_tiny": (3, 0),
 }  # fmt: skip
 TIMM = {
@@ -55,7 +56,7 @@ def check_same(found: torch.Tensor, expected: torch.Tensor) -> None:
     ids=[f"{row[0]}-{row[1]}" for row in ARCHITECTURES],
 )
 def test_networks_are_converted_train_and_come_back(library, name, converted, after):
-    """Forward, a training step, a strict round trip of the checkpoint, and the same bits after `restore`."""
+    """Forward, a training step, a strict checkpoint round trip; `restore` gives the same bits."""
     model, x = make(library, name).eval(), torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         aliased = model(x)
@@ -66,7 +67,7 @@ def test_networks_are_converted_train_and_come_back(library, name, converted, af
         converted,
         after,
     ), str(report)
-    # The first convolution, of an image, and VGG's last pooling.
+    # The first convolution, which reads the image, and VGG's last pooling.
     reasons = ("3 input channels", "embeds patches of 4 x 4", "depends on the image's size")
     assert all(
         any(reason in row.why for reason in reasons) for row in report if row.done == "left"
@@ -87,14 +88,15 @@ def test_networks_are_converted_train_and_come_back(library, name, converted, af
 
 # The last stages.
 DILATED = {
-    "mobilenet_v2": [f"features.{at}" for at in range(7, 18)], "regnet_y_400mf": ["trunk_output.block3", "trunk_output.block4"],
+    "mobilenet_v2": [f"features.{at}" for at in range(7, 18)],
+    "regnet_y_400mf": ["trunk_output.block3", "trunk_output.block4"],
     "resnet18": ["layer3", "layer4"], "convnext_tiny": ["features.4", "features.5"],
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", DILATED)
 def test_segmentation_libraries_dilate_a_converted_encoder(name):
-    """As segmentation_models_pytorch does: in the last stages, strides become dilations."""
+    """As segmentation_models_pytorch does: in the last stages, dilations replace strides."""
 
     def dilated(model: nn.Module) -> dict[str, torch.Size]:
         sizes = {}
@@ -122,7 +124,7 @@ def test_segmentation_libraries_dilate_a_converted_encoder(name):
 
 
 def test_ssd_finds_the_poolings_of_a_converted_vgg():
-    """torchvision's SSD300 looks for nn.MaxPool2d, sets the third's ceil_mode, and cuts the network at the fourth."""
+    """SSD300 finds nn.MaxPool2d, sets the third's ceil_mode, and cuts the network at the fourth."""
     try:
         vgg, ssd = load("torchvision.models.vgg"), load("torchvision.models.detection.ssd")
     except AbsentError as absent:
@@ -185,7 +187,7 @@ def test_converted_networks_compile_without_a_graph_break(library, name):
 @pytest.mark.slow
 @everyone
 def test_converted_networks_are_exported(library, name):
-    """With a batch of any size; the graph is made of PyTorch's own operators."""
+    """The batch size is dynamic, and the graph has only PyTorch's own operators."""
     model, x = regfast.antialias(make(library, name)).eval(), torch.randn(2, 3, 64, 64)
     exported = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))
     assert not [node for node in exported.graph.nodes if "regfast" in str(node.target)]
@@ -210,13 +212,16 @@ def test_converted_networks_run_in_onnxruntime(library, name, tmp_path):
 
 
 def test_the_layers_of_this_library_run_in_onnxruntime(tmp_path):
-    """Every new kind of layer in one small network, in time for the core tests."""
+    """Every kind of layer in one small network, fast enough for the core tests."""
     pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")
     model = nn.Sequential(
-        regfast.Conv2dAA(3, 4, 3, 2, 1, activation="relu"), regfast.Conv2dAA(4, 8, 3, 2, blur="before"),
-        regfast.ConvNormActAA(8, 8, stride=1), regfast.ResidualBlock(8, 12, stride=2, antialias=True),
-        regfast.MaxPool2dAA(2, activation="relu"), regfast.AvgPool2dAA(2), nn.Flatten(), regfast.ResidualLinear(12, 12),
+        regfast.Conv2dAA(3, 4, 3, 2, 1, activation="relu"),
+        regfast.Conv2dAA(4, 8, 3, 2, blur="before"),
+        regfast.ConvNormActAA(8, 8, stride=1),
+        regfast.ResidualBlock(8, 12, stride=2, antialias=True),
+        regfast.MaxPool2dAA(2, activation="relu"), regfast.AvgPool2dAA(2), nn.Flatten(),
+        regfast.ResidualLinear(12, 12),
     ).eval()  # fmt: skip
     x, path = torch.randn(2, 3, 71, 69), tmp_path / "model.onnx"
     for gate in (model[3].alpha, model[7].alpha):
@@ -233,7 +238,7 @@ def test_the_layers_of_this_library_run_in_onnxruntime(tmp_path):
 
 @pytest.mark.parametrize("name", ["resnet50", pytest.param("resnet18", marks=pytest.mark.slow)])
 def test_timm_s_own_blur_is_the_same_function(name):
-    """`aa_layer=regfast.BlurPool2d` in place of timm's, with the weights copied over: outputs and gradients."""
+    """`aa_layer=regfast.BlurPool2d` gives timm's outputs and gradients with timm's weights."""
     try:
         timm = load("timm")
     except AbsentError as absent:

@@ -1,4 +1,4 @@
-"""The anti-aliased average poolings go where nn.AvgPool stood, and are a blur followed by nn.AvgPool."""
+"""The anti-aliased average poolings replace nn.AvgPool, and are a blur followed by nn.AvgPool."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_the_signature_begins_as_torch_nn_s(rank):
     ids=str,
 )
 def test_it_is_a_blur_and_then_torch_nn_s(rank, arguments):
-    """In one pass where it may be: then the blur's border is that of the image all the same."""
+    """A single pass, where possible, applies the blur's border to the image too."""
     average, ours, blur = MODULES[rank]
     stride = arguments.get("stride", arguments["kernel_size"])
     for options in ({}, {"padding_mode": "zeros", "blur_size": 2, "filter": [0.5, 0.25]}):
@@ -95,8 +95,8 @@ def test_with_stride_one_it_is_torch_nn_s(rank):
 
 @ranks
 @pytest.mark.parametrize("padding", [0, 1])
-def test_with_stride_one_a_blur_of_each_axis_is_asked_for(rank, padding):
-    """As in max pooling: then the image is blurred once, and averaged once."""
+def test_with_stride_one_a_blur_size_per_axis_blurs(rank, padding):
+    """As in max pooling, a blur_size per axis blurs the image at stride 1, too."""
     average, ours, blur = MODULES[rank]
     x = torch.randn(2, 3, *SIDES[rank])
     found = ours(2, 1, padding, blur_size=(3,) * rank)(x)

@@ -1,4 +1,7 @@
-"""Bad input raises ValueError or TypeError, before anything is written, and the message names the value and what is allowed."""
+"""Bad input raises ValueError or TypeError before anything is written.
+
+The message names the value and what is allowed.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from regfast.ops.schema import flatten
 IMAGE = torch.randn(1, 2, 8, 8)
 POOL, BLUR = regfast.MaxPool2dAA, regfast.BlurPool2d
 
-# What is called, the error, and what its message says: the value, and what is allowed.
+# The call, the error, and what its message names: the value, and what is allowed.
 ARGUMENTS = [
     (lambda: POOL(0), ValueError, ["kernel_size", "0", "at least 1"]),
     (lambda: POOL(2.5), TypeError, ["kernel_size", "2.5", "integer"]),
@@ -120,7 +123,7 @@ def test_an_image_too_small_for_the_window(path):
     "wrong", [torch.randn(1, 2, 3, 3), torch.randn(1, 2, 4, 4).double(), torch.randn(2, 4, 4)]
 )
 def test_ops_refuse_a_gradient_of_another_image(wrong, device):
-    """autograd never sends one; whoever calls the ops by hand may, and a kernel would read beyond it."""
+    """autograd never sends one; a direct call of the op may, and a kernel would read beyond it."""
     pool, blur = (flatten(module._window) for module in (POOL(2), BLUR(3)))
     x, wrong = IMAGE.to(device), wrong.to(device)
     with pytest.raises(ValueError, match=r"grad must have .*\(1, 2, 4, 4\).*got"):
@@ -144,7 +147,7 @@ def test_ops_refuse_a_gradient_of_another_image(wrong, device):
     ids=["volumes", "dilation"],
 )
 def test_the_pooling_s_ops_refuse_windows_that_no_one_kernel_computes(shape, window, device):
-    """Where autograd and compilers meet such a window, it is a composition of windows that one does."""
+    """autograd and compilers see a composition of windows that the kernels do compute."""
     x = torch.randn(shape, device=device)
     with regfast.backend("reference"):
         y = regfast.ops.max_blur_pool.max_blur_pool(x, window)

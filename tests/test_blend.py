@@ -1,8 +1,10 @@
-"""functional.mixup beyond the contract suite: uint8 images, formats and dtypes, in place, boxes, gradients of lam, bad input.
+"""functional.mixup beyond the contract suite.
 
-1. What comes out is what NumPy computes, whatever goes in and whatever is asked for, by either path.
-2. `out` is written to, x itself for an involution alone; nothing is written where an argument is refused.
-3. lam is an input: a compiled graph follows it, and does not compile anew for each.
+uint8 images, formats and dtypes, in place, boxes, gradients of lam, bad input.
+
+1. The output is NumPy's, for every input and argument, on both paths.
+2. `out` is written; x itself only for an involution. A refused call writes nothing.
+3. lam is an input of a compiled graph: a new value does not recompile.
 """
 
 from __future__ import annotations
@@ -27,9 +29,10 @@ from regfast.functional import mixup
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 FORMATS = [torch.preserve_format, torch.contiguous_format, torch.channels_last]
-# Sums of a few terms of order one, in an order of their own.
+# Sums of a few terms of order one, in another order.
 FLOAT32 = dict(rtol=1e-5, atol=1e-5)
-# One rounding to the dtype of values below 4, after float32. (The interpreter truncates to bfloat16, hence a whole unit.)
+# One rounding to the dtype of values below 4, after float32. The interpreter truncates to bfloat16,
+# hence a whole unit.
 HALF = {
     torch.float16: dict(rtol=2.0**-10, atol=1e-5),
     torch.bfloat16: dict(rtol=2.0**-7, atol=1e-5),
@@ -42,7 +45,7 @@ paths = pytest.mark.parametrize("path", ["reference", "triton"])
 
 @pytest.fixture
 def on_path(path, request):
-    """Takes a path for a test."""
+    """Run a test on one path."""
     if path == "triton":
         request.getfixturevalue("kernels")
     with regfast.backend(path):
@@ -97,7 +100,8 @@ def test_uint8_images_come_out_in_half_precision(dtype, path, on_path, device):
     )
 
 
-# Bytes are blended in float32, in another order than the oracle's: some roundings of values below 4.
+# Bytes are blended in float32, in an order other than the oracle's: some roundings of values below
+# 4.
 BYTES = dict(rtol=2.0**-21, atol=2.0**-21)
 
 
@@ -108,7 +112,7 @@ BYTES = dict(rtol=2.0**-21, atol=2.0**-21)
 def test_bytes_of_any_number_of_channels(
     channels, channels_last, memory_format, path, on_path, device, poisoned
 ):
-    """Each channel's numbers are its own, within a format and across; sizes that fill no block."""
+    """Each channel has its own mean and std, within a format and across; sizes fill no block."""
     shape = (3, channels, 23, 31) if channels < 16 else (3, channels, 7, 24)
     x = torch.randint(256, shape, dtype=torch.uint8, device=device)
     x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
@@ -124,7 +128,7 @@ def test_bytes_of_any_number_of_channels(
 
 @paths
 def test_every_pair_of_bytes(path, on_path, device):
-    """Alone, where lam is 0 or 1, and blended; each to the last bits of float32."""
+    """With lam 0, 1 and between: equal to the last bits of float32."""
     byte = torch.arange(256, dtype=torch.uint8, device=device)
     x = torch.stack((byte.repeat(256), byte.repeat_interleave(256)))
     for lam in (0.0, 0.3, 1.0):
@@ -141,7 +145,7 @@ def test_every_pair_of_bytes(path, on_path, device):
 def test_a_program_has_several_samples(
     dtype, memory_format, box, device, kernels, monkeypatch, poisoned
 ):
-    """As of a large batch: the last program has fewer. Each sample has its own partner, lam and box, or none that exists."""
+    """As for a large batch; the last program has fewer samples, each with its own lam and box."""
     from regfast.kernels import mixup as module
 
     monkeypatch.setattr(module, "PROGRAMS", 1)
@@ -229,7 +233,7 @@ def test_the_gradient_is_the_transpose_of_the_blend(index, path, on_path, device
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("index", [PERMUTATION, REPEATS], ids=["permutation", "repeats"])
 def test_the_gradient_in_half_precision_is_the_rounded_sum(index, dtype):
-    """By the reference; the kernels' is in the contract suite."""
+    """On the reference; the contract suite covers the kernels."""
     lam = torch.tensor([0.3, 0.6, 0.1, 0.8])
     matrix = lam.diag().index_put_((torch.arange(4), index), 1 - lam, accumulate=True)
     x, g = torch.randn(4, 500).to(dtype).requires_grad_(), torch.randn(4, 500).to(dtype)
@@ -250,7 +254,7 @@ WEIGHTS = {
 
 
 def mixed_by_hand(x, index, lam, box):
-    """Sample by sample; what has no weight is not in the sum."""
+    """Per sample; the sum leaves out terms of weight zero."""
     y = torch.empty_like(x)
     for i, j in enumerate(index.tolist()):
         weight = lam if not isinstance(lam, torch.Tensor) else lam.expand(len(x))[i].item()
@@ -263,7 +267,7 @@ def mixed_by_hand(x, index, lam, box):
 
 
 def awkward(*shape):
-    """Numbers, and in the place of a third of them infinities and NaN."""
+    """Random numbers, about a third of them replaced by infinities and NaN."""
     values = torch.tensor([float("nan"), float("inf"), -float("inf")])
     return torch.randn(shape).where(torch.rand(shape) < 0.7, values[torch.randint(3, shape)])
 
@@ -273,9 +277,9 @@ def awkward(*shape):
 @pytest.mark.parametrize("lam", WEIGHTS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
 def test_a_weight_of_zero_reads_nothing(dtype, lam, box, path, on_path, device):
-    """No infinity and no NaN comes through, neither in the batch nor in its gradient.
+    """A term of weight zero passes no infinity or NaN to the batch or its gradient.
 
-    Each element is a number of few bits, so that sums are exact.
+    Each element has few bits, so that sums are exact.
     """
     x, g = (awkward(4, 3, 6, 5).mul(8).round().div(8).to(device, dtype) for _ in range(2))
     lam = WEIGHTS[lam].to(device) if isinstance(WEIGHTS[lam], torch.Tensor) else WEIGHTS[lam]
@@ -291,7 +295,7 @@ def test_a_weight_of_zero_reads_nothing(dtype, lam, box, path, on_path, device):
                 mixup(x, index, lam, box=box), y, rtol=0, atol=0, equal_nan=True
             )
         (dx,) = torch.autograd.grad(y, leaf, g)
-        # By autograd of plain slices, which read nothing that they do not hold.
+        # By autograd on plain slices, which read only what they hold.
         plain = x.double().requires_grad_()
         (expected,) = torch.autograd.grad(mixed_by_hand(plain, index, lam, box), plain, g.double())
         torch.testing.assert_close(dx, expected.to(dtype), rtol=0, atol=0, equal_nan=True)
@@ -382,7 +386,7 @@ def test_no_float64_is_sent_to_a_device(lam, dtype):
 
 
 def test_a_fake_lam_blends_fake_images():
-    """As a network is planned, without memory."""
+    """As in planning a network without memory."""
     with FakeTensorMode():
         x = torch.randn(4, 3, 6, 5)
         for lam in (torch.rand(()), torch.rand(4), 0.3):
@@ -550,7 +554,7 @@ def test_a_compiled_graph_writes_in_place():
 
 @pytest.mark.slow
 def test_inductor_follows_a_lam_that_is_a_number():
-    """PyTorch 2.13's keeps the `alpha` of torch.add from an earlier call where it is an expression of one."""
+    """PyTorch 2.13's Inductor reuses torch.add's `alpha` where it is an expression of an input."""
     torch._dynamo.reset()
     compiled = torch.compile(lambda x, lam: mixup(x, PERMUTATION, lam), fullgraph=True)
     x = torch.randn(4, 3, 8, 8)
@@ -586,7 +590,7 @@ def test_values_on_the_device_are_looked_at_by_the_debug_switch():
 
 @pytest.mark.parametrize("box", [None, (1, 3, 0, 2)], ids=["blended", "box"])
 def test_a_partner_that_does_not_exist_makes_a_sample_nan_and_no_other(box, device, kernels):
-    """On CUDA nobody looks at the index: what it says is neither read nor written beyond the batch."""
+    """The host does not read an index on CUDA; the kernels stay within the batch."""
     x = torch.randn(6, 2, 4, 5, device=device)
     lam, far = torch.tensor(0.25, device=device), torch.tensor([1, 0, -3, 6, 5, 4], device=device)
     box = None if box is None else torch.tensor(box, device=device)
@@ -606,7 +610,7 @@ def test_a_partner_that_does_not_exist_makes_a_sample_nan_and_no_other(box, devi
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
 def test_counting_sorts_as_torch_does(dtype, device, kernels, monkeypatch):
-    """By several programs, with partners that are taken often, and some that do not exist; large batches are torch's to sort."""
+    """Several programs, repeated and missing partners; torch sorts large batches."""
     from regfast.kernels import mixup as module
 
     index = torch.randint(-3, 45, (41,), device=device).to(dtype)
@@ -626,7 +630,8 @@ def test_counting_sorts_as_torch_does(dtype, device, kernels, monkeypatch):
 X, U8 = torch.randn(4, 3, 6, 5), torch.zeros(4, 3, 6, 5, dtype=torch.uint8)
 ARGUMENTS = [
     (lambda: mixup([1.0], PERMUTATION, 0.5), TypeError, ["x", "list", "Tensor"]),
-    (lambda: mixup(X.int(), PERMUTATION, 0.5), TypeError, ["x", "torch.int32", "floating-point or uint8"]),
+    (lambda: mixup(X.int(), PERMUTATION, 0.5), TypeError,
+     ["x", "torch.int32", "floating-point or uint8"]),
     (lambda: mixup(torch.tensor(1.0), PERMUTATION, 0.5), ValueError, ["x", "(B, ...)", "0-d"]),
     (lambda: mixup(X, [0, 1, 2, 3], 0.5), TypeError, ["index", "list", "Tensor"]),
     (lambda: mixup(X, PERMUTATION.float(), 0.5), TypeError, ["index", "torch.float32", "int64"]),
@@ -637,44 +642,67 @@ ARGUMENTS = [
     (lambda: mixup(X, PERMUTATION, True), TypeError, ["lam", "bool", "number"]),
     (lambda: mixup(X, PERMUTATION, 1.5), ValueError, ["lam", "1.5", "[0, 1]"]),
     (lambda: mixup(X, PERMUTATION, float("nan")), ValueError, ["lam", "nan", "[0, 1]"]),
-    (lambda: mixup(X, PERMUTATION, torch.tensor([0.5, -0.25, 0.5, 0.5])), ValueError, ["lam", "-0.25", "[0, 1]"]),
-    (lambda: mixup(X, PERMUTATION, torch.tensor(float("nan"))), ValueError, ["lam", "nan", "[0, 1]"]),
-    (lambda: mixup(X, PERMUTATION, torch.tensor(1)), TypeError, ["lam", "torch.int64", "floating-point"]),
+    (lambda: mixup(X, PERMUTATION, torch.tensor([0.5, -0.25, 0.5, 0.5])), ValueError,
+     ["lam", "-0.25", "[0, 1]"]),
+    (lambda: mixup(X, PERMUTATION, torch.tensor(float("nan"))), ValueError,
+     ["lam", "nan", "[0, 1]"]),
+    (lambda: mixup(X, PERMUTATION, torch.tensor(1)), TypeError,
+     ["lam", "torch.int64", "floating-point"]),
     (lambda: mixup(X, PERMUTATION, torch.rand(3)), ValueError, ["lam", "(4,)", "(3,)"]),
     (lambda: mixup(X, PERMUTATION, 0.5, box=(0, 1.5, 0, 2)), TypeError, ["box", "1.5", "integers"]),
-    (lambda: mixup(X, PERMUTATION, 0.5, box=torch.rand(4)), TypeError, ["box", "torch.float32", "int64"]),
+    (lambda: mixup(X, PERMUTATION, 0.5, box=torch.rand(4)), TypeError,
+     ["box", "torch.float32", "int64"]),
     (lambda: mixup(X, PERMUTATION, 0.5, box=(0, 1, 2)), ValueError, ["box", "(4,)", "(3,)"]),
-    (lambda: mixup(X, PERMUTATION, 0.5, box=(0, 7, 0, 2)), ValueError, ["box", "y1 <= 6", "(0, 7, 0, 2)"]),
-    (lambda: mixup(X, PERMUTATION, 0.5, box=(3, 2, 0, 2)), ValueError, ["box", "y0 <= y1", "(3, 2, 0, 2)"]),
+    (lambda: mixup(X, PERMUTATION, 0.5, box=(0, 7, 0, 2)), ValueError,
+     ["box", "y1 <= 6", "(0, 7, 0, 2)"]),
+    (lambda: mixup(X, PERMUTATION, 0.5, box=(3, 2, 0, 2)), ValueError,
+     ["box", "y0 <= y1", "(3, 2, 0, 2)"]),
     (lambda: mixup(X, PERMUTATION, 0.5, box=(-1, 2, 0, 2)), ValueError, ["box", "(-1, 2, 0, 2)"]),
     (lambda: mixup(X[:, 0], PERMUTATION, 0.5, box=(0, 1, 0, 1)), ValueError, ["box", "(4, 6, 5)"]),
     (lambda: mixup(U8, PERMUTATION, 0.5), ValueError, ["uint8", "mean and std", "dtype"]),
-    (lambda: mixup(U8, PERMUTATION, 0.5, dtype=torch.uint8), TypeError, ["dtype", "torch.uint8", "floating-point"]),
-    (lambda: mixup(X, PERMUTATION, 0.5, dtype="half"), TypeError, ["dtype", "'half'", "floating-point"]),
+    (lambda: mixup(U8, PERMUTATION, 0.5, dtype=torch.uint8), TypeError,
+     ["dtype", "torch.uint8", "floating-point"]),
+    (lambda: mixup(X, PERMUTATION, 0.5, dtype="half"), TypeError,
+     ["dtype", "'half'", "floating-point"]),
     (lambda: mixup(X, PERMUTATION, 0.5, mean=0.5), ValueError, ["mean", "std", "together"]),
     (lambda: mixup(X, PERMUTATION, 0.5, mean=(0.1, 0.2), std=1.0), ValueError, ["mean", "3", "2"]),
-    (lambda: mixup(X, PERMUTATION, 0.5, mean=(0.1, 0.2, 0.3), std=(1.0, 2.0)), ValueError, ["mean", "std", "3", "2"]),
-    (lambda: mixup(X, PERMUTATION, 0.5, mean=0.0, std=(1.0, 0.0, 1.0)), ValueError, ["std", "positive", "0.0"]),
-    (lambda: mixup(U8, PERMUTATION, 0.5, mean=(123.7, 116.3, 103.5), std=58.0), ValueError, ["bytes", "x/255", "123.7"]),
+    (lambda: mixup(X, PERMUTATION, 0.5, mean=(0.1, 0.2, 0.3), std=(1.0, 2.0)), ValueError,
+     ["mean", "std", "3", "2"]),
+    (lambda: mixup(X, PERMUTATION, 0.5, mean=0.0, std=(1.0, 0.0, 1.0)), ValueError,
+     ["std", "positive", "0.0"]),
+    (lambda: mixup(U8, PERMUTATION, 0.5, mean=(123.7, 116.3, 103.5), std=58.0), ValueError,
+     ["bytes", "x/255", "123.7"]),
     (lambda: mixup(X, PERMUTATION, [0.5] * 4), TypeError, ["lam", "list", "number"]),
-    (lambda: mixup(X, PERMUTATION, np.array([0.5, 1.5, 0, 0])), ValueError, ["lam", "1.5", "[0, 1]"]),
+    (lambda: mixup(X, PERMUTATION, np.array([0.5, 1.5, 0, 0])), ValueError,
+     ["lam", "1.5", "[0, 1]"]),
     (lambda: mixup(X, PERMUTATION, np.array([0.5, 0.5])), ValueError, ["lam", "(4,)", "(2,)"]),
-    (lambda: mixup(X, PERMUTATION, 0.5, mean="imagenet", std=1.0), TypeError, ["mean", "'imagenet'", "number"]),
-    (lambda: mixup(X[:, 0, 0, 0], PERMUTATION, 0.5, mean=0.0, std=1.0), ValueError, ["channels", "(4,)"]),
-    (lambda: mixup(X, PERMUTATION, 0.5, memory_format="NHWC"), TypeError, ["memory_format", "'NHWC'", "channels_last"]),
-    (lambda: mixup(X[0, 0, :4], PERMUTATION, 0.5, memory_format=torch.channels_last), ValueError, ["channels_last", "4-d"]),
+    (lambda: mixup(X, PERMUTATION, 0.5, mean="imagenet", std=1.0), TypeError,
+     ["mean", "'imagenet'", "number"]),
+    (lambda: mixup(X[:, 0, 0, 0], PERMUTATION, 0.5, mean=0.0, std=1.0), ValueError,
+     ["channels", "(4,)"]),
+    (lambda: mixup(X, PERMUTATION, 0.5, memory_format="NHWC"), TypeError,
+     ["memory_format", "'NHWC'", "channels_last"]),
+    (lambda: mixup(X[0, 0, :4], PERMUTATION, 0.5, memory_format=torch.channels_last), ValueError,
+     ["channels_last", "4-d"]),
     (lambda: mixup(X, PERMUTATION, 0.5, out=1), TypeError, ["out", "int", "Tensor"]),
-    (lambda: mixup(X, PERMUTATION, 0.5, out=torch.empty(4, 3, 6, 6)), ValueError, ["out", "(4, 3, 6, 5)", "(4, 3, 6, 6)"]),
-    (lambda: mixup(X, PERMUTATION, 0.5, out=torch.empty_like(X).double()), ValueError, ["out", "float32", "float64"]),
-    (lambda: mixup(X, PERMUTATION, 0.5, out=X), ValueError, ["out=x", "involution", "[2, 0, 3, 1]"]),
+    (lambda: mixup(X, PERMUTATION, 0.5, out=torch.empty(4, 3, 6, 6)), ValueError,
+     ["out", "(4, 3, 6, 5)", "(4, 3, 6, 6)"]),
+    (lambda: mixup(X, PERMUTATION, 0.5, out=torch.empty_like(X).double()), ValueError,
+     ["out", "float32", "float64"]),
+    (lambda: mixup(X, PERMUTATION, 0.5, out=X), ValueError,
+     ["out=x", "involution", "[2, 0, 3, 1]"]),
     (lambda: mixup(X, REPEATS, 0.5, out=X), ValueError, ["out=x", "involution"]),
     (lambda: mixup(X, INVOLUTION, 0.5, out=X[..., :4]), ValueError, ["out", "(4, 3, 6, 4)"]),
-    (lambda: mixup(WIDE[1:], INVOLUTION, 0.5, out=WIDE[:-1]), ValueError, ["out", "share no memory"]),
+    (lambda: mixup(WIDE[1:], INVOLUTION, 0.5, out=WIDE[:-1]), ValueError,
+     ["out", "share no memory"]),
     (lambda: mixup(ONE, INVOLUTION, 0.5, out=ONE), ValueError, ["out", "overlap", "(0, 30, 5, 1)"]),
-    (lambda: mixup(X, INVOLUTION, 0.5, out=ONE.clone()[:1].expand(4, 3, 6, 5)), ValueError, ["out", "overlap"]),
+    (lambda: mixup(X, INVOLUTION, 0.5, out=ONE.clone()[:1].expand(4, 3, 6, 5)), ValueError,
+     ["out", "overlap"]),
     (lambda: mixup(LEAF, INVOLUTION, 0.5, out=LEAF), ValueError, ["out=", "x requires"]),
-    (lambda: mixup(X, INVOLUTION, LEAF[0, 0, 0, 0].sigmoid(), out=X), ValueError, ["out=", "lam requires"]),
-    (lambda: mixup(X, INVOLUTION, 0.5, memory_format=torch.channels_last, out=X), ValueError, ["out", "memory_format"]),
+    (lambda: mixup(X, INVOLUTION, LEAF[0, 0, 0, 0].sigmoid(), out=X), ValueError,
+     ["out=", "lam requires"]),
+    (lambda: mixup(X, INVOLUTION, 0.5, memory_format=torch.channels_last, out=X), ValueError,
+     ["out", "memory_format"]),
 ]  # fmt: skip
 WIDE, ONE, LEAF = (
     torch.randn(5, 3, 6, 5),
@@ -746,7 +774,7 @@ def check_drawn(call, device):
         torch.testing.assert_close(found, expected, **FLOAT32)
 
 
-# The kernels fixture lasts over all drawn examples on purpose: it counts their launches together.
+# The kernels fixture deliberately spans all drawn examples: it counts their launches together.
 DRAWN = dict(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 

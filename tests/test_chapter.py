@@ -1,4 +1,4 @@
-"""The chapter's comparison, in small: its runs, its table, and pictures that show something."""
+"""The chapter's comparison at a small size: runs, table, and pictures that show something."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 def shown(path: Path) -> float:
-    """How much of a picture is neither white nor the grey of its text."""
+    """The share of a picture that is neither white nor the grey of its text."""
     image = imread(path)[..., :3]
     return float((np.ptp(image, axis=-1) > 0.05).mean() + (image.mean(-1) < 0.2).mean())
 
@@ -92,7 +92,7 @@ def test_out_of_time_it_shows_what_has_finished_and_goes_on(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """A minute for three runs of two epochs each, of 25 seconds: one run and a half."""
+    """One minute for three runs of two epochs, each of 25 seconds: one run and a half."""
     seconds, epoch = [0], train.Run.epoch
 
     def timed(self):
@@ -145,7 +145,7 @@ def test_with_nothing_finished_it_draws_nothing(
 def test_cuda_without_a_gpu_is_one_line(
     arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str], monkeypatch
 ) -> None:
-    """So --device is the training script's, from before the -- and from after it."""
+    """--device is the training script's option, before the -- and after it."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit) as raised:
         chapter.main(arguments)
@@ -154,16 +154,17 @@ def test_cuda_without_a_gpu_is_one_line(
 
 
 def test_the_variants_are_the_chapter_s_and_the_blog_s() -> None:
-    """Each is a command line of the training script's."""
+    """Each variant is a command line of the training script."""
     assert list(chapter.VARIANTS) == [
-        "regular", "anti-aliased", "residual", "ReZero", "ReZero + MixUp", "input mixup", "manifold mixup",
+        "regular", "anti-aliased", "residual", "ReZero", "ReZero + MixUp", "input mixup",
+        "manifold mixup",
     ]  # fmt: skip
     for flags in chapter.VARIANTS.values():
         train.parse(flags)
 
 
 def test_the_zebra_is_aliased_by_max_pooling_alone(tmp_path: Path) -> None:
-    """What is drawn: of stripes, black and white alone after a maximum, and greys in between after the blur."""
+    """Stripes stay black and white after a maximum, and become grey after the blur."""
     assert figures.zebra(tmp_path / "zebra.png").exists() and shown(tmp_path / "zebra.png") > 0.1
     stripes = figures.stripes(64)
     pooled, blurred = figures.pooled(stripes, 4).values()

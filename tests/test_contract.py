@@ -1,13 +1,14 @@
 """The contract of every operation in samples.py.
 
 1. The reference is what SciPy and NumPy compute, in float64.
-2. A kernel is the reference: forward, backward and tangent, ties, NaN and infinities included; in bfloat16 to one unit in the
-   last place. It writes every element, and the same bits each time. (Of a pooling's window that holds a NaN, any element may
-   take the gradient.)
-3. Any strides come in, and any gradient's; the input's memory format goes out.
-4. Both paths are differentiable twice and forwards, and traceable: opcheck, torch.compile without a graph break.
+2. A kernel gives the reference's forward, backward and tangent, ties, NaN and infinities included;
+   in bfloat16 to one unit in the last place. It writes every element, and the same bits each time.
+   (In a pooling's window that holds a NaN, any element may take the gradient.)
+3. Inputs and gradients may have any strides; the output has the input's memory format.
+4. Both paths are differentiable twice and forward-mode, and traceable: opcheck, torch.compile
+   without a graph break.
 
-A test of a kernel fails if none was launched.
+A test of a kernel fails if no kernel was launched.
 """
 
 from __future__ import annotations
@@ -35,15 +36,20 @@ import regfast
 from regfast._core.geometry import output_size
 from regfast.functional import mixup
 
-# Sums of at most a few hundred products in an order of their own: some units in the last place of float32, float64.
+# Sums of at most a few hundred products in another order: some units in the last place of float32,
+# float64.
 FLOAT32 = dict(rtol=1e-5, atol=1e-5)
 FLOAT64 = dict(rtol=1e-12, atol=1e-12)
-# One rounding to the dtype, after sums in float32 on both sides. The interpreter truncates to bfloat16, hence a whole unit.
+# One rounding to the dtype, after float32 sums on both sides. The interpreter truncates to
+# bfloat16, hence a whole unit.
 UNIT = {torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
 
 
 def pairs(group: str, slow_ranks: tuple[int, ...] = ()):
-    """Every operation with every sample of a group, "" being those in none; the ranks named run only in the slow suite."""
+    """Every operation with each sample of a group ("": samples without a group).
+
+    Samples of `slow_ranks` run only in the slow suite.
+    """
     return pytest.mark.parametrize(
         "operation,sample",
         [
@@ -79,7 +85,7 @@ def derivatives(operation: Operation, sample: Sample, x: Tensor, t: Tensor, grad
 
 
 def check_against_reference(operation: Operation, sample: Sample, x: Tensor) -> None:
-    """The kernels' output, gradient and tangent against the reference's in float64, on the same data."""
+    """Compare the kernels' output, gradient and tangent with the float64 reference's."""
     exact = x.double()
     t, grad = torch.randn_like(exact), torch.randn_like(reference(operation, sample, exact))
     with regfast.backend("reference"):
@@ -142,9 +148,10 @@ def test_kernels_round_half_precision_once(operation, sample, dtype, device, ker
     for found, expected in ((y, wide), (dx, wide_dx)):
         assert found.dtype == dtype
         if found is dx and operation.name == "max_blur_pool" and sample.rank == 3:
-            # The gradient of a volume passes three layers, and each rounds it: the blur, the maxima down the slices, and those
-            # of each slice. The first two roundings are of terms, which may cancel: no taps are negative, so that the gradient
-            # for |grad| is the sum of their sizes.
+            # The gradient of a volume is rounded three times: after the blur, after the maxima
+            # along the slices, and after those of each slice. The first two round terms that may
+            # cancel. No taps are negative, so the gradient for |grad| is the sum of the terms'
+            # sizes.
             (sizes,) = torch.autograd.grad(
                 reference(operation, sample, leaf), leaf, grad.float().abs()
             )
@@ -153,7 +160,7 @@ def test_kernels_round_half_precision_once(operation, sample, dtype, device, ker
                 <= UNIT[dtype] * (2 * sizes + expected.abs()) + 1e-6
             ).all()
             continue
-        # atol: where positive and negative terms cancel, float32's own error of terms of order one remains.
+        # atol: where terms of order one cancel, float32's own error remains.
         torch.testing.assert_close(found.float(), expected, rtol=UNIT[dtype], atol=1e-6)
 
 
@@ -169,7 +176,7 @@ def test_kernels_round_half_precision_once(operation, sample, dtype, device, ker
 def test_special_values_reach_the_same_outputs_and_the_same_inputs(
     operation, sample, value, device, kernels
 ):
-    """inf and NaN are strewn, and -inf fills a corner, so that whole windows are -inf: their first element takes the gradient."""
+    """Scattered inf and NaN; in a window of only -inf the first element takes the gradient."""
     x = sample.input(device=device)
     if value == -math.inf:
         x[..., :4, :4] = value
@@ -186,7 +193,7 @@ def test_special_values_reach_the_same_outputs_and_the_same_inputs(
 def test_a_window_that_holds_a_nan_gives_its_gradient_to_one_of_its_own(
     arguments, activation, device, kernels
 ):
-    """One NaN an image, at each place in turn."""
+    """One NaN per image, at each place in turn."""
     sample = Sample((42, 1, 6, 7), arguments | {"activation": activation})
     x = sample.input(device=device)
     x.view(42, 42).fill_diagonal_(math.nan)
@@ -257,7 +264,7 @@ def test_two_backward_runs_give_the_same_bits(operation, sample, device, kernels
 @pairs("main", slow_ranks=(2, 3))
 @pytest.mark.parametrize("path", ["reference", "triton"])
 def test_gradients_by_finite_differences(operation, sample, path, device, request):
-    """First and second order, reverse and forward. Without ties or zeros: a step of finite differences would cross them."""
+    """First and second order, reverse and forward; no ties or zeros, which a step would cross."""
     if path == "triton":
         request.getfixturevalue("kernels")
     shape = operation.least(sample)
@@ -274,7 +281,7 @@ def test_gradients_by_finite_differences(operation, sample, path, device, reques
     def function(x):
         return operation(x, sample) if path == "triton" else reference(operation, sample, x)
 
-    # The interpreter runs a kernel for every direction: random directions in place of all of them.
+    # Random directions: the interpreter would run a kernel for each of all directions.
     assert torch.autograd.gradcheck(function, (x,), fast_mode=True, check_forward_ad=True)
     assert torch.autograd.gradgradcheck(
         function, (x,), fast_mode=True, check_fwd_over_rev=True, check_rev_over_rev=True
@@ -294,7 +301,7 @@ def test_the_ops_pass_opcheck(operation, sample, channels_last, device, kernels)
     "dynamic", [pytest.param(False, marks=pytest.mark.slow), True], ids=["static", "dynamic"]
 )
 def test_kernels_compile_without_a_graph_break(operation, sample, dynamic, device, kernels):
-    """Forward and backward, at two sizes. aot_eager traces as Inductor does, and runs the ops it finds as they are."""
+    """Forward and backward, at two sizes. aot_eager traces like Inductor and runs ops eagerly."""
     torch._dynamo.reset()
     compiled = torch.compile(
         lambda x: operation(x, sample), fullgraph=True, dynamic=dynamic, backend="aot_eager"
@@ -367,7 +374,7 @@ def pools(draw):
 
 @st.composite
 def blurs(draw):
-    """Arguments and a shape, of which some give no output."""
+    """Arguments and a shape; some give no output."""
     rank = draw(st.sampled_from([1, 2, 2, 3]))
     arguments = {"padding_mode": draw(st.sampled_from(["replicate", "reflect", "zeros"]))}
     arguments["kernel_size"] = tuple(
@@ -392,7 +399,7 @@ def check_drawn(operation: Operation, sample: Sample, channels_last: bool, devic
         )
 
 
-# The kernels fixture lasts over all drawn examples on purpose: it counts their launches together.
+# The kernels fixture deliberately spans all drawn examples: it counts their launches together.
 DRAWN = dict(
     deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
@@ -433,7 +440,10 @@ def blend(x: Tensor) -> Tensor:
 @pytest.mark.parametrize("function", [pool, blend])
 @pytest.mark.parametrize("dims", ["batch", "rows", "columns", "channels"])
 def test_offsets_past_two_to_the_31(function, dims, device, kernels):
-    """An image whose elements lie 2^30 apart along one dimension: int32 offsets would wrap. Between them nothing is touched."""
+    """Elements 2^30 apart along one dimension, where int32 offsets would wrap.
+
+    The storage between the elements is not touched.
+    """
     shape = (3, 3, 5, 6)
     if device == "cuda" and torch.cuda.mem_get_info()[0] < 16 * 2**30:
         pytest.skip("needs 16 GiB of device memory")

@@ -1,4 +1,4 @@
-"""`antialias`: a model's layers become their anti-aliased twins and stay the same objects; `restore` undoes it."""
+"""`antialias` replaces a model's layers in place, each object kept; `restore` undoes it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 import regfast
 from regfast import antialias, antialias_report, restore
 
-# Sums of some hundreds of products of order one in float32, in another order.
+# float32 sums of some hundreds of products of order one, in another order.
 ROUNDING = dict(rtol=1e-4, atol=1e-5)
 
 
@@ -28,7 +28,7 @@ def stage(activation: nn.Module | None = None) -> nn.Sequential:
 
 
 class Net(nn.Module):
-    """A stem whose order is in its forward, a stage whose order is in its nn.Sequential, and two kinds of pooling."""
+    """Layers in the order of a forward method, in an nn.Sequential, and two kinds of pooling."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -63,12 +63,15 @@ def test_every_layer_that_decimates_is_replaced_and_the_report_says_how():
         "pool": ("max-blur pool", ""),
         "conv": ("blur after convolution", "no activation follows it in an nn.Sequential"),
         "stage.0": ("blur after activation", "in the place of 2"),
-        "point": ("blur before convolution", "of one pixel, that is the same function"),
+        "point": (
+            "blur before convolution",
+            "for a pointwise convolution, that is the same function",
+        ),
         "average": ("blur and average", ""),
     }
-    assert [type(getattr(model, name)).__name__ for name in ("pool", "conv", "average", "same")] == [
-        "MaxPool2dAA", "Conv2dAA", "AvgPool2dAA", "MaxPool2d",
-    ]  # fmt: skip
+    names = ("pool", "conv", "average", "same")
+    types = [type(getattr(model, name)).__name__ for name in names]
+    assert types == ["MaxPool2dAA", "Conv2dAA", "AvgPool2dAA", "MaxPool2d"]
     printed = str(antialias_report(model))
     assert "stage.0  Conv2dAA     blur after activation    in the place of 2" in printed
     assert printed.endswith("5 anti-aliased, 1 left")
@@ -96,7 +99,8 @@ def test_it_computes_what_the_layers_written_out_do():
 @pytest.mark.parametrize(
     "activation,done",
     [
-        (nn.ReLU(), "blur after activation"), (nn.Hardswish(), "blur after activation"), (nn.GELU(), "blur after activation"),
+        (nn.ReLU(), "blur after activation"), (nn.Hardswish(), "blur after activation"),
+        (nn.GELU(), "blur after activation"),
         (nn.PReLU(), "blur after convolution"), (nn.Softmax(1), "blur after convolution"),
     ],
     ids=str,
@@ -180,7 +184,7 @@ def test_restore_leaves_no_trace_of_a_part_that_was_converted_for_itself():
     assert rows(model.stage)["0"][0] == "blur after activation"
 
 
-def test_restore_refuses_a_convolution_alone_whose_blur_is_in_another_layer():
+def test_restore_refuses_a_convolution_with_its_blur_in_another_layer():
     model = antialias(stage())
     with pytest.raises(
         ValueError, match=r"a Conv2dAA, is in another layer: restore the nn\.Sequential of both"
@@ -192,7 +196,10 @@ def test_restore_refuses_a_convolution_alone_whose_blur_is_in_another_layer():
 def test_a_layer_that_has_come_since_is_reported_as_what_it_is():
     model = antialias(nn.Sequential(nn.MaxPool2d(2)))
     model.append(nn.MaxPool2d(2))
-    assert rows(model)["1"] == ("left", "it has come since: convert the model again")
+    assert rows(model)["1"] == (
+        "left",
+        "it was added after the conversion: convert the model again",
+    )
     assert rows(antialias(model))["1"] == ("max-blur pool", "")
 
 
@@ -230,9 +237,6 @@ def test_before_it_a_report_says_what_would_be_done():
         (row.name, row.done, row.why) for row in after
     ]
     assert str(antialias_report(nn.Linear(2, 2))) == "nothing decimates"
-
-
-# What surgery elsewhere is known to lose.
 
 
 def test_the_convolution_keeps_its_padding_mode_dilation_and_groups():
@@ -283,7 +287,7 @@ def test_a_hook_on_an_activation_leaves_it_in_its_place():
     )
 
 
-def test_an_activation_whose_forward_was_replaced_stays():
+def test_an_activation_with_a_replaced_forward_stays():
     model = stage(nn.ReLU())
     model[2].forward = lambda x: torch.full_like(x, 7.0)
     assert antialias(model)(torch.randn(1, 16, 8, 8)).unique().tolist() == [7]
@@ -309,9 +313,6 @@ def test_what_may_not_see_a_larger_image_is_given_the_blurred_one(between):
     between.register_forward_hook(lambda module, args, y: seen.append(y.shape))
     antialias(model)(torch.randn(1, 16, 8, 8))
     assert seen == [(1, 16, 4, 4)] and rows(model)["0"][0] == "blur after convolution"
-
-
-# What is a normalisation.
 
 
 class NormConv(nn.Module):
@@ -381,7 +382,8 @@ class Scaled(nn.Module):
 @pytest.mark.parametrize(
     "norm",
     [
-        lambda: nn.BatchNorm2d(16), lambda: nn.GroupNorm(4, 16), lambda: nn.InstanceNorm2d(16), lambda: nn.LocalResponseNorm(2),
+        lambda: nn.BatchNorm2d(16), lambda: nn.GroupNorm(4, 16), lambda: nn.InstanceNorm2d(16),
+        lambda: nn.LocalResponseNorm(2),
         lambda: nn.SyncBatchNorm(16), lambda: torchvision_layer("FrozenBatchNorm2d")(16),
         lambda: timm_layer("LayerNorm2d")(16), lambda: timm_layer("GroupNorm1")(16),
         lambda: timm_layer("FrozenBatchNormAct2d")(16, apply_act=False), Scaled,
@@ -416,9 +418,6 @@ def test_timm_s_norm_act_layers_blur_after_their_own_activation(name):
     torch.testing.assert_close(model(x), expected, **ROUNDING)
     assert list(model.state_dict()) == list(plain.state_dict())
     assert repr(restore(model)) == repr(plain)
-
-
-# Which blur.
 
 
 @pytest.mark.parametrize("mode", [None, "zeros"])
@@ -456,9 +455,6 @@ def test_taps_may_be_numbers():
     assert rows(model)["0"][1] == "filter=(0.1, 0.8, 0.1)"
 
 
-# Surgery after it.
-
-
 @pytest.mark.parametrize("activation", [nn.ReLU(), nn.SiLU()], ids=str)
 def test_a_stride_set_later_is_obeyed_where_the_blur_is_behind_the_activation(activation):
     model, x = (
@@ -485,9 +481,6 @@ def test_a_stride_set_later_is_obeyed_where_the_blur_is_behind_the_activation(ac
         and "_regfast_follower" not in model[0].__dict__
         and type(model[1]) is type(activation)
     )
-
-
-# What is blurred already.
 
 
 def stand_in(module: str, name: str) -> nn.Module:
@@ -525,7 +518,8 @@ def test_nothing_is_blurred_twice(layers, expected, blur):
 
 def test_what_else_decimates_is_reported_with_a_reason():
     model = nn.Sequential(
-        nn.LPPool2d(2, 2), nn.LPPool1d(2, 3, 1), nn.FractionalMaxPool2d(2, 3), nn.AdaptiveAvgPool2d(7),
+        nn.LPPool2d(2, 2), nn.LPPool1d(2, 3, 1), nn.FractionalMaxPool2d(2, 3),
+        nn.AdaptiveAvgPool2d(7),
         nn.AdaptiveMaxPool2d(1), nn.AdaptiveAvgPool2d((None, 1)), nn.PixelUnshuffle(2),
         nn.Conv2d(3, 32, 2, 2), nn.Conv2d(32, 32, 8, 8), nn.Conv2d(32, 32, 2, 2),
     )  # fmt: skip
@@ -542,7 +536,7 @@ def test_what_else_decimates_is_reported_with_a_reason():
     assert rows(model)["9"][0] == "blur after convolution"
 
 
-def test_a_sequential_whose_forward_was_replaced_has_an_order_of_its_own():
+def test_a_sequential_with_a_replaced_forward_has_its_own_order():
     model = stage()
     model.forward = lambda x: model[0](x)
     assert antialias(model)(torch.randn(1, 16, 8, 8)).shape == (1, 20, 4, 4)
@@ -554,7 +548,7 @@ def test_an_activation_to_skip_stays_in_its_place():
     assert type(model[2]) is nn.ReLU
     assert rows(model)["0"] == (
         "blur after convolution",
-        "the activation after it, 2, is among those to skip",
+        "the activation after it, 2, is in `skip`",
     )
 
 
@@ -563,7 +557,7 @@ def test_restore_refuses_what_has_become_something_else_since_and_changes_nothin
     nn.utils.parametrizations.weight_norm(model.conv)
     printed = repr(model)
     with pytest.raises(
-        ValueError, match=r"model\.conv is a ParametrizedConv2dAA by now, no Conv2dAA"
+        ValueError, match=r"model\.conv is now a ParametrizedConv2dAA, not a Conv2dAA"
     ):
         restore(model)
     assert repr(model) == printed
@@ -624,7 +618,8 @@ def test_lazy_subclassed_parametrised_and_patched_layers_are_left_and_reported()
     patched = nn.MaxPool2d(2)
     patched.forward = lambda x: x
     model = nn.Sequential(
-        nn.LazyConv2d(16, 3, 2), Padded(16, 16, 3, 2), nn.utils.parametrizations.weight_norm(nn.Conv2d(16, 16, 3, 2)), patched,
+        nn.LazyConv2d(16, 3, 2), Padded(16, 16, 3, 2),
+        nn.utils.parametrizations.weight_norm(nn.Conv2d(16, 16, 3, 2)), patched,
         nn.Conv3d(16, 16, 3, 2), nn.MaxPool2d(2, padding=2), nn.ConvTranspose2d(16, 16, 3, 2),
     )  # fmt: skip
     types = [type(layer) for layer in model]
@@ -645,7 +640,7 @@ def test_old_weight_norm_is_a_hook_and_stays():
 
 
 def test_attributes_that_a_layer_has_of_its_own_are_kept():
-    """Tools that prune keep a `ratio` at each layer, for one."""
+    """Pruning tools keep a `ratio` on each layer, for example."""
     model = nn.Sequential(nn.Conv2d(16, 16, 3, 2), nn.MaxPool2d(2))
     model[0].activation, model[1].ratio = nn.ReLU(), 0.5
     antialias(model)
@@ -673,7 +668,7 @@ class Functional(nn.Module):
 
 
 class Deeper(nn.Module):
-    """As torchvision's Inception: the call is in a method, here in a function inside of it."""
+    """As torchvision's Inception, which calls the layer in a method; here in a nested function."""
 
     def pooled(self, x: torch.Tensor) -> torch.Tensor:
         return (lambda y: F.avg_pool2d(y, 2))(x)
@@ -709,7 +704,7 @@ def test_options_choose_the_layers():
         rows(antialias(nn.ModuleDict({"a[0]": nn.MaxPool2d(2)}), skip="a[0]"))["a[0]"][0] == "left"
     )
     assert left(skip=nn.Sequential) == {"stem", "stage.0"}
-    assert "among those to skip" in rows(antialias(Net(), skip="pool"))["pool"][1]
+    assert "in `skip`" in rows(antialias(Net(), skip="pool"))["pool"][1]
 
 
 @pytest.mark.parametrize(

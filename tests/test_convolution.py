@@ -1,4 +1,4 @@
-"""The anti-aliased convolutions go where nn.Conv stood, and are the convolution at stride 1 followed by a blur at the stride."""
+"""The anti-aliased convolutions replace nn.Conv: a convolution at stride 1, then a blur."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MODULES = {
     2: (nn.Conv2d, regfast.Conv2dAA, regfast.BlurPool2d),
 }
 SIDES = {1: (17,), 2: (17, 14)}
-# Sums of some tens of products of order one in float32, in another order.
+# float32 sums of some tens of products of order one, in another order.
 ROUNDING = dict(rtol=1e-5, atol=1e-5)
 ARGUMENTS = [
     dict(kernel_size=3, stride=2, padding=1),
@@ -32,7 +32,7 @@ ranks = pytest.mark.parametrize("rank", MODULES)
 
 
 def pair(rank: int, blur: dict, **arguments) -> tuple[nn.Module, nn.Module]:
-    """nn.Conv at stride 1 and the anti-aliased one with its weights."""
+    """nn.Conv at stride 1, and the anti-aliased one with its weights."""
     plain = MODULES[rank][0](4, 6, **(arguments | {"stride": 1}))
     ours = MODULES[rank][1](4, 6, **arguments, **blur)
     ours.load_state_dict(plain.state_dict(), strict=True)
@@ -103,7 +103,7 @@ def test_or_the_blur_comes_before_the_convolution(rank, arguments):
 )
 @pytest.mark.parametrize("bias", [False, True])
 def test_a_pointwise_convolution_is_the_same_function_both_ways(rank, blur, options, bias):
-    """Also where a bias would not survive the blur: then it comes after, as said."""
+    """Where the blur would change a bias, the bias is added after it."""
     plain, ours = pair(rank, {"blur": blur, **options}, kernel_size=1, stride=2, bias=bias)
     names = {"blur_padding_mode": "padding_mode", "blur_filter": "filter"}
     after = MODULES[rank][2](3, 2, **{names[name]: value for name, value in options.items()})
@@ -198,7 +198,7 @@ def test_surgery_on_a_layer_is_obeyed():
     assert torch.equal(layer(x), expected)
     layer.padding = 1
     assert layer(x).shape == (1, 6, 5, 5)
-    # As fusing a normalisation does.
+    # Fusing a normalisation does this.
     layer = regfast.Conv2dAA(4, 6, 1, 2, bias=False, blur_padding_mode="zeros")
     layer.bias = nn.Parameter(torch.ones(6))
     torch.testing.assert_close(
@@ -244,7 +244,7 @@ def test_layers_compile_export_and_trace(blur, kernel_size):
 @pytest.mark.parametrize("activation_layer", [nn.ReLU, nn.Hardswish, None])
 @pytest.mark.parametrize("norm_layer", [nn.BatchNorm2d, None])
 def test_the_chapter_s_order(activation_layer, norm_layer):
-    """Convolution at stride 1, normalisation, activation, blur; with torchvision's Conv2dNormActivation's parameters."""
+    """Convolution at stride 1, normalisation, activation, blur; parameters as torchvision's."""
     stage = regfast.ConvNormActAA(
         4, 6, 5, 2, norm_layer=norm_layer, activation_layer=activation_layer, dilation=2
     )

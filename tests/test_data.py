@@ -1,4 +1,7 @@
-"""The training script's data: every form it reads, in small, and damaged ones, of which it says what is wrong and where."""
+"""The training script's data: small copies of every format that it reads, and damaged ones.
+
+An error says what is wrong and where.
+"""
 
 from __future__ import annotations
 
@@ -100,7 +103,7 @@ def torchvision_datasets() -> ModuleType:
 def test_torchvision_s_folder_is_read_by_torchvision(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It checks sums that a small copy has not, so that the sums are taken for right here."""
+    """A small copy has other checksums, so torchvision's check is disabled."""
     datasets = torchvision_datasets()
     folder = tmp_path / "cifar-10-batches-py"
     folder.mkdir()
@@ -141,7 +144,7 @@ def test_a_folder_of_classes_is_read_and_cut_to_squares(tmp_path: Path) -> None:
 
 
 def write_folder(root: Path, images: dict[str, int]) -> None:
-    """So many images of one colour each, all different, in each folder."""
+    """Write the given number of images into each folder, each of one colour, all different."""
     colour = 0
     for name, count in images.items():
         (root / name).mkdir(parents=True)
@@ -153,7 +156,7 @@ def write_folder(root: Path, images: dict[str, int]) -> None:
 
 
 def test_a_folder_is_read_as_torchvision_reads_it(tmp_path: Path) -> None:
-    """Folders within a class, links and upper case included; files beside the classes and of other kinds are not."""
+    """Nested folders, links and upper-case suffixes are read; files beside the classes are not."""
     folders = (
         "train/cat",
         "train/cat/b",
@@ -185,7 +188,7 @@ def test_what_is_hidden_is_no_class_and_no_image(tmp_path: Path) -> None:
     write_folder(tmp_path, dict.fromkeys(("train/cat", "train/dog", "test/cat", "test/dog"), 2))
     for folder in ("train/.ipynb_checkpoints", "test/.git", "train/cat/.thumbnails"):
         write_folder(tmp_path, {folder: 1})
-    # What macOS leaves beside a copied file.
+    # macOS leaves these beside a copied file.
     (tmp_path / "train" / "dog" / "._0.png").write_bytes(b"no image")
     found = load("folder", tmp_path, size=8)
     assert found.classes == ["cat", "dog"]
@@ -199,7 +202,7 @@ def test_a_class_without_images_is_named(tmp_path: Path, split: str, name: str) 
     check_refused("folder", tmp_path, [str(tmp_path / split / name), "has no images"])
     (tmp_path / split / name / ".hidden.png").write_bytes(encoded(pixels(1)[0]))
     check_refused("folder", tmp_path, [str(tmp_path / split / name), "has no images"])
-    # Nor may a test set lack a class.
+    # A test set may not lack a class.
     if split == "test":
         (tmp_path / split / name / ".hidden.png").unlink()
         (tmp_path / split / name).rmdir()
@@ -207,7 +210,7 @@ def test_a_class_without_images_is_named(tmp_path: Path, split: str, name: str) 
 
 
 def test_the_first_images_of_a_folder_are_of_every_class(tmp_path: Path) -> None:
-    """They are what a limit leaves, and the ones that are shifted in the end."""
+    """A limit keeps these images, and the shifts are measured on them."""
     write_folder(
         tmp_path,
         {f"{split}/{name}": 5 for split in ("train", "test") for name in ("cat", "dog", "eel")},
@@ -217,7 +220,7 @@ def test_the_first_images_of_a_folder_are_of_every_class(tmp_path: Path) -> None
 
 
 def png(pixels: np.ndarray) -> bytes:
-    """16 bits a channel, grey (H, W) or RGB (H, W, 3), which PIL reads and does not write."""
+    """16 bits per channel, grey (H, W) or RGB (H, W, 3), which PIL reads and does not write."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         return (

@@ -29,7 +29,7 @@ def loader(batches: int) -> Any:
 
 
 def names_of(page: Path) -> dict[str, Any]:
-    """The names that a page leaves to its reader."""
+    """The names that a page uses without defining them."""
     if page.name != "README.md":
         return {}
     images, labels = torch.rand(4, 3, 40, 40), torch.randint(10, (4,))
@@ -52,7 +52,7 @@ def test_snippets_run(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_readme_is_short_and_its_links_are_absolute() -> None:
-    """A package index shows it, where relative links lead nowhere."""
+    """A package index shows the README, and relative links lead nowhere there."""
     text = (ROOT / "README.md").read_text()
     assert len(text.splitlines()) <= 150
     links = re.findall(r"\]\(([^)]+)\)", text)

@@ -1,4 +1,4 @@
-"""Every example in a docstring of the public API runs, and prints what it says."""
+"""Every example in a public docstring runs, and prints the output that it shows."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ NEEDS_ONE = [
 
 
 class Quiet(doctest.OutputChecker):
-    """An example that shows no output says nothing of it."""
+    """Accepts any output of an example that shows none."""
 
     def check_output(self, want: str, got: str, optionflags: int) -> bool:
         return not want or super().check_output(want, got, optionflags)
@@ -62,7 +62,7 @@ def test_the_classes_of_a_training_script_have_an_example() -> None:
 @pytest.mark.parametrize("name", DOCUMENTED)
 def test_examples_run(name: str) -> None:
     text = inspect.getdoc(DOCUMENTED[name]) or ""
-    # What an example leaves to its reader: a classifier and its images.
+    # Names that an example uses without defining them: a classifier and its images.
     block = regfast.ResidualBlock(4, 4)
     model = nn.Sequential(
         nn.Conv2d(3, 4, 3, 8), block, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10)

@@ -1,4 +1,4 @@
-"""The random numbers of mixing: their distributions, and streams that reproduce, and never repeat one another."""
+"""The random numbers of mixing: their distributions, and reproducible, independent streams."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from scipy import stats
 from regfast._core import draw
 from regfast._core.draw import Stream, beta, boxes, pairing
 
-# Seeds are fixed, so a right distribution passes always or never: one draw in a thousand is below, and none of these is.
+# Seeds are fixed, so a test always passes or always fails. A right distribution has a smaller
+# p-value for one seed in a thousand.
 P_VALUE = 1e-3
 
 
@@ -53,9 +54,9 @@ def test_the_smallest_alphas_toss_a_coin(alpha):
 
 @pytest.mark.parametrize("alpha", [0.01, 0.25, 1, 8])
 def test_beta_is_scipy_s(alpha, generator):
-    """Kolmogorov-Smirnov from 1e-30 to 1/2, where float32 resolves every lam; beyond, how many there are.
+    """Kolmogorov-Smirnov from 1e-30 to 1/2, where float32 resolves lam; beyond, the counts.
 
-    (Of Beta(0.01, 0.01) a quarter lies below 1e-30, and as much so near to 1 that float32 says 1.)
+    (A quarter of Beta(0.01, 0.01) is below 1e-30, and a quarter rounds to 1 in float32.)
     """
     lam = beta(alpha, (4, 25000), generator)
     assert (
@@ -72,7 +73,7 @@ def test_beta_is_scipy_s(alpha, generator):
 
 
 def test_beta_is_symmetric_in_float64_too(generator, monkeypatch):
-    """Before it is rounded: the upper half of Beta(1/4, 1/4), which float32 coarsens."""
+    """Before rounding: the upper half of Beta(1/4, 1/4), which float32 coarsens."""
     monkeypatch.setattr(torch.Tensor, "float", lambda t: t)
     lam = beta(0.25, (100000,), generator).numpy()
     assert lam.dtype == np.float64
@@ -119,7 +120,7 @@ def test_flip_is_timm_s_and_roll_torchvision_s(generator):
 
 @pytest.mark.parametrize("name,outcomes", [("random", 24), ("pairs", 3)])
 def test_random_pairings_are_uniform(name, outcomes, generator):
-    """All permutations of four are as frequent, and all three matchings."""
+    """All permutations of four are equally frequent, and so are the three matchings."""
     found = [tuple(pairing(name, 4, generator).tolist()) for _ in range(4800)]
     counts = [found.count(outcome) for outcome in set(found)]
     assert len(counts) == outcomes
@@ -143,13 +144,13 @@ def test_boxes_lie_within_the_image_and_lam_is_their_area(size, generator):
         assert weight == pytest.approx(1 - inside.double().mean().item(), abs=1e-7)
         for low, high, length in ((y0, y1, size[0]), (x0, x1, size[1])):
             cut = int(length * (1 - asked) ** 0.5)
-            # Whole where no border cuts it off, and never less than half.
+            # The whole box where no border cuts it off, and never less than half.
             assert high - low == cut if low > 0 and high < length else cut // 2 <= high - low <= cut
     assert left[-1] == 1 and (box[-1, 0] == box[-1, 1]) and (box[-1, 2] == box[-1, 3])
 
 
 def test_a_box_s_centre_is_uniform(generator):
-    """A box of one pixel is its centre."""
+    """The box has one pixel, its centre."""
     lam = torch.full((6000,), 1 - (1.5 / 6) ** 2)
     box, left = boxes(lam, 6, 6, generator)
     assert torch.equal(box[:, 1] - box[:, 0], torch.ones(6000, dtype=torch.int64))
@@ -271,7 +272,7 @@ def test_ranks_that_load_one_rank_s_checkpoint_stay_distinct(monkeypatch):
 
 
 def test_a_spawned_worker_knows_its_parent_s_rank(monkeypatch):
-    """Its environment may not say, and it has no process group: the pickle brings it."""
+    """The pickle carries the rank; a worker has no process group, and perhaps no environment."""
     monkeypatch.setenv("RANK", "3")
     pickled = pickle.dumps(Stream())
     monkeypatch.delenv("RANK")

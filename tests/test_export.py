@@ -1,6 +1,7 @@
-"""Graphs for other runtimes are of PyTorch's operators: torch.export, torch.jit.trace, both ONNX exporters, TensorBoard.
+"""Exported graphs have only PyTorch's operators: torch.export, torch.jit.trace, ONNX, TensorBoard.
 
-Where the kernels are asked for by name, torch.export records them, and what cannot says so in one line; so does torch.jit.script.
+With backend "triton", torch.export records the kernels; other exporters raise an error of one line,
+and so does torch.jit.script.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ LAYERS = [
     regfast.ReZero(nn.Conv2d(4, 4, 3, padding=1), activation="relu"),
 ]
 layers = pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: repr(layer).split("\n")[0][:60])
-# Convolutions and sums of float32 numbers of order one, whose order differs.
+# float32 convolutions and sums of order one, in another order.
 FLOAT32 = dict(rtol=0, atol=1e-5)
 SHAPES = [(1, 3, 16, 16), (40, 3, 16, 16), (2, 3, 15, 24)]
 
@@ -53,14 +54,14 @@ def called(graph: torch.fx.Graph) -> list[str]:
 
 @pytest.fixture
 def cuda_image() -> Tensor:
-    """An image on CUDA, of no memory where there is no such device."""
+    """An image on CUDA; without a CUDA device it has no memory."""
     if torch.cuda.is_available():
         return torch.randn(2, 3, 8, 8, device="cuda")
     with FakeTensorMode(allow_non_fake_inputs=True):
         return torch.empty(2, 3, 8, 8, device="cuda")
 
 
-# Without a blur: a build without CUDA cannot index a tensor that says it is there, nor differentiate by it.
+# Without a blur: a build without CUDA can neither index a fake CUDA tensor nor differentiate by it.
 ON_CUDA = [(regfast.MaxPool2dAA(3, 1, 1), "max_blur_pool"), (Residual(), "rezero")]
 
 
@@ -97,7 +98,7 @@ def test_torch_compile_keeps_the_kernels(cuda_image):
 @layers
 @pytest.mark.parametrize("batch", [4, 40])
 def test_a_trace_serves_other_batches_and_sizes(layer, batch):
-    """It is made in grad mode, and differentiates as the layer does."""
+    """The trace is made in grad mode, and differentiates as the layer does."""
     model = network(layer)
     traced = torch.jit.trace(model, torch.randn(batch, 3, 16, 16))
     file = io.BytesIO()
@@ -141,7 +142,10 @@ def test_the_torchscript_exporter_makes_onnx(layer, dynamic):
         torch.testing.assert_close(torch.from_numpy(y), model(x).detach(), **FLOAT32)
 
 
-BY_NAME = r"backend 'triton' cannot run: torch.jit.trace and ONNX record PyTorch's operators alone; take backend 'auto'"
+BY_NAME = (
+    r"backend 'triton' cannot run: torch.jit.trace and ONNX record PyTorch's operators alone; "
+    r"take backend 'auto'"
+)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

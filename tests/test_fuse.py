@@ -1,4 +1,4 @@
-"""`fuse`: blurs of other libraries become regfast's, the same function; `restore` undoes it."""
+"""`fuse` replaces other libraries' blurs by regfast's, the same function; `restore` undoes it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CHANNELS = 4
 
 
 def peer(library: str, name: str):
-    """A class of another library, or a skip."""
+    """A class of another library; skips the test where it is absent."""
     module = {"timm": "timm.layers", "kornia": "kornia.filters"}.get(library, library)
     try:
         return getattr(load(module), name)
@@ -31,7 +31,7 @@ def peer(library: str, name: str):
 
 
 def named_as(module: str):
-    """Gives a stand-in the module of the class whose name it has."""
+    """Gives a stand-in the module of the class of its name."""
 
     def set_module(kind):
         kind.__module__, kind.__qualname__ = module, kind.__name__
@@ -49,7 +49,7 @@ TRIANGLE = torch.outer(torch.tensor([1.0, 2, 1]), torch.tensor([1.0, 2, 1]))[Non
 
 
 class Composer:
-    """Stand-ins for Composer's layers: their attributes, buffers and functions."""
+    """Stand-ins for Composer's layers, with their attributes, buffers and functions."""
 
     @named_as("composer.algorithms.blurpool.blurpool_layers")
     class BlurPool2d(nn.Module):
@@ -103,7 +103,7 @@ class Composer:
 
 
 def layers_of(library: str):
-    """Layers of every size, stride and border, in groups, each with the class that they become."""
+    """Layers of every size, stride and border, in groups, each with the class that replaces it."""
     if library == "timm":
         blur = peer("timm", "BlurPool2d")
         for size in range(2, 8):
@@ -154,7 +154,7 @@ def check_same(found: nn.Module, expected: nn.Module, x: torch.Tensor) -> None:
 
 
 def check_state(model: nn.Module, plain: nn.Module) -> None:
-    """The same keys in the same order with the same values, buffers that are not persistent too."""
+    """Same keys, order and values, non-persistent buffers included."""
     for found, expected in (
         (model.state_dict(), plain.state_dict()),
         (dict(model.named_buffers()), dict(plain.named_buffers())),
@@ -230,7 +230,7 @@ def test_a_maximum_and_a_relu_before_a_blur_are_folded(library, size, stride, po
     check_state(model, plain)
     for sides in ((13, 16), (16, 13)):
         check_same(model, plain, torch.randn(2, 3, *sides))
-        # Integers: maxima that are equal, and zeros.
+        # Integers, for equal maxima and zeros.
         check_same(model[1:], plain[1:], torch.randint(-2, 3, (2, CHANNELS, *sides)).float())
     (row,) = [row for row in antialias_report(model) if row.done.startswith("fused")]
     assert row[:3] == ("3", "MaxPool2dAA", "fused max-blur pool") and row.why.endswith(
@@ -298,8 +298,8 @@ def test_a_shared_blur_takes_nothing_in():
         check_same(found, expected, torch.randn(2, CHANNELS, 9, 8))
 
 
-def test_a_border_that_a_max_blur_pool_does_not_have_is_the_blur_s_alone():
-    """timm pads a filter of an even size by as many on both sides."""
+def test_a_border_that_max_blur_pool_lacks_is_the_blur_s_alone():
+    """timm pads a filter of even size equally on both sides."""
     plain = nn.Sequential(nn.MaxPool2d(2, 1), BLURS["timm"](4))
     model = fuse(copy.deepcopy(plain))
     assert types(model) == ["MaxPool2d", "BlurPool2d"] and model[1].padding == (2, 2)
@@ -343,7 +343,7 @@ def test_layers_that_are_left_and_why():
 
 @named_as("timm.layers.blur_pool")
 class BlurPool2d(nn.Module):
-    """What a later timm might make of it."""
+    """A possible later version of timm's."""
 
     def __init__(self):
         super().__init__()
@@ -360,7 +360,7 @@ def test_a_version_that_computes_another_function_is_left():
 
 @named_as("kornia.filters.blur_pool")
 class BlurPool2D(nn.Module):
-    """kornia's before 0.9, which padded by (size - 1)//2 on both sides."""
+    """kornia's before 0.9, which pads by (size - 1)//2 on both sides."""
 
     def __init__(self, kernel_size, stride=2):
         super().__init__()
@@ -387,9 +387,6 @@ def test_an_older_kornia(size):
     assert type(layer) is regfast.BlurPool2d
     for sides in ((9, 8), (8, 9)):
         check_same(layer, plain, torch.randn(2, CHANNELS, *sides))
-
-
-# Checkpoints.
 
 
 @pytest.mark.parametrize(
@@ -419,7 +416,7 @@ def test_the_taps_of_a_convolution_are_the_checkpoint_s():
     check_same(model, plain, torch.randn(2, CHANNELS, 9, 8))
 
 
-def test_a_checkpoint_whose_filter_is_no_blur_of_regfast_s_is_refused():
+def test_a_checkpoint_with_a_filter_that_is_no_regfast_blur_is_refused():
     model = fuse(nn.Sequential(Composer.BlurPool2d()))
     state = {"0.filt2d": torch.eye(3)[None, None] / 3}
     with pytest.raises(
@@ -429,9 +426,6 @@ def test_a_checkpoint_whose_filter_is_no_blur_of_regfast_s_is_refused():
     plain = restore(model)
     plain.load_state_dict(state)
     assert torch.equal(plain[0].filt2d, state["0.filt2d"])
-
-
-# The model around the layers.
 
 
 def test_it_is_undone_and_done_once():
@@ -451,7 +445,7 @@ def test_it_is_undone_and_done_once():
     assert repr(fuse(model)) == once and str(antialias_report(model)) == report
     assert (
         report.endswith("0 anti-aliased, 1 fused, 1 left")
-        and "see regfast.antialias, which has not seen it" in report
+        and "call regfast.antialias to convert it" in report
     )
     antialias(model)
     assert str(antialias_report(model)).endswith("1 anti-aliased, 1 fused, 0 left")
@@ -523,7 +517,7 @@ def test_no_library_is_imported():
     )
 
 
-# Networks. How many layers are fused.
+# Networks: the number of fused layers.
 NETWORKS = {
     ("timm", "resnetblur50"): 4, ("timm", "resnetblur18"): 4,
     ("antialiased_cnns", "resnet18"): 7, ("antialiased_cnns", "alexnet"): 4,
@@ -547,7 +541,7 @@ def test_networks_are_the_same_function_and_take_their_checkpoints(library, name
         pytest.skip(f"{library}: {absent}")
     torch.manual_seed(0)
     if library == "timm":
-        # Not at zero, where a residual branch computes nothing.
+        # Not zero, where a residual branch computes nothing.
         plain = module.create_model(name, num_classes=7, zero_init_last=False).eval()
     else:
         plain = getattr(module, name)(pretrained=False, num_classes=7).eval()
@@ -567,7 +561,7 @@ def test_networks_are_the_same_function_and_take_their_checkpoints(library, name
         for y, m in ((found, model), (expected, plain))
     ]
     for a, b in zip(*gradients, strict=True):
-        # Relative to a parameter's largest: tens of layers of sums in another order.
+        # Relative to a parameter's largest entry: sums of tens of layers in another order.
         assert (a - b).abs().max() <= 1e-3 * b.abs().max() + 1e-6
     with torch.no_grad():
         assert torch.equal(restore(model)(x), expected)

@@ -1,5 +1,8 @@
-"""Contract: a max window's output size is nn.MaxPool1d/2d/3d's for every argument and input, the refused ones included
-(a size below 1); binomial taps are SciPy's binomial distribution; a wrong argument raises and names itself.
+"""The geometry of windows and taps.
+
+A max window's output size is nn.MaxPool1d/2d/3d's for every argument and input, refused ones
+included (a size below 1). Binomial taps are SciPy's binomial distribution. A wrong argument raises
+an error that names it.
 """
 
 from __future__ import annotations
@@ -72,7 +75,7 @@ def test_limits(mode, size, changes, limits):
 
 
 def extended(window, size):
-    """The positions of the max map that outputs read, by NumPy's padding of the positions: None for a zero."""
+    """The map positions that each output reads, by np.pad on positions; None for a zero."""
     low, high = map_limits(window, 0, size)
     s, taps, lead = window.stride[0], window.taps[0], window.lead[0]
     mode = {"partial": "edge", "replicate": "edge", "reflect": "reflect", "zeros": "constant"}[
@@ -81,7 +84,7 @@ def extended(window, size):
     before = lead + max(-low, 0)
     outputs = max(output_size(window, 0, size), 0)
     after = max(outputs * s + len(taps) - high, 0)
-    # One more than the position, so that zeros of the padding are none.
+    # Positions plus one, so that 0 marks a zero of the padding.
     line = np.pad(np.arange(low - low + 1, high - low + 2), (before, after), mode)
     found = []
     for o in range(outputs):
@@ -104,7 +107,7 @@ def draw_window(draw):
 
 
 def test_the_kernels_know_which_outputs_read_a_window():
-    """Every output that reads a window of a lane's group, in images of every size, is among those that `axis_of` names."""
+    """`axis_of` lists every output that reads a window of a lane's group, at every image size."""
     draw = random.Random(0)
     edges = {"none": 0, "low": 0, "high": 0}
     for _ in range(120):
@@ -116,7 +119,7 @@ def test_the_kernels_know_which_outputs_read_a_window():
             reads = extended(drawn, size)
             if not reads:
                 continue
-            # What is beyond the limits, on either side.
+            # The positions beyond the limits, on either side.
             first, last = (
                 -drawn.lead[0],
                 (len(reads) - 1) * s - drawn.lead[0] + len(drawn.taps[0]) - 1,
@@ -136,7 +139,8 @@ def test_the_kernels_know_which_outputs_read_a_window():
                     )
                     if q is None:
                         continue
-                    # The groups that hold an element of the window, each with this output among its readers.
+                    # Each group that holds an element of the window has this output among its
+                    # readers.
                     for group in range(
                         max((q - p) // axis.group, 0), (min(q - p + k, size) - 1) // axis.group + 1
                     ):
@@ -154,7 +158,8 @@ def test_the_kernels_know_which_outputs_read_a_window():
 
 @pytest.mark.parametrize("size", [*range(1, 40), 1030])
 def test_binomial_is_the_distribution(size):
-    # SciPy's probabilities come from logarithms of gamma functions, which cost it digits as the size grows.
+    # SciPy computes probabilities from logarithms of gamma functions, and loses digits as the size
+    # grows.
     assert binomial(size) == pytest.approx(
         binom.pmf(range(size), size - 1, 0.5), rel=1e-9, abs=1e-300
     )

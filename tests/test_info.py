@@ -1,4 +1,4 @@
-"""`python -m regfast.info` says which path each operation takes, and why, whatever the environment has chosen."""
+"""`python -m regfast.info` prints each operation's path and the reason, on any environment."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ def test_the_paths_of_the_cpu(choice, expected):
 
 
 def test_a_reader_may_stop_early():
-    """As `head` does, which closes its end of the pipe; here it is closed before a line is written."""
+    """The pipe is closed before the first line, as `head` may close it early."""
     reader, writer = os.pipe()
     os.close(reader)
-    # Python writes through, so that the first line meets the closed pipe, or all at its end.
+    # Unbuffered, the first line meets the closed pipe; buffered, the flush at exit does.
     for unbuffered in ("", "1"):
         environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
         command = [sys.executable, "-m", "regfast.info"]

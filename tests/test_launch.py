@@ -1,8 +1,7 @@
-"""A launch that is repeated by the compiled kernel's handle is the one that Triton makes.
+"""A launch by a compiled kernel's handle is the launch that Triton makes.
 
-Without a GPU that is seen with a driver of our own, to which the Triton that is installed gives its launches: it
-compiles for sm_90, and notes what it is given in place of launching it. In a process of its own, because this one may
-have given its kernels to the interpreter.
+Without a GPU a driver of our own records the launches: Triton compiles for sm_90 and gives them to
+the driver. It runs in another process, because this one may use the interpreter.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ DRIVER = Path(__file__).parent / "noting_driver.py"
 
 
 def notes(*checks: str, **environment: str) -> dict:
-    """What noting_driver.py prints of its checks."""
+    """The results that noting_driver.py prints."""
     env = {
         name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"
     } | environment
@@ -48,7 +47,7 @@ def noted() -> dict:
 
 
 def test_a_handle_is_given_what_tritons_launcher_gives_its_kernel(noted):
-    """The grid, stream, function, metadata, hooks and every argument, of each kernel of each operation."""
+    """Grid, stream, function, metadata, hooks and arguments, for each kernel of each operation."""
     assert len(noted["arguments"]) >= 11
     for kernel, found in noted["arguments"].items():
         assert found["ways"] == ["triton", "handle", "handle"], kernel
@@ -62,11 +61,11 @@ def test_launch_hooks_see_repeated_launches(noted):
     }
 
 
-def test_whatever_would_compile_another_kernel_takes_the_ordinary_way(noted):
-    """Triton's debugging, a profiler's instruments, and a kernel's own hooks; then the handle again."""
+def test_a_switch_that_changes_compilation_takes_the_ordinary_way(noted):
+    """Triton's debugging, a profiler's hooks, a kernel's own hooks; then the handle again."""
     assert set(noted["switches"]) == {"debug", "instrumentation_mode", "pre_run_hook"}
     assert noted["switches"].pop("pre_run_hook")[:2] == ["triton", "handle"]
-    # The switch on, then off; and for a launch that is met with it on, off, and off again.
+    # The switch on, then off; and for a new launch: on, off, off.
     assert all(
         ways == ["triton", "handle", "triton", "triton", "handle"]
         for ways in noted["switches"].values()
@@ -115,7 +114,7 @@ def test_the_samples_are_of_all_operations():
 
 @pytest.fixture
 def launched(device, monkeypatch):
-    """Notes what is launched, and launches nothing on a CPU, where the interpreter would call operators of PyTorch."""
+    """Records launches. On a CPU nothing is launched: the interpreter calls PyTorch's operators."""
     from regfast.kernels.launch import Launch
 
     made, make = [], Launch.__call__
@@ -130,7 +129,7 @@ def launched(device, monkeypatch):
 
 
 def operators(call: Callable[[], Any]) -> set[str]:
-    """The operators of PyTorch that a call takes, but those that make a tensor without filling it or look at one anew."""
+    """PyTorch's operators in a call, without views and uninitialised tensors."""
     with torch.profiler.profile() as profile:
         call()
     names = {event.key for event in profile.key_averages() if event.key.startswith("aten::")}
@@ -144,7 +143,7 @@ def operators(call: Callable[[], Any]) -> set[str]:
 def calls_of(
     operation: Operation, device: str
 ) -> tuple[list[torch.Tensor], Callable[[], torch.Tensor]]:
-    """What a call is differentiated by, and the call; of rezero, all three."""
+    """The differentiated tensors, and the call; rezero has all three."""
     sample = operation.group("main")[0]
     x = sample.input(device=device).requires_grad_()
     if operation.name == "rezero":
@@ -163,7 +162,10 @@ def calls_of(
 
 @pytest.mark.parametrize("operation", OPERATIONS, ids=str)
 def test_a_call_is_one_launch(operation: Operation, device, launched):
-    """Forward, and backward; two for a reduced loss, for mixup's index and for a gate's gradient. PyTorch launches none."""
+    """One launch per forward and backward, without PyTorch operators.
+
+    Two launches: a reduced loss, mixup's index, a gate's gradient.
+    """
     leaves, call = calls_of(operation, device)
     grad = torch.randn_like(call())
     torch.autograd.grad(call(), leaves, grad)
@@ -191,7 +193,7 @@ def test_a_module_s_mean_and_deviation_are_made_once(device, launched):
     x = torch.randint(256, (4, 3, 8, 8), dtype=torch.uint8, device=device)
     mix(x)
     del launched[:]
-    # (An unmixed batch is blended with itself: the numbers of its samples.)
+    # (An unmixed batch is blended with itself; its index counts the samples.)
     assert operators(lambda: mix(x)) <= {"aten::arange", "aten::resize_"}
     assert launched == ["_forward_kernel"]
 
@@ -202,7 +204,7 @@ cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA device i
 @cuda
 @pytest.mark.parametrize("operation", OPERATIONS, ids=str)
 def test_both_ways_give_the_same_bits_on_a_gpu(operation, kernels):
-    """The first call of each sample is Triton's, the second the handle's."""
+    """The first call of each sample launches through Triton, the second through the handle."""
     from regfast.kernels.launch import LAUNCHES
 
     for sample in operation.group("core"):

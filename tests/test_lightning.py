@@ -1,4 +1,4 @@
-"""The example's LightningModule trains, where lightning is installed."""
+"""The example's LightningModule trains; skipped without lightning."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ pytest.importorskip("sklearn", reason="the demo extra is not installed")
 from peers import AbsentError, load
 
 try:
-    # It imports torchvision, which may need a hand.
+    # It imports torchvision, which `load` may have to prepare.
     load("torchvision")
 except AbsentError as absent:
     pytest.skip(f"torchvision: {absent}", allow_module_level=True)

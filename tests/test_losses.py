@@ -1,4 +1,4 @@
-"""The losses of mixed labels against torch's own, of each label apart."""
+"""The losses of mixed labels against torch's own losses of each label."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_any_function_is_a_base_loss(logits, labels):
 
 
 @pytest.mark.parametrize("shape", [(6, 5), (6, 5, 3)], ids=str)
-def test_a_lam_a_sample_weighs_a_loss_a_sample(shape):
+def test_a_per_sample_lam_weighs_a_per_sample_loss(shape):
     x, lam = torch.randn(shape), torch.rand(6)
     a, b = torch.randint(5, (2, 6, *shape[2:]))
     base = nn.CrossEntropyLoss(reduction="none")
@@ -86,8 +86,11 @@ def test_a_lam_a_sample_weighs_a_loss_a_sample(shape):
 
 @pytest.mark.parametrize("size", [1, 6])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_a_lam_a_sample_is_refused_where_the_loss_was_reduced(reduction, size, logits, labels):
-    """A vector times a mean is a vector, and its mean the loss of the mean lam: wrong, and silent. A batch of one is no other."""
+def test_a_per_sample_lam_is_refused_with_a_reduced_loss(reduction, size, logits, labels):
+    """A per-sample lam needs a per-sample loss, in a batch of one too.
+
+    A vector times a mean is a vector. Its mean is the loss of the mean lam: wrong, and silent.
+    """
     a, b = (t[:size] for t in labels)
     base, lam = nn.CrossEntropyLoss(reduction=reduction), torch.rand(size)
     for call in (
@@ -96,7 +99,7 @@ def test_a_lam_a_sample_is_refused_where_the_loss_was_reduced(reduction, size, l
         lambda: mixup_accuracy(lambda x, y: 0.5, logits[:size], a, b, lam),
     ):
         with pytest.raises(
-            ValueError, match=rf"lam of shape \({size},\).*a value a sample.*got shape \(\)"
+            ValueError, match=rf"lam of shape \({size},\).*one value per sample.*got shape \(\)"
         ):
             call()
 
@@ -136,7 +139,10 @@ def test_the_blog_s_accuracy(logits, labels):
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_cross_entropy_is_that_of_each_label(smoothing, reduction, lam, logits, labels):
-    """Weighed a class, an ignored label in either place. A lam a sample weighs the rows within each term's own mean."""
+    """Class weights, and an ignored label in either target.
+
+    A per-sample lam weights the rows within each term's own mean.
+    """
     a, b = (t.clone() for t in labels)
     a[1], b[2] = 0, 0
     weight = torch.tensor([1.0, 0.5, 2.0, 1.5, 0.3])
@@ -228,7 +234,7 @@ def test_bce_keeps_the_logits_dtype(dtype, logits):
     a, b = torch.rand(2, 6, 5) > 0.6
     found = MixupBCEWithLogitsLoss()(logits.to(dtype), (a, b, torch.tensor(0.3)))
     assert found.dtype == dtype
-    # float64 up to lam's float32; half precision to some units of its last place.
+    # float64 is limited by lam's float32; half precision to some units of its last place.
     tolerance = {torch.float16: 4e-3, torch.bfloat16: 3e-2, torch.float64: 1e-7}[dtype]
     expected = MixupBCEWithLogitsLoss()(logits.double(), (a, b, 0.3))
     torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
@@ -263,30 +269,43 @@ HOT = torch.rand(4, 3) > 0.5
 EACH = nn.CrossEntropyLoss(reduction="none")
 LOSSES = [MixupLoss(), MixupCrossEntropyLoss()]
 
-# What is called, the error, and what its message says: the value, and what is allowed.
+# The call, the error, and what its message names: the value, and what is allowed.
 BAD = [
-    *((lambda loss=loss: loss(LOGITS, (CLASSES, CLASSES)), ValueError, ["tuple of three", "2"]) for loss in LOSSES),
-    *((lambda loss=loss: loss(LOGITS, (CLASSES, CLASSES, 1.5)), ValueError, ["lam", "[0, 1]", "1.5"]) for loss in LOSSES),
+    *((lambda loss=loss: loss(LOGITS, (CLASSES, CLASSES)), ValueError,
+       ["tuple of three", "2"]) for loss in LOSSES),
+    *((lambda loss=loss: loss(LOGITS, (CLASSES, CLASSES, 1.5)), ValueError,
+       ["lam", "[0, 1]", "1.5"]) for loss in LOSSES),
     *(
-        (lambda loss=loss: loss(LOGITS, (CLASSES, CLASSES, torch.tensor(-0.5))), ValueError, ["lam", "[0, 1]", "-0.5"])
+        (lambda loss=loss: loss(LOGITS, (CLASSES, CLASSES, torch.tensor(-0.5))), ValueError,
+         ["lam", "[0, 1]", "-0.5"])
         for loss in LOSSES
     ),
-    *((lambda loss=loss: loss(LOGITS, (CLASSES, CLASSES, "half")), TypeError, ["lam", "number", "str"]) for loss in LOSSES),
-    (lambda: MixupLoss()(LOGITS, (CLASSES, CLASSES, torch.rand(4, 1))), ValueError, ["(4, 1)", "()"]),
-    (lambda: MixupLoss(EACH)(LOGITS, (CLASSES, CLASSES, torch.rand(3))), ValueError, ["(3,)", "got shape (4,)"]),
-    (lambda: MixupCrossEntropyLoss()(LOGITS, (CLASSES, CLASSES, torch.rand(3))), ValueError, ["lam", "(4,)", "(3,)"]),
+    *((lambda loss=loss: loss(LOGITS, (CLASSES, CLASSES, "half")), TypeError,
+       ["lam", "number", "str"]) for loss in LOSSES),
+    (lambda: MixupLoss()(LOGITS, (CLASSES, CLASSES, torch.rand(4, 1))), ValueError,
+     ["(4, 1)", "()"]),
+    (lambda: MixupLoss(EACH)(LOGITS, (CLASSES, CLASSES, torch.rand(3))), ValueError,
+     ["(3,)", "got shape (4,)"]),
+    (lambda: MixupCrossEntropyLoss()(LOGITS, (CLASSES, CLASSES, torch.rand(3))), ValueError,
+     ["lam", "(4,)", "(3,)"]),
     (lambda: MixupLoss(3), TypeError, ["base_loss", "nn.CrossEntropyLoss()", "3"]),
-    (lambda: MixupLoss(nn.CrossEntropyLoss), TypeError, ["base_loss", "nn.CrossEntropyLoss()", "class"]),
+    (lambda: MixupLoss(nn.CrossEntropyLoss), TypeError,
+     ["base_loss", "nn.CrossEntropyLoss()", "class"]),
     (lambda: MixupCrossEntropyLoss(reduction="avg"), ValueError, ["reduction", "'avg'", "'mean'"]),
-    (lambda: MixupCrossEntropyLoss(label_smoothing=2), ValueError, ["label_smoothing", "2", "[0, 1]"]),
+    (lambda: MixupCrossEntropyLoss(label_smoothing=2), ValueError,
+     ["label_smoothing", "2", "[0, 1]"]),
     (lambda: MixupBCEWithLogitsLoss(reduction="x"), ValueError, ["reduction", "'x'", "'mean'"]),
-    (lambda: mixup_accuracy(lambda x, y: 0.5, LOGITS, CLASSES, CLASSES, 2), ValueError, ["lam", "[0, 1]", "2"]),
+    (lambda: mixup_accuracy(lambda x, y: 0.5, LOGITS, CLASSES, CLASSES, 2), ValueError,
+     ["lam", "[0, 1]", "2"]),
     (lambda: MixupBCEWithLogitsLoss()(LOGITS, (HOT, HOT)), ValueError, ["tuple of three", "2"]),
-    (lambda: MixupBCEWithLogitsLoss()(LOGITS, (HOT, HOT[0], 0.5)), ValueError, ["b", "(4, 3)", "(3,)"]),
-    (lambda: MixupBCEWithLogitsLoss()(LOGITS, (CLASSES, CLASSES, 0.5)), ValueError, ["a", "(4, 3)", "(4,)"]),
+    (lambda: MixupBCEWithLogitsLoss()(LOGITS, (HOT, HOT[0], 0.5)), ValueError,
+     ["b", "(4, 3)", "(3,)"]),
+    (lambda: MixupBCEWithLogitsLoss()(LOGITS, (CLASSES, CLASSES, 0.5)), ValueError,
+     ["a", "(4, 3)", "(4,)"]),
     (lambda: MixupBCEWithLogitsLoss()(LOGITS, ([1], HOT, 0.5)), TypeError, ["a", "Tensor", "list"]),
     (lambda: MixupBCEWithLogitsLoss()(LOGITS, (HOT, HOT, 2)), ValueError, ["lam", "[0, 1]", "2"]),
-    (lambda: MixupBCEWithLogitsLoss()(LOGITS, (HOT, HOT, torch.rand(3))), ValueError, ["lam", "(4,)", "(3,)"]),
+    (lambda: MixupBCEWithLogitsLoss()(LOGITS, (HOT, HOT, torch.rand(3))), ValueError,
+     ["lam", "(4,)", "(3,)"]),
     (lambda: MixupBCEWithLogitsLoss()(LOGITS, HOT[:3].float()), ValueError, ["[3, 3]", "[4, 3]"]),
 ]  # fmt: skip
 

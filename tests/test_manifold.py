@@ -1,4 +1,4 @@
-"""Manifold mixup: one prefix equals two, hooks come and go, and a recomputation mixes what its forward mixed."""
+"""Manifold mixup: one prefix equals two, hooks are removed, a recomputation mixes the same way."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 import regfast
 from regfast import ManifoldMixup, MixedTarget
 
-# The blend's own rounding is another (the sum has one less here), and a network of float32 layers carries it on.
+# The blend rounds differently (its sum has one term less here), and float32 layers carry that on.
 ROUNDING = dict(rtol=1e-4, atol=1e-5)
 
 
@@ -51,12 +51,12 @@ def generator(seed=0):
 
 
 def batch(*shape, **kwargs):
-    """A batch, and the samples' numbers as labels, so that a target's b is the index."""
+    """A batch labelled by sample number, so that a target's b is the index."""
     return torch.randn(*shape, **kwargs), torch.arange(shape[0])
 
 
 def two_prefixes(blocks, k, x, index, lam):
-    """The blog's form: the first k blocks of x and of x[index], and the others of the blend."""
+    """The blog's form: the first k blocks of x and of x[index], then the rest on their blend."""
     a, b = x, x[index]
     for block in blocks[:k]:
         a, b = block(a), block(b)
@@ -67,7 +67,7 @@ def two_prefixes(blocks, k, x, index, lam):
 
 
 def check_every_candidate(mm, blocks, x, y, calls=60, **tolerance):
-    """Calls until each candidate was drawn, each call against two prefixes; candidate k is what enters block k."""
+    """Call until each candidate is drawn, against two prefixes; candidate k enters block k."""
     drawn = set()
     for _ in range(calls):
         output, target = mm(x, y)
@@ -109,9 +109,6 @@ def hooks(model):
     ]
 
 
-# What it computes
-
-
 @pytest.mark.parametrize("library", ["torchvision", "timm"])
 def test_one_prefix_equals_two_in_a_resnet(library, request):
     package = request.getfixturevalue(library)
@@ -137,7 +134,7 @@ def test_the_prefix_runs_once():
 
 
 def test_a_plain_sequential():
-    """With stages among its children these count; without, each layer and what follows it."""
+    """Child stages are blocks; without stages a layer and the activations after it are one."""
     model = mlp()
     assert ManifoldMixup(model).candidates == ("input", "stem", "1", "2")
     layers = OrderedDict(
@@ -171,7 +168,7 @@ def test_two_stages_count_where_nothing_within_them_does():
 
 
 def test_the_examples_networks():
-    """No candidate is in the head."""
+    """The head has no candidate."""
     cnn, resnet = models.make("cnn", 3, 10, width=4), models.make("resnet", 3, 10, width=4)
     activations_and_poolings = ("input", "2", "6", "13", "16")
     assert ManifoldMixup(cnn).candidates == activations_and_poolings
@@ -182,8 +179,8 @@ def test_the_examples_networks():
 
 QUARTERS = "blocks.0 blocks.3 blocks.6 blocks.9"
 STAGES = "stem stages.0 stages.1 stages.2"
-# A network of each family: what makes it small, the images' size (0: its like runs), and its
-# hidden candidates.
+# A network of each family: arguments that make it small, the image size (0: a similar network
+# runs), and its hidden candidates.
 FAMILIES = {
     "timm resnet18": ({}, 32, "stem layer1 layer2 layer3"),
     "timm resnetv2_50": ({}, 32, STAGES),
@@ -239,7 +236,8 @@ FAMILIES = {
         " ".join(f"encoder.layers.encoder_layer_{i}" for i in (0, 3, 6, 9)),
     ),
 }
-# One of each kind of trunk and small: stages of an nn.Sequential, blocks of a ModuleList, and a list of layers.
+# One small network per kind of trunk: stages of an nn.Sequential, blocks of a ModuleList, a list of
+# layers.
 QUICK = {
     "timm mobilenetv3_small_050",
     "timm eva02_tiny_patch14_224",
@@ -259,7 +257,7 @@ def network(name):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_candidates_of_every_family(name):
-    """The stages' ends, spread over the depth: four in most, and none within the last stage or the head."""
+    """The ends of stages, spread over the depth: mostly four, none in the last stage or head."""
     options, _, hidden = FAMILIES[name]
     # (RegNet reads its widths from a tensor.)
     with torch.device("cpu" if "regnet_y" in name else "meta"):
@@ -284,7 +282,10 @@ def test_each_family_mixes_at_each_candidate(name):
 
 
 def as_trained(model, x):
-    """In eval mode, with the statistics of x and no weight zero: else a deep network's outputs are, and mix to nothing."""
+    """Eval mode, with the statistics of x and no weight zero.
+
+    A deep network's outputs would otherwise be zero, and mix to nothing.
+    """
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.momentum = 1.0
@@ -297,9 +298,9 @@ def as_trained(model, x):
 
 
 def check_runs(mm, x):
-    """Calls until each candidate was drawn: the output is neither the bare one nor a blend of the bare ones.
+    """Call until each candidate is drawn: no output is bare, or a blend of bare outputs.
 
-    That each candidate runs once in a forward is checked by the call itself.
+    The call itself checks that each candidate runs once per forward.
     """
     as_trained(mm.model, x)
     with torch.no_grad():
@@ -367,7 +368,7 @@ Pair = namedtuple("Pair", ["first", "second"])
     ids=["tuple", "list", "namedtuple", "dict", "dataclass"],
 )
 def test_layers_that_return_several_things(pack, unpack):
-    """Floating tensors of the batch are blended; integers, a table that all samples share and other things are not."""
+    """Floating-point batch tensors are blended; integers, shared tables and others are not."""
     ids, table = torch.arange(6), torch.randn(5, 8)
 
     class Layer(nn.Module):
@@ -476,12 +477,9 @@ def test_activations_keep_autocast_s_dtype():
             expected = two_prefixes(
                 [mm.model[0], mm.model[1], mm.model[2:]], mm.last_k + 1, x, target.b, target.lam
             )
-            # One rounding of the blend to bfloat16, and what follows from it.
+            # One rounding of the blend to bfloat16, and its effect on later layers.
             torch.testing.assert_close(output, expected, rtol=2**-6, atol=2**-6)
     assert set(seen) == {torch.bfloat16}
-
-
-# What it draws
 
 
 def draws(mm, count, size=4):
@@ -548,9 +546,6 @@ def test_a_resumed_run_goes_on_with_the_stream(given):
     assert {f"model.{name}" for name in mm.model.state_dict()} | {"_extra_state"} == set(saved)
 
 
-# Hooks
-
-
 def test_hooks_are_gone_when_it_is_closed_or_deleted():
     model = mlp()
     x, y = batch(6, 8)
@@ -574,7 +569,7 @@ def test_hooks_are_gone_when_it_is_closed_or_deleted():
         mm(x, y)
         alive = weakref.ref(mm)
         del mm
-        # No cycle holds it, so that no collection is needed.
+        # No reference cycle holds it, so it is freed without a collection.
         assert alive() is None and not hooks(model)
     finally:
         gc.enable()
@@ -620,7 +615,7 @@ def test_copies_have_a_model_and_hooks_of_their_own(duplicate):
 
 
 def test_a_copy_of_the_model_alone_mixes_nothing():
-    """As an exponential moving average of the weights makes it."""
+    """An exponential moving average of the weights makes such a copy."""
     mm = ManifoldMixup(mlp())
     average = copy.deepcopy(mm.model)
 
@@ -640,9 +635,6 @@ def test_a_copy_of_the_model_alone_mixes_nothing():
     pickle.dumps(average)
 
 
-# Activation checkpointing
-
-
 class Block(nn.Module):
     def __init__(self):
         super().__init__()
@@ -654,7 +646,7 @@ class Block(nn.Module):
 
 
 class Stage(nn.Sequential):
-    """Blocks, each in a checkpoint of its own where there is one."""
+    """Blocks, each in its own checkpoint if `run` is set."""
 
     run = None
 
@@ -713,14 +705,14 @@ PLACEMENTS = [
 
 
 def twins(layers, **placement):
-    """The same model with the same draws, without checkpoints and with."""
+    """The same model and draws, without and with checkpoints."""
     plain, checkpointed = Net().double(), Net(**placement).double()
     checkpointed.load_state_dict(plain.state_dict())
     return [ManifoldMixup(model, layers, generator=generator(1)) for model in (plain, checkpointed)]
 
 
 def gradients(mm, order, forwards=4, call=None):
-    """Several forwards, one of the bare model among them, and then their backwards."""
+    """Several forwards, one of the bare model among them, then their backwards."""
     mm.zero_grad()
     torch.manual_seed(2)
     losses, inputs = [], []
@@ -732,7 +724,8 @@ def gradients(mm, order, forwards=4, call=None):
     if order == "summed":
         sum(losses).backward()
     elif order == "in a thread":
-        # As the backwards of a CUDA device run; a thread numbers its autograd nodes from zero.
+        # A CUDA device's backwards run on another thread, which numbers its autograd nodes from
+        # zero.
         thread = threading.Thread(target=sum(losses).backward)
         thread.start()
         thread.join()
@@ -756,7 +749,7 @@ def check_gradients(plain, checkpointed, steps=4, **kwargs):
 @pytest.mark.parametrize("run", REENTRANT, ids=["non-reentrant", "reentrant"])
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_a_recomputation_replays_the_mix_of_its_forward(placement, run):
-    """With several forwards alive, whatever the order of their backwards."""
+    """Several forwards are alive; their backwards run in any order."""
     blocks = placement in ("blocks within a stage", "round a stage's call")
     layers = ["stem", "stage1.1", "stage2.1"] if blocks else ["stem", "stage1", "stage2"]
     check_gradients(*twins(layers, placement=placement, run=run))
@@ -829,7 +822,7 @@ def test_timm_s_checkpointing(timm):
 
 
 def test_timm_s_checkpointing_of_nested_stages(timm):
-    """What runs in place of a stage is named by its whole path, also where the stage is its parent's first child."""
+    """A stage's replacement has its full path, also as its parent's first child."""
     model = timm.create_model("efficientnet_b0", num_classes=10).eval()
     model.set_grad_checkpointing()
     x, y = batch(4, 3, 32, 32)
@@ -855,9 +848,6 @@ def test_a_gradient_within_the_forward_is_no_second_run():
     x, y = batch(6, 8, requires_grad=True)
     mm(x, y)[0].sum().backward()
     assert mm.model.net.stem.weight.grad is not None
-
-
-# Wrappers
 
 
 @pytest.fixture
@@ -920,7 +910,7 @@ def test_two_ranks_draw_apart_and_train_together(tmp_path):
 
 
 def test_a_compiled_model():
-    """One graph a candidate; the draws, new in each call, are not frozen into it."""
+    """One graph per candidate; each call draws anew."""
     graphs = []
 
     def backend(graph, inputs):
@@ -961,9 +951,6 @@ def test_a_model_that_was_compiled_before_is_an_error():
             ManifoldMixup(model)(x, y)
 
 
-# Bad input
-
-
 class Twice(nn.Module):
     def __init__(self):
         super().__init__()
@@ -974,7 +961,7 @@ class Twice(nn.Module):
 
 
 class Transposed(nn.Module):
-    """A layer with the batch last, and one that returns no tensor."""
+    """Contains a layer with the batch last, and a layer that returns no tensor."""
 
     def __init__(self):
         super().__init__()
@@ -1081,9 +1068,6 @@ def test_a_call_that_failed_leaves_nothing_behind():
         mm(x[:, :3], y)
     assert torch.equal(mm.model(x), mm.eval()(x))
     mm.train()(x, y)
-
-
-# The example
 
 
 def test_the_seeds_resnet18mm(torchvision):

@@ -1,4 +1,4 @@
-"""Shift consistency, against models whose answers are known."""
+"""Shift consistency, on models with known answers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ROUNDING = dict(rtol=1e-5, atol=1e-6)
 
 
 class Corner(nn.Module):
-    """Two logits: the first pixel of an image, and zero."""
+    """Two logits: an image's first pixel, and zero."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         pixel = x[:, 0, 0, 0]
@@ -26,7 +26,7 @@ class Corner(nn.Module):
 @pytest.mark.parametrize("batch_size", [1, 7, 1000])
 @pytest.mark.parametrize("labelled", [True, False])
 def test_against_a_model_that_looks_at_one_pixel(batch_size, labelled):
-    """Then an image's corner is all that there is to know: each shift's logit is the pixel where its crop begins."""
+    """Each shift's logit is the pixel at the corner of its crop."""
     images = torch.randn(6, 2, 7, 9)
     labels = torch.tensor([0, 1, 1, 0, 1, 0])
     found = shift_consistency(
@@ -96,7 +96,7 @@ def test_the_model_s_modes_are_kept_even_by_an_error():
 
 
 def test_half_precision_and_the_progress_bar(capsys, monkeypatch):
-    """Probabilities are float32's. Without rich there is no bar, and nothing is missing."""
+    """Probabilities are float32. Without rich there is no progress bar and no error."""
     pytest.importorskip("rich")
     model, images = (
         nn.Sequential(nn.Flatten(), nn.Linear(4, 2)).bfloat16(),
@@ -179,7 +179,7 @@ def test_bad_input(model, images, arguments, error, words):
 
 
 def test_a_blur_makes_a_network_more_consistent():
-    """Every other column is white: whoever takes every other one sees all white or all black, by the shift."""
+    """Every other column is white: stride 2 sees all white or all black, depending on the shift."""
     stripes = torch.zeros(1, 1, 13, 13)
     stripes[..., ::2] = 1.0
 

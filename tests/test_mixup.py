@@ -1,4 +1,4 @@
-"""MixUp of a batch, the labels that it makes, and the book's and the blog's forms of it."""
+"""MixUp of a batch, its labels, and the forms of the book and the blog."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def batch():
 
 
 def expected_blend(x, index, lam, box=None):
-    """Sample by sample, with plain slices."""
+    """Per sample, with plain slices."""
     y = x.clone()
     for i, j in enumerate(index.tolist()):
         weight = lam if not isinstance(lam, torch.Tensor) or lam.ndim == 0 else lam[i]
@@ -88,7 +88,7 @@ def test_an_alpha_of_zero_mixes_nothing(batch):
 
 @pytest.mark.parametrize("per_sample", [False, True])
 def test_prob_is_the_share_that_is_mixed(per_sample):
-    """Of 400 draws at 0.3, within four standard deviations."""
+    """400 draws at 0.3, to four standard deviations."""
     mix = MixUp(1.0, prob=0.3, per_sample=per_sample)
     lam = mix.draw(400)[1] if per_sample else torch.stack([mix.draw(2)[1] for _ in range(400)])
     assert abs(int((lam < 1).sum()) - 120) < 4 * math.sqrt(400 * 0.3 * 0.7)
@@ -97,7 +97,7 @@ def test_prob_is_the_share_that_is_mixed(per_sample):
 
 @pytest.mark.parametrize("arguments", [{}, ALWAYS_CUT], ids=str)
 def test_what_is_not_mixed_reads_nothing_of_its_partner(arguments):
-    """An infinity or a NaN of one image stays in that image, and in those that are mixed with it."""
+    """An infinity or a NaN stays in its image and in those mixed with it."""
     x, y = torch.randn(64, 3, 6, 7), torch.arange(64)
     x[::3] = math.inf
     x[1::3] = math.nan
@@ -157,7 +157,7 @@ def test_what_is_not_mixed_has_no_box(per_sample, batch):
     ids=str,
 )
 def test_switch_prob_is_the_share_of_cutmix(arguments, share, per_sample):
-    """Of 400 draws, within four standard deviations. lam is the uncut share of the image where there is a box."""
+    """400 draws, to four standard deviations. With a box, lam is the uncut share of the image."""
     mix = MixUp(**arguments, per_sample=per_sample)
     draws = [mix.draw(400, (6, 7))] if per_sample else [mix.draw(2, (6, 7)) for _ in range(400)]
     lam, box = (torch.cat([draw[n].view(-1, *draw[n].shape[1:]) for draw in draws]) for n in (1, 2))
@@ -170,7 +170,7 @@ def test_switch_prob_is_the_share_of_cutmix(arguments, share, per_sample):
 
 
 def test_the_alphas_are_those_of_their_own_draws():
-    """Beta(1e-3) is 0 or 1, Beta(1e6) a half; a box whose share is a half, uncut, leaves a half."""
+    """Beta(1e-3) gives 0 or 1, Beta(1e6) gives 1/2. A box with share 1/2, uncut, leaves 1/2."""
     mix = MixUp(1e-3, cutmix_alpha=1e6, per_sample=True)
     _, lam, box = mix.draw(300, (64, 64))
     pasted = box[:, 0] >= 0
@@ -198,7 +198,8 @@ def test_uint8_images_are_normalised(form, dtype, cut):
     normalised = (x.double() / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(
         3, 1, 1
     )
-    # The result's own rounding: half a unit in the last place of values up to 3, and of float32 the sums' before it.
+    # Half a unit in the last place of values up to 3; for float32, the rounding of the sums before
+    # it too.
     tolerance = {torch.float16: 2e-3, torch.bfloat16: 2e-2, torch.float64: 1e-6}.get(dtype, 2e-6)
     mix = MixUp(**(ALWAYS_CUT if cut else {}), mean=mean, std=std, dtype=dtype, pairing="roll")
     state = mix.get_extra_state()
@@ -247,7 +248,7 @@ def test_the_constants_are_where_the_batch_is_and_keep_their_precision():
     expected = (x - torch.tensor([0.3, 0.4]).double().view(2, 1, 1)) / torch.tensor(
         [0.1, 0.2]
     ).double().view(2, 1, 1)
-    # The tensors of the expected value went through float32.
+    # The expected value is computed from float32 tensors.
     torch.testing.assert_close(mix(x, y)[0], expected, rtol=1e-6, atol=1e-6)
     exact = (x[:, 0] - 0.3) / 0.1
     torch.testing.assert_close(mix(x, y)[0][:, 0], exact, rtol=1e-12, atol=1e-12)
@@ -342,8 +343,8 @@ def test_it_copies_and_pickles(copied, batch):
 
 def test_repr_shows_the_arguments():
     assert repr(MixUp(0.4, pairing="pairs", mean=0.5, std=(0.1, 0.2), dtype=torch.float16)) == (
-        "MixUp(alpha=0.4, pairing='pairs', per_sample=False, prob=1.0, cutmix_alpha=0.0, switch_prob=0.5, mean=0.5, "
-        "std=(0.1, 0.2), dtype=torch.float16)"
+        "MixUp(alpha=0.4, pairing='pairs', per_sample=False, prob=1.0, cutmix_alpha=0.0, "
+        "switch_prob=0.5, mean=0.5, std=(0.1, 0.2), dtype=torch.float16)"
     )
     assert repr(MixupCollator()) == "MixupCollator(alpha=0.25, base_collate=default_collate)"
 
@@ -362,7 +363,7 @@ def test_timm_s_mixup(generator, monkeypatch, batch):
 
 @pytest.mark.parametrize("lam", [0.0, 0.123, 0.5, 0.81, 1 - 2**-20])
 def test_timm_s_cutmix(lam, generator, monkeypatch, batch):
-    """timm's own box, of the same lam and the same centre."""
+    """timm's own box, for the same lam and centre."""
     mixup = load_peer("timm.data.mixup")
     x, y = batch
     twin = copy.deepcopy(generator)
@@ -418,7 +419,7 @@ def test_a_mixed_target_moves():
 
 
 def test_a_mixed_target_is_pinned_as_one(monkeypatch):
-    """DataLoader(pin_memory=True) rebuilds the tuples that it meets."""
+    """DataLoader(pin_memory=True) rebuilds tuples."""
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda t: t.clone())
     a, b = torch.randint(5, (2, 4))
     for lam in (0.3, torch.rand(4)):
@@ -510,7 +511,7 @@ def test_the_blog_s_function_draws_from_the_global_generator_or_the_given_one(ba
 
 
 class Numbers(Dataset):
-    """Samples that are their own labels, so that a batch shows what was mixed with what."""
+    """Samples equal to their labels, so that a batch shows what was mixed."""
 
     def __len__(self):
         return 16
@@ -543,7 +544,7 @@ def test_the_collator_s_alpha_and_base_collate():
 
 
 def epochs(context, number=2, generator=None, workers=2):
-    """Of every epoch each batch's lam and permutation, from loaders with as many workers."""
+    """Each batch's lam and permutation per epoch, from loaders with the given number of workers."""
     torch.manual_seed(3)
     collate = MixupCollator(1.0, generator=generator)
     if workers:
@@ -563,7 +564,7 @@ def lams(of_epochs):
 
 
 def test_workers_have_streams_of_their_own():
-    """Four batches an epoch, two of each worker: none repeats another, and a run from the same seed repeats them all."""
+    """Four batches per epoch, two per worker, all distinct; the same seed repeats them all."""
     first = epochs("fork")
     assert len(set(lams(first))) == 8
     assert epochs("fork") == first
@@ -613,7 +614,7 @@ def test_mixup_itself_within_a_worker():
 
 
 class Step(nn.Module):
-    """A training step's forward: the blend, a small model and the loss."""
+    """A training step's forward: blend, small model, loss."""
 
     def __init__(self):
         super().__init__()
@@ -644,7 +645,7 @@ class Step(nn.Module):
     ids=str,
 )
 def test_a_whole_step_compiles_once(arguments, backend):
-    """In one graph; every later step's own index and lam count, and none compiles anything again."""
+    """One graph; each step's own index and lam apply, and no later step recompiles."""
     torch._dynamo.reset()
     step = Step()
     compiled = torch.compile(copy.deepcopy(step), fullgraph=True, backend=backend)
@@ -658,7 +659,7 @@ def test_a_whole_step_compiles_once(arguments, backend):
         found.backward()
         expected = step(x, index, lam, box, y)
         expected.backward()
-        # float32 through a convolution and a normalisation, fused in another order.
+        # float32 through a convolution and a normalisation, which Inductor fuses in another order.
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
         losses.append(found.item())
     for ours, theirs in zip(compiled.parameters(), step.parameters()):
@@ -677,7 +678,7 @@ def test_lam_is_not_frozen_in_the_graph(batch):
 
 
 def test_the_module_s_draws_stay_outside_a_compiled_graph(batch):
-    """Its graph is broken there; where none may be, the error names the way out."""
+    """The graph breaks at the draws; with fullgraph=True the error names the alternative."""
     mix = MixUp(1.0)
     torch._dynamo.reset()
     with pytest.raises(torch._dynamo.exc.Unsupported, match=r"MixUp\.draw"):
@@ -725,7 +726,7 @@ def test_nothing_waits_for_the_device(on_device, per_sample):
 
 IMAGES, LABELS = torch.randn(4, 3, 6, 7), torch.arange(4)
 
-# What is called, the error, and what its message says: the value, and what is allowed.
+# The call, the error, and what its message names: the value, and what is allowed.
 BAD = [
     (lambda: MixUp(-0.1), ValueError, ["alpha", "-0.1", "at least 0"]),
     (lambda: MixUp(float("nan")), ValueError, ["alpha", "nan", "finite"]),

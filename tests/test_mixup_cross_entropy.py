@@ -1,13 +1,15 @@
 """The contract of mixup_cross_entropy.
 
-1. It is lam*F.cross_entropy(z, a) + (1 - lam)*F.cross_entropy(z, b), of PyTorch's cross entropy on float64 logits: values and
-   gradients, every argument, infinities and NaN included. A plain Tensor of labels gives F.cross_entropy itself.
-2. A kernel is the reference, on any strides of logits and gradients, in every dtype. It writes every element, and the same bits
-   each time; a label that is no class makes the loss NaN.
-3. It is differentiable twice and forwards, by logits, lam and weights, and traceable: opcheck, torch.func, torch.compile.
+1. It is lam*F.cross_entropy(z, a) + (1 - lam)*F.cross_entropy(z, b), by PyTorch's cross entropy on
+   float64 logits: values and gradients, every argument, infinities and NaN included. A plain Tensor
+   of labels gives F.cross_entropy itself.
+2. A kernel equals the reference, on any strides of logits and gradients, in every dtype. It writes
+   every element, and the same bits each time. A label outside the classes makes the loss NaN.
+3. It is differentiable twice and forward-mode, by logits, lam and weights, and traceable: opcheck,
+   torch.func, torch.compile.
 4. Bad input is refused before anything is computed.
 
-A test of a kernel fails if none was launched.
+A test of a kernel fails if no kernel was launched.
 """
 
 from __future__ import annotations
@@ -25,23 +27,25 @@ from torch import Tensor
 import regfast
 from regfast.ops.mixup_cross_entropy import mixup_cross_entropy
 
-# A tile's rows that do not exist are -inf; NumPy, which the interpreter computes with, warns of what comes of that.
+# A tile's rows beyond the batch are -inf, and NumPy, the interpreter's backend, warns of the
+# results.
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
 
-# Sums of some thousand terms of order one in an order of their own: some units in the last place.
+# Sums of some thousand terms of order one in another order: some units in the last place.
 FLOAT64 = dict(rtol=1e-12, atol=1e-12)
 FLOAT32 = dict(rtol=1e-5, atol=1e-5)
 UNIT = {torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
 
 REDUCTIONS = ("mean", "sum", "none")
-# Vectors of classes, classes without alignment, few classes, rows innermost in vectors and without; a signal, an image, a volume.
+# Aligned classes, unaligned classes, few classes; rows innermost, with and without vectors; a
+# signal, an image, a volume.
 SHAPES = [(6, 16), (5, 70), (5, 7), (3, 1), (2, 6, 4, 2), (2, 5, 9), (2, 3, 2, 2, 3)]
-# Each more than one block of classes: side by side, and apart.
+# Each has more than one block of classes, with classes innermost or rows innermost.
 WIDE = [(2, 5000), (1, 100, 4), (1, 300, 3)]
 
 
 class Case(NamedTuple):
-    """Arguments on random data: of a 0-d lam or one a sample, with weights and label smoothing or without."""
+    """Random arguments, with a 0-d or a per-sample lam, with or without weights and smoothing."""
 
     z: Tensor
     a: Tensor
@@ -57,7 +61,7 @@ class Case(NamedTuple):
 
 
 def case(shape, reduction="mean", full=True, device="cpu", dtype=torch.float32) -> Case:
-    """With `full` everything at once: a lam a sample, weights, label smoothing, and an ignored row of each label."""
+    """`full`: per-sample lam, weights, label smoothing, and an ignored row in each target."""
     rows = (shape[0], *shape[2:])
     a, b = torch.randint(shape[1], rows), torch.randint(shape[1], rows)
     lam, options = torch.rand(()), dict(reduction=reduction)
@@ -72,7 +76,10 @@ def case(shape, reduction="mean", full=True, device="cpu", dtype=torch.float32) 
 
 
 def two_terms(z, a, b, lam, reduction="mean", **options):
-    """The specification: with a lam a row, each row's weight within the sums, whose denominators are the cross entropies' own."""
+    """The specification; a per-sample lam weights each row.
+
+    Each mean's denominator is the cross entropy's own: the sum of the class weights.
+    """
     losses, weights = [], []
     weight = options.get("weight")
     for labels, share in ((a, lam), (b, 1 - lam)):
@@ -98,7 +105,7 @@ def two_terms(z, a, b, lam, reduction="mean", **options):
 
 
 def exactly(c: Case, grad=None):
-    """The two-term sum and its gradient in float64, on the same data; one number of the gradient that it takes a row."""
+    """The two-term sum, the gradient sent back, and that of z, in float64 on the same data."""
     z = c.z.detach().double().requires_grad_()
     options = {
         name: value.double() if isinstance(value, Tensor) else value
@@ -110,7 +117,7 @@ def exactly(c: Case, grad=None):
 
 
 def check(c: Case, rtol: float, atol: float, grad=None) -> Tensor:
-    """Values and gradients against the two-term sum; the gradient."""
+    """Compare value and gradient to the two-term sum; returns the gradient."""
     expected, grad, expected_dz = exactly(c, grad)
     z = c.z.detach().requires_grad_()
     loss = c(z)
@@ -125,7 +132,7 @@ def check(c: Case, rtol: float, atol: float, grad=None) -> Tensor:
 
 @pytest.fixture(params=["reference", "kernels"])
 def path(request):
-    """Both paths."""
+    """Runs a test on both paths."""
     if request.param == "kernels":
         request.getfixturevalue("kernels")
     return request.param
@@ -157,7 +164,7 @@ def test_the_reference_is_two_cross_entropies(shape, reduction):
 
 
 def test_the_two_terms_are_pytorchs_mean():
-    """The specification above writes the mean out; here is PyTorch's own."""
+    """`two_terms` writes the mean out; this compares it to PyTorch's own."""
     c = case((6, 5, 3))
     c.options["weight"] = c.options["weight"].double()
     z, lam = c.z.double(), 0.3
@@ -185,7 +192,8 @@ def test_kernels_compute_float64_in_float64(shape, device, kernels):
 @pytest.mark.parametrize("dtype", UNIT, ids=str)
 @pytest.mark.parametrize("shape", [(6, 16), (5, 70), (2, 6, 4, 2)], ids=str)
 def test_half_precision_is_rounded_once(shape, dtype, path, device):
-    # The interpreter truncates to bfloat16, hence a whole unit. atol: where terms of order one cancel, float32's error of them.
+    # The interpreter truncates to bfloat16, hence a whole unit. atol: float32's error where terms
+    # of order one cancel.
     c = case(shape, "none", device=device if path == "kernels" else "cpu", dtype=dtype)
     grad = torch.randn(c.a.shape, device=c.z.device).to(dtype).double()
     check(c, rtol=UNIT[dtype], atol=1e-6, grad=grad)
@@ -218,7 +226,7 @@ def test_any_strides_come_in(layout, device, kernels, poisoned):
 
 @pytest.mark.parametrize("shape", [(3, 70), (2, 3, 7)], ids=str)
 def test_a_run_that_ends_within_a_vector(shape, device, kernels, poisoned):
-    """Every stride is a multiple of the vector's width, and the run of classes, or of rows, is not."""
+    """Strides are multiples of the vector width; the run of classes, or of rows, is not."""
     c = case(shape, "none", device=device)
     storage = torch.full((*shape[:-1], 72 if len(shape) == 2 else 8), math.nan, device=device)
     check(c._replace(z=storage[..., : shape[-1]].copy_(c.z)), **FLOAT32)
@@ -226,9 +234,9 @@ def test_a_run_that_ends_within_a_vector(shape, device, kernels, poisoned):
 
 @pytest.mark.parametrize("classes", [1, 2, 3, 5, 21, 24, 33, 63])
 def test_rows_that_align_no_vector(classes, device, kernels, poisoned):
-    """Classes innermost, fewer than a vector and more, of an odd number: less than a tile of rows, some tiles, and some more.
+    """Classes innermost, an odd number or not; part of a tile of rows, and several tiles.
 
-    All are read as runs, in vectors of any width that divides their length.
+    All are read as runs, in vectors of any width that divides the run's length.
     """
     for positions in ((1, 3), (2, 64), (11, 13)):
         c = case((2, classes, *positions), "none", device=device)
@@ -239,7 +247,7 @@ def test_rows_that_align_no_vector(classes, device, kernels, poisoned):
 
 
 def prepared():
-    """The launches of a test, but for those that only add up."""
+    """The launches of a test, except those that only add up partial sums."""
     from regfast.kernels.launch import LAUNCHES, Launch
 
     found = (
@@ -274,7 +282,10 @@ def test_a_cropped_volume_and_labels_of_any_strides(device, kernels, poisoned):
 
 @pytest.mark.parametrize("dim", range(4))
 def test_offsets_past_two_to_the_31(dim, device, kernels):
-    """Logits that lie 2^30 apart along one dimension: int32 offsets would wrap. Between them nothing is touched."""
+    """Logits 2^30 apart along one dimension, where int32 offsets would wrap.
+
+    The storage between them is not touched.
+    """
     if device == "cuda" and torch.cuda.mem_get_info()[0] < 16 * 2**30:
         pytest.skip("needs 16 GiB of device memory")
     c = case((3, 3, 3, 4), "none", device=device, dtype=torch.float16)
@@ -306,14 +317,14 @@ def test_labels_of_other_integers(dtype, path, device):
 
 
 def test_an_expanded_gradient(device, kernels):
-    """.sum().backward() sends one number of stride 0, and no gradient of a loss a row need be contiguous."""
+    """.sum().backward() sends a gradient of stride 0; a per-row gradient need not be contiguous."""
     c = case((3, 6, 4), "none", device=device)
     for grad in (torch.ones(1, 1).expand(3, 4), torch.randn(4, 3).t(), torch.randn(3, 8)[:, ::2]):
         check(c, **FLOAT32, grad=grad.double().to(device))
 
 
 def special_rows() -> Tensor:
-    """Rows of eight classes with infinities and NaN in the place of labels, of others, of all."""
+    """Rows of eight classes with infinities and NaN at the labels, at other classes, at all."""
     z = torch.randn(10, 8)
     z[0, 2], z[1, 5], z[2, 2], z[3, 5], z[4, 2], z[5, 5] = (
         (-math.inf,) * 2 + (math.inf,) * 2 + (math.nan,) * 2
@@ -342,7 +353,7 @@ def test_infinities_and_nan_are_pytorchs(ignored, smoothing, layout, path, devic
 
 
 def test_a_block_of_minus_infinity_before_others(device, kernels):
-    """The first block of classes has no maximum yet."""
+    """The first block of classes has no finite maximum."""
     c = case((2, 5000), "none", device=device)
     c.z[0, :4200] = -math.inf
     c.z[1, 100:] = -math.inf
@@ -351,7 +362,7 @@ def test_a_block_of_minus_infinity_before_others(device, kernels):
 
 
 def test_huge_logits_keep_their_differences(path, device):
-    """As differences from the maximum, before anything else. Their own rounding, in float32, is on both sides."""
+    """The maximum is subtracted first. The logits' own float32 rounding is on both sides."""
     c = case((4, 16), "none", device=device if path == "kernels" else "cpu")
     for offset in (1e4, -1e4):
         check(c._replace(z=c.z + offset), **FLOAT32)
@@ -385,7 +396,7 @@ def test_an_empty_batch(reduction, path, device):
 
 @pytest.mark.parametrize("shape", [(2, 200_000), (1, 200_000, 2)], ids=str)
 def test_two_hundred_thousand_classes(shape, device, kernels):
-    # Of so many terms float32 makes some more units' error.
+    # float32 sums of this many terms have some more units of error.
     check(case(shape, device=device), rtol=1e-4, atol=1e-6)
 
 
@@ -403,14 +414,14 @@ def test_more_tiles_than_programs(device, kernels, monkeypatch):
     monkeypatch.setattr(module, "PROGRAMS", 2)
     check(case((5, 1100), device=device), **FLOAT32)
     check(case((600, 3), device=device), **FLOAT32)
-    # More rows than a program takes side by side.
+    # More rows than a program takes at once.
     check(case((70, 600), device=device), **FLOAT32)
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("label", [-1, 7, 2**40], ids=str)
 def test_on_the_device_a_label_that_is_no_class_gives_nan(label, reduction, device, kernels):
-    """Nobody looks at what a CUDA tensor holds; nothing beyond the logits may be read."""
+    """The host does not read labels on CUDA; the kernels read nothing beyond the logits."""
     c = case((3, 7), reduction, full=False, device=device)
     c.a[1] = label
     arguments = (c.z, c.a, c.b, c.lam, None, -100, reduction, 0.0)
@@ -484,7 +495,7 @@ def test_under_autocast_the_dtype_is_pytorchs(dtype, path, device):
         loss, expected = c(z), F.cross_entropy(z, c.a)
     assert loss.dtype == expected.dtype
     assert torch.autograd.grad(loss, z)[0].dtype == dtype
-    # Of float32 under autocast, sums are float32, not bfloat16.
+    # float32 logits under autocast have float32 sums, not bfloat16.
     torch.testing.assert_close(loss.double(), exactly(c)[0], **FLOAT32)
 
 
@@ -571,7 +582,7 @@ def compiled(backend: str, **options):
 
 
 def check_compiled(function, device: str, **options) -> None:
-    """Forward and backward, at two sizes and with a lam of either kind."""
+    """Forward and backward, at two sizes and with either kind of lam."""
     for shape, per_sample in itertools.product([(4, 6), (7, 9)], [False, True]):
         c = case(shape, device=device)
         lam = c.lam if per_sample else c.lam[0]
@@ -586,7 +597,7 @@ def check_compiled(function, device: str, **options) -> None:
 
 
 def test_kernels_compile_without_a_graph_break(device, kernels):
-    """aot_eager traces as Inductor does, and runs the ops it finds as they are."""
+    """aot_eager traces as Inductor does, and runs the ops as they are."""
     check_compiled(compiled("aot_eager", label_smoothing=0.1), device, label_smoothing=0.1)
 
 
@@ -600,7 +611,7 @@ def test_the_reference_compiles_without_a_graph_break():
 
 
 def test_a_lam_that_is_a_number_is_not_compiled_anew():
-    """Within a training step it changes each time; a frozen one would be a wrong loss from the second step on."""
+    """lam changes each step; a frozen one would give wrong losses from the second step on."""
     frames = torch._dynamo.testing.CompileCounter()
     function = compiled(frames)
     c = case((4, 6))
@@ -620,29 +631,39 @@ BAD = [
     ((LOGITS, 3), {}, TypeError, ["target", "int", "(a, b, lam)"]),
     ((LOGITS, (LABELS, LABELS)), {}, ValueError, ["target", "2 entries", "(a, b, lam)"]),
     ((LOGITS, (LABELS, [0, 1], 0.5)), {}, TypeError, ["labels b", "list", "Tensor"]),
-    ((LOGITS, (LABELS, LABELS.float(), 0.5)), {}, TypeError, ["labels b", "torch.float32", "torch.int64"]),
-    ((LOGITS, (LABELS.bool(), LABELS, 0.5)), {}, TypeError, ["labels a", "torch.bool", "torch.int64"]),
+    ((LOGITS, (LABELS, LABELS.float(), 0.5)), {}, TypeError,
+     ["labels b", "torch.float32", "torch.int64"]),
+    ((LOGITS, (LABELS.bool(), LABELS, 0.5)), {}, TypeError,
+     ["labels a", "torch.bool", "torch.int64"]),
     ((LOGITS, (LABELS[:3], LABELS, 0.5)), {}, ValueError, ["labels a", "(3,)", "(4,)"]),
     ((LOGITS, (LABELS, LABELS[:, None], 0.5)), {}, ValueError, ["labels b", "(4, 1)", "(4,)"]),
     ((LOGITS[0], (LABELS, LABELS, 0.5)), {}, ValueError, ["labels a", "(4,)", "()"]),
-    ((LOGITS, (LOGITS[:, :3], LOGITS[:, :3], 0.5)), {}, ValueError, ["labels a", "(4, 3)", "(4, 5)"]),
+    ((LOGITS, (LOGITS[:, :3], LOGITS[:, :3], 0.5)), {}, ValueError,
+     ["labels a", "(4, 3)", "(4, 5)"]),
     ((LOGITS, (LABELS + 2, LABELS, 0.5)), {}, ValueError, ["labels a", "5", "[0, 5)", "-100"]),
-    ((LOGITS, (LABELS, LABELS - 1, 0.5)), {"ignore_index": -7}, ValueError, ["labels b", "-1", "[0, 5)", "-7"]),
+    ((LOGITS, (LABELS, LABELS - 1, 0.5)), {"ignore_index": -7}, ValueError,
+     ["labels b", "-1", "[0, 5)", "-7"]),
     ((LOGITS, (LABELS, LABELS, 1.5)), {}, ValueError, ["lam", "1.5", "[0, 1]"]),
     ((LOGITS, (LABELS, LABELS, math.nan)), {}, ValueError, ["lam", "nan", "[0, 1]"]),
-    ((LOGITS, (LABELS, LABELS, torch.tensor([0, 1, 2, 0.5]))), {}, ValueError, ["lam", "2", "[0, 1]"]),
+    ((LOGITS, (LABELS, LABELS, torch.tensor([0, 1, 2, 0.5]))), {}, ValueError,
+     ["lam", "2", "[0, 1]"]),
     ((LOGITS, (LABELS, LABELS, torch.rand(3))), {}, ValueError, ["lam", "(3,)", "(4,)"]),
-    ((LOGITS, (LABELS, LABELS, torch.ones(4, dtype=torch.long))), {}, TypeError, ["lam", "torch.int64", "floating-point"]),
+    ((LOGITS, (LABELS, LABELS, torch.ones(4, dtype=torch.long))), {}, TypeError,
+     ["lam", "torch.int64", "floating-point"]),
     ((LOGITS, (LABELS, LABELS, "half")), {}, TypeError, ["lam", "str", "number"]),
     ((LOGITS, TARGET), {"weight": [1.0] * 5}, TypeError, ["weight", "list", "Tensor"]),
-    ((LOGITS, TARGET), {"weight": torch.ones(5).long()}, TypeError, ["weight", "torch.int64", "floating-point"]),
+    ((LOGITS, TARGET), {"weight": torch.ones(5).long()}, TypeError,
+     ["weight", "torch.int64", "floating-point"]),
     ((LOGITS, TARGET), {"weight": torch.rand(4)}, ValueError, ["weight", "(4,)", "(5,)"]),
     ((LOGITS, TARGET), {"ignore_index": 1.0}, TypeError, ["ignore_index", "1.0", "integer"]),
-    ((LOGITS, TARGET), {"reduction": "max"}, ValueError, ["reduction", "'max'", "'mean'", "'sum'", "'none'"]),
+    ((LOGITS, TARGET), {"reduction": "max"}, ValueError,
+     ["reduction", "'max'", "'mean'", "'sum'", "'none'"]),
     ((LOGITS, TARGET), {"label_smoothing": 1.1}, ValueError, ["label_smoothing", "1.1", "[0, 1]"]),
-    ((LOGITS, TARGET), {"label_smoothing": "much"}, TypeError, ["label_smoothing", "'much'", "number"]),
+    ((LOGITS, TARGET), {"label_smoothing": "much"}, TypeError,
+     ["label_smoothing", "'much'", "number"]),
     ((LOGITS, (LABELS.to("meta"), LABELS, 0.5)), {}, ValueError, ["labels a", "meta", "cpu"]),
-    ((LOGITS, TARGET), {"weight": torch.rand(5, device="meta")}, ValueError, ["weight", "meta", "cpu"]),
+    ((LOGITS, TARGET), {"weight": torch.rand(5, device="meta")}, ValueError,
+     ["weight", "meta", "cpu"]),
 ]  # fmt: skip
 
 
@@ -657,7 +678,7 @@ def test_bad_input(arguments, options, error, words, backend):
 
 
 def test_ops_refuse_what_does_not_belong_to_the_logits(device):
-    """autograd never sends it; whoever calls the ops by hand may, and a kernel would read beyond it."""
+    """autograd never sends it; a direct call of the op may, and a kernel would read beyond it."""
     c = case((4, 5), device=device)
     arguments = [c.z, c.a, c.b, c.lam, None]
     options = (-100, "mean", 0.0, torch.float32)

@@ -1,4 +1,4 @@
-"""The modules go where torch.nn's stood: signature, shapes, formats, state_dict, repr, and what code does to layers."""
+"""The modules replace torch.nn's: signature, shapes, formats, state_dict, repr, model surgery."""
 
 from __future__ import annotations
 
@@ -57,11 +57,11 @@ def test_shapes_are_torch_nn_s(rank, arguments, batch):
 @pytest.mark.parametrize("channels", [1, 3, 8])
 @pytest.mark.parametrize("ceil_mode", [False, True])
 def test_memory_formats_are_torch_nn_s(rank, dtype, batch, channels, ceil_mode):
-    """Channels last in, channels last out, and torch's choice where sizes of 1 leave the format open."""
+    """channels_last in, channels_last out; torch's choice where sizes of 1 leave it open."""
     theirs, ours = (module(3, 3, 1, ceil_mode=ceil_mode) for module in MODULES[rank])
     x = torch.randn(batch, *SIDES[rank], channels).to(dtype).movedim(-1, 1)
     for image in (x, x.contiguous(), x[..., 1:]):
-        # nn.MaxPool1d keeps a format only where it is differentiated.
+        # nn.MaxPool1d keeps a format only under autograd.
         expected = theirs(image.detach().requires_grad_())
         for y in (ours(image), ours(image.detach().requires_grad_())):
             check_layout(y, expected)
@@ -69,7 +69,7 @@ def test_memory_formats_are_torch_nn_s(rank, dtype, batch, channels, ceil_mode):
 
 def check_layout(y, expected):
     assert y.dtype == expected.dtype
-    # The stride of a dimension of size 1 means nothing, and PyTorch's own poolings differ there.
+    # The stride of a dimension of size 1 has no effect, and PyTorch's own poolings differ there.
     strides, expected_strides = (
         [s for n, s in zip(t.shape, t.stride()) if n > 1] for t in (y, expected)
     )
@@ -100,11 +100,12 @@ def test_a_checkpoint_of_max_pooling_loads_strictly():
 
 def test_repr_shows_the_arguments():
     assert repr(regfast.MaxPool2dAA(3, 2, 1)) == (
-        "MaxPool2dAA(kernel_size=3, stride=2, padding=1, dilation=1, ceil_mode=False, ratio=1.7, filter='binomial', "
-        "padding_mode='partial')"
+        "MaxPool2dAA(kernel_size=3, stride=2, padding=1, dilation=1, ceil_mode=False, ratio=1.7, "
+        "filter='binomial', padding_mode='partial')"
     )
     assert repr(regfast.BlurPool2d()) == (
-        "BlurPool2d(kernel_size=3, stride=2, padding='same', filter='binomial', padding_mode='reflect')"
+        "BlurPool2d(kernel_size=3, stride=2, padding='same', filter='binomial', "
+        "padding_mode='reflect')"
     )
 
 
@@ -200,7 +201,7 @@ def test_timm_s_calling_convention():
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 8, 64])
 def test_binomial_taps(size):
     expected = stats.binom.pmf(np.arange(size), size - 1, 0.5)
-    # SciPy's pmf goes through logarithms, and carries their error.
+    # SciPy computes its pmf from logarithms, and has their error.
     np.testing.assert_allclose(regfast.filters.binomial(size), expected, rtol=1e-12)
     assert math.fsum(regfast.filters.binomial(size)) == 1.0
 
@@ -272,8 +273,10 @@ def test_an_identity_leaves_its_input_to_what_comes_after(layer):
 
 
 ACTIVATED = [
-    (regfast.MaxPool1dAA, (2, 9), (3, 2, 1)), (regfast.MaxPool2dAA, (2, 9, 8), (2,)), (regfast.MaxPool3dAA, (2, 5, 6, 7), (2,)),
-    (regfast.BlurPool1d, (2, 9), ()), (regfast.BlurPool2d, (2, 9, 8), (4, 3)), (regfast.BlurPool3d, (2, 5, 6, 7), ()),
+    (regfast.MaxPool1dAA, (2, 9), (3, 2, 1)), (regfast.MaxPool2dAA, (2, 9, 8), (2,)),
+    (regfast.MaxPool3dAA, (2, 5, 6, 7), (2,)),
+    (regfast.BlurPool1d, (2, 9), ()), (regfast.BlurPool2d, (2, 9, 8), (4, 3)),
+    (regfast.BlurPool3d, (2, 5, 6, 7), ()),
 ]  # fmt: skip
 
 
@@ -282,7 +285,7 @@ ACTIVATED = [
 )
 @pytest.mark.parametrize("value", [None, math.nan, math.inf, -math.inf], ids=str)
 def test_an_activation_is_that_of_a_relu_before(module, shape, arguments, value):
-    """The gradient at zero and at NaN is a ReLU's too, and who looks at x afterwards finds it as it was."""
+    """At zero and at NaN the gradient is a ReLU's too, and x is unchanged."""
     x = torch.randn(2, *shape).mul(2).round() / 2
     if value is not None:
         x[torch.rand_like(x) < 0.1] = value

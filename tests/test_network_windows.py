@@ -1,4 +1,4 @@
-"""The windows that networks have: in the reference the oracle's, in the kernels the reference's; and which ways they take."""
+"""The windows of networks: reference against oracle, kernels against reference, and their paths."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from test_contract import FLOAT64, check_against_reference, reference
 
 from regfast._core.geometry import Window, as_image
 
-# Twenty times the programs or the taps of the others.
+# These have twenty times the programs or the taps of the others.
 SLOW = {
     "pvt_v2_b0",
     "s3d 3",
@@ -49,8 +49,8 @@ def test_the_windows_are_named_and_here_once():
     assert len({window_of(network) for network in NETWORK_WINDOWS}) == len(NETWORK_WINDOWS)
 
 
-# The maxima whose outputs read beyond a border: the last of an odd row in ceil mode, and those of peers that extend the inner
-# map. Of these, "reflect" finds other windows there.
+# Max poolings that read beyond a border: the last output of an odd row in ceil mode, and peers that
+# extend the inner map. With "reflect" they read other windows there.
 READ_BEYOND = {"googlenet", "kornia.MaxBlurPool2D", "composer resnet50", "composer inception_v4"}
 MOVE_WINDOWS = {
     "antialiased_cnns.resnet50",
@@ -64,7 +64,7 @@ MOVE_WINDOWS = {
 
 
 def axes_of(network: NetworkWindow) -> list:
-    """The axes of every launch. Volumes are pooled and blurred as images: their slices, and what is down these."""
+    """The axes of every launch. A volume is processed as images, along its slices and across."""
     from regfast.kernels.windows import axis_of
 
     window, sizes = window_of(network), network.sample.shape[2:]
@@ -78,7 +78,7 @@ def axes_of(network: NetworkWindow) -> list:
 
 
 def test_all_but_a_few_maxima_read_nothing_beyond_a_border():
-    """They take the kernel's plain way: constant weights, and places that are clamped."""
+    """The others take the kernel's plain path: constant weights and clamped positions."""
     pytest.importorskip("triton")
     maxima = {
         network.name: axes_of(network)
@@ -94,7 +94,7 @@ def test_all_but_a_few_maxima_read_nothing_beyond_a_border():
 
 
 def test_no_blur_moves_windows():
-    """Their borders cost weights of a row and of a column; those of zeros, nothing."""
+    """Borders cost weights per row and per column; borders of zeros cost nothing."""
     pytest.importorskip("triton")
     for network in NETWORK_WINDOWS:
         if network.operation == "blur_pool":

@@ -1,6 +1,7 @@
-"""The pooling kernels that take 16-bit numbers two an instruction, which GPUs from sm_90 on run, give the others' bits.
+"""The packed 16-bit pooling kernels, which run on GPUs from sm_90 on, give the others' bits.
 
-The interpreter has none of these instructions: ptx.py stands in for them.
+They process two numbers per instruction. The interpreter lacks these instructions, and ptx.py
+provides them.
 """
 
 from __future__ import annotations
@@ -24,9 +25,7 @@ from triton.runtime.interpreter import InterpreterBuilder
 from regfast.kernels import cuts, launch
 from regfast.kernels.launch import LAUNCHES, Target
 
-pytestmark = pytest.mark.skipif(
-    torch.cuda.is_available(), reason="a GPU has the instructions or not"
-)
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="needs the interpreter")
 
 DTYPES = [torch.float16, torch.bfloat16]
 WINDOWS = {
@@ -42,7 +41,7 @@ WINDOWS = {
 
 @pytest.fixture
 def instructions(monkeypatch):
-    """Lets the interpreter run inline assembly, and fails the test if none was run. Notes what is run."""
+    """Lets the interpreter run inline assembly and records it; fails if none was run."""
     run = []
 
     def noted(builder, asm, *args):
@@ -57,7 +56,7 @@ def instructions(monkeypatch):
 def run(
     x: torch.Tensor, window: Window, grad: torch.Tensor, packs: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The output and the gradient of x, by the kernels of a device that packs or not."""
+    """The output and the gradient of x, on a device with or without packed instructions."""
     from regfast.kernels.max_blur_pool import max_blur_pool, max_blur_pool_backward
 
     with pytest.MonkeyPatch.context() as patch:
@@ -69,7 +68,7 @@ def run(
 
 
 def images(shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool) -> torch.Tensor:
-    """Quarters, of which many are equal and many negative; -inf in two corners, so that whole windows are."""
+    """Multiples of 1/4, many equal, many negative; -inf in two corners, over whole windows."""
     x = torch.randn(shape).mul(4).round().div(4).add(0.0)
     x[:1, ..., :4, :4] = x[:1, ..., -4:, -4:] = -math.inf
     return as_format(x.to(dtype), channels_last)
@@ -85,7 +84,7 @@ slow = pytest.mark.slow
 
 
 def of_dtypes(names: list):
-    """Each name with each dtype; in the core suite with one of them, in turn."""
+    """Each name with each dtype; the core suite alternates between the dtypes."""
     cases = [(name, dtype, place) for place, name in enumerate(names) for dtype in DTYPES]
     return [
         pytest.param(
@@ -95,7 +94,7 @@ def of_dtypes(names: list):
     ]
 
 
-# One channel a lane: pairs of columns, of which an odd number leaves one alone.
+# One channel per lane: pairs of columns, with one left over if their number is odd.
 @pytest.mark.parametrize("width,dtype", of_dtypes([7, 10, 14, 18, 27, 28]))
 @pytest.mark.parametrize("name", ["2 2 0", "3 2 1"])
 def test_pairs_of_columns(name, width, dtype, instructions):
@@ -113,7 +112,7 @@ def test_pairs_of_columns_of_other_windows(name, width, dtype, instructions):
 @pytest.mark.parametrize("name,dtype", of_dtypes(list(WINDOWS)))
 @pytest.mark.parametrize("channels", [4, pytest.param(6, marks=slow), 5])
 def test_pairs_of_channels(name, channels, dtype, instructions):
-    """Innermost, two and four of them a lane; of an odd number one a lane, and then pairs of columns again."""
+    """channels_last: two or four channels per lane; if odd, one per lane and pairs of columns."""
     check(images((3, channels, 7, 10), dtype, True), max_window(**WINDOWS[name]))
 
 
@@ -138,7 +137,8 @@ def test_a_nan_wins_and_its_window_gives_its_gradient_to_one_of_its_own(
     leaf = x.float().requires_grad_()
     with regfast.backend("reference"):
         expected = regfast.ops.max_blur_pool.max_blur_pool(leaf, window)
-    # Each is rounded once. (The interpreter truncates to bfloat16.) atol: of what cancels, float32's own error remains.
+    # Each is rounded once. The interpreter truncates to bfloat16. atol: float32's own error where
+    # terms cancel.
     tolerance = dict(rtol=torch.finfo(dtype).eps, atol=1e-6)
     torch.testing.assert_close(y.float(), expected.detach(), equal_nan=True, **tolerance)
     (expected_dx,) = torch.autograd.grad(expected, leaf, grad.float())
@@ -146,7 +146,7 @@ def test_a_nan_wins_and_its_window_gives_its_gradient_to_one_of_its_own(
 
 
 def test_a_gpu_packs_from_sm_90_on(monkeypatch):
-    """And nothing packs in the interpreter, or on a CPU."""
+    """Nothing packs in the interpreter, or on a CPU."""
 
     class Properties:
         warp_size = 32
@@ -172,7 +172,7 @@ def test_a_gpu_packs_from_sm_90_on(monkeypatch):
     assert launch.target_of(torch.device("cpu")) == Target(32, False)
 
 
-# ptx.py itself, by what the ISA says.
+# ptx.py itself, against the ISA.
 def test_the_instructions_are_the_isa_s():
     def words(*numbers: int) -> np.ndarray:
         return np.array(numbers, np.uint32)
@@ -218,7 +218,7 @@ def test_the_instructions_are_the_isa_s():
 
 
 def test_every_instruction_of_the_kernels_is_run(instructions):
-    """Maxima and comparisons of pairs of columns and of channels, and the selections of two and three."""
+    """Maxima and comparisons of pairs of columns and of channels; selections of two and three."""
     for dtype, channels_last in zip(DTYPES, (False, True)):
         for name in ("2 2 0", "3 2 1 relu"):
             check(images((1, 4, 5, 6), dtype, channels_last), max_window(**WINDOWS[name]))

@@ -1,4 +1,4 @@
-"""The pooling kernels at every size of a row and of a column, however images lie, and for gradients that are not finite."""
+"""The pooling kernels at every row and column size and layout, and on non-finite gradients."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ def gradient(
 
 
 def check(operation: Operation, sample: Sample, x: Tensor) -> None:
-    """An output and a gradient, against the reference's in float64 on the same data."""
+    """Compare an output and a gradient with the float64 reference's on the same data."""
     exact = x.double()
     grad = torch.randn(reference(operation, sample, exact).shape, device=x.device).to(x.dtype)
     found = gradient(operation, sample, x, grad)
     with regfast.backend("reference"):
         expected = gradient(operation, sample, exact, grad.double())
-    # float16: one rounding, and where terms cancel float32's own error remains.
+    # float16 rounds once; where terms cancel, float32's own error remains.
     tolerance = FLOAT32 if x.dtype == torch.float32 else dict(rtol=UNIT[x.dtype], atol=1e-6)
     for a, b in zip(found, expected):
         assert a.dtype == x.dtype
@@ -46,12 +46,12 @@ def check(operation: Operation, sample: Sample, x: Tensor) -> None:
 
 
 def sizes():
-    """Of every kind, width and dtype; a sixth of them in the core suite."""
+    """Every kind, width and dtype; a sixth of them in the core suite."""
     for place, (name, (operation, arguments)) in enumerate(KINDS.items()):
         for number, dtype in enumerate(DTYPES):
             for width in WIDTHS:
                 if name == "pool 2 2 0" and width == 1:
-                    # There is no window.
+                    # A row of one has no window.
                     continue
                 marks = () if (width + place + 3 * number) % 6 == 0 else pytest.mark.slow
                 yield pytest.param(
@@ -61,13 +61,13 @@ def sizes():
 
 @pytest.mark.parametrize("operation,arguments,width,dtype", sizes())
 def test_every_width(operation, arguments, width, dtype, device, kernels, poisoned):
-    """Of so many images that the lanes of four or eight columns are more than a program's 128; two or three rows."""
+    """More images than a program's 128 lanes of four or eight columns; two or three rows."""
     groups = -(-width // (4 if dtype == torch.float32 else 8))
     sample = Sample((2, -(-70 // groups), 2 + width % 2, width), arguments)
     check(operation, sample, sample.input(dtype, device))
 
 
-# Of one row there is no window of (2, 2, 0). 37 rows are of several programs, and the last has fewer.
+# One row has no window of (2, 2, 0). 37 rows take several programs, and the last has fewer.
 HEIGHTS = [
     (name, height)
     for name in KINDS
@@ -105,8 +105,8 @@ def test_heights(name, height, dtype, device, kernels, poisoned):
     [False, pytest.param(True, marks=pytest.mark.slow)],
     ids=["contiguous", "channels_last"],
 )
-def test_however_images_lie(name, way, channels_last, device, kernels, poisoned):
-    """In float16, whose vectors are of most elements: addresses and strides that are multiples of 2, 4 and 8 bytes alone."""
+def test_image_layouts(name, way, channels_last, device, kernels, poisoned):
+    """float16 has the longest vectors: addresses and strides align to 2, 4 and 8 bytes only."""
     operation, arguments = KINDS[name]
     sample = Sample((2, 8, 4, 16), arguments)
     x = sample.input(torch.float16, device, channels_last)
@@ -151,7 +151,7 @@ MODES = [
 def test_a_gradient_that_is_not_finite_stays_where_its_output_reads(
     operation, arguments, device, kernels
 ):
-    """Infinity, and then NaN, at each output in turn: an image each. (All taps are positive.)"""
+    """Infinity, then NaN, at each output in turn, one per image. (All taps are positive.)"""
     shape = (1, 1, 7, 6)
     y = reference(
         operation, Sample(shape, arguments), torch.zeros(shape, dtype=torch.float64, device=device)
@@ -185,7 +185,7 @@ def test_float64_at_an_odd_width(device, kernels, poisoned):
 
 @pytest.mark.parametrize("channels_last, widest", [(False, 8), (True, 4)])
 def test_vectors_are_as_wide_as_addresses_are_aligned(channels_last: bool, widest: int):
-    """By what addresses miss of 16 bytes, of 16-bit numbers: no value shows it in the interpreter."""
+    """By the misalignment to 16 bytes; the interpreter's values do not show it."""
     from regfast.kernels import cuts, max_blur_pool
 
     window = max_window()

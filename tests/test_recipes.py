@@ -1,4 +1,4 @@
-"""The examples for timm, Accelerate and Lightning train on a toy, and say what to install where that is missing."""
+"""The timm, Accelerate and Lightning examples train on a toy, and name a missing package."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NEEDS = {
 @pytest.mark.parametrize("example", NEEDS)
 def test_what_is_missing_is_named(example: str, monkeypatch: pytest.MonkeyPatch) -> None:
     package, remedy = NEEDS[example]
-    # A package that is None here does not import, whatever is installed.
+    # A package that is None in sys.modules does not import, whatever is installed.
     monkeypatch.setitem(sys.modules, package, None)
     monkeypatch.delitem(sys.modules, example, raising=False)
     with pytest.raises(SystemExit, match=re.escape(remedy)):
@@ -46,7 +46,7 @@ def test_timm_s_recipe_learns(timm_recipe: ModuleType, capsys: pytest.CaptureFix
     assert (
         len(accuracies) == 3 and f"epoch 2: accuracy {accuracies[2]:.2%}" in capsys.readouterr().out
     )
-    # Chance is a third.
+    # A random guess is right for a third.
     assert accuracies[2] > 0.5
 
 
@@ -91,7 +91,7 @@ def test_a_model_that_timm_anti_aliased_keeps_its_function(timm_recipe: ModuleTy
     ours.load_state_dict(theirs.state_dict(), strict=True)
     x = torch.randn(2, 3, 64, 64)
     expected = theirs(x)
-    # The blur's sums are in another order: float32, relative to the largest logit.
+    # The blur sums in another order: float32, relative to the largest logit.
     assert (ours(x) - expected).abs().max() <= 1e-4 * expected.abs().max()
     assert any(
         isinstance(module, (regfast.BlurPool2d, regfast.MaxPool2dAA)) for module in ours.modules()

@@ -1,7 +1,9 @@
-"""Contract: the references are the poolings that SciPy computes, for every argument, in every memory format and dtype.
+"""The references are the poolings that SciPy computes.
 
-Their two composites agree in values and gradients. Of equal maxima the first takes the gradient, the last NaN wins, padding
-takes nothing, as in nn.MaxPool2d. They differentiate twice, forwards and under torch.func; trace, compile and export.
+They take every argument, memory format and dtype. Their two composites agree in values and
+gradients. As in nn.MaxPool2d, the first of equal maxima takes the gradient, the last NaN wins, and
+padding takes none. They differentiate twice, forward-mode and under torch.func; they trace, compile
+and export.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ from regfast.reference.max_blur_pool import max_blur_pool
 
 INF, NAN = math.inf, math.nan
 MAX_POOLS = {1: nn.MaxPool1d, 2: nn.MaxPool2d, 3: nn.MaxPool3d}
-# A sum of at most a few hundred float64 products of order one, whose order differs: 1e-12 is thousands of roundings.
+# A sum of at most a few hundred float64 products of order one in another order: 1e-12 is thousands
+# of roundings.
 FLOAT64 = dict(rtol=0, atol=1e-12)
 # The same in float32.
 FLOAT32 = dict(rtol=0, atol=1e-5)
@@ -48,7 +51,7 @@ def by_oracle(x, w):
 
 @pytest.fixture
 def composite(request, monkeypatch):
-    """Runs a test on the path that the references choose for small images, or on one that they choose elsewhere."""
+    """Runs a test on each composite: that of small images, and the other."""
     choose(request.param, monkeypatch)
 
 
@@ -71,7 +74,7 @@ all_composites = pytest.mark.parametrize(
     "composite", ["small", "library", "slices", "compiled"], indirect=True
 )
 
-# Each line is a shape and what differs from the default, MaxPool2dAA(2).
+# Each line is a shape and the differences from MaxPool2dAA(2).
 TABLE = [
     ((8, 8), {}),
     ((9, 7), {}),
@@ -126,7 +129,7 @@ def test_table(shape, changes, differentiated, composite):
 
 @st.composite
 def max_cases(draw):
-    """A window with arguments of its own on each axis, and sizes that nn.MaxPool accepts, the smallest among them."""
+    """A window with separate arguments per axis, and sizes that nn.MaxPool accepts."""
     rank = draw(st.integers(1, 3))
     axes = st.tuples(*[st.integers(0, 11)] * rank)
     k, s, d, b = (tuple(1 + n % most for n in draw(axes)) for most in (4, 4, 3, 7))
@@ -181,7 +184,7 @@ def test_drawn_blurs(axes, padding, mode):
 
 
 def awkward(*shape, dtype=torch.float64):
-    """What a ReLU leaves, with plateaus, NaN and -inf: small integers, and every eighth element not a number."""
+    """A ReLU's output with plateaus, NaN and -inf: small integers, every eighth element NaN."""
     values = torch.tensor([0, 0, 0, 1, 1, 2, NAN, -INF], dtype=dtype)
     picked = values[
         torch.randint(8, (math.prod(shape),), generator=torch.Generator().manual_seed(1))
@@ -228,8 +231,8 @@ def test_ties_are_those_of_max_pooling(shape, changes, dtype, composite):
     x = awkward(4, 8, *shape, dtype=dtype)
     w = window(len(shape), stride=1, **changes)
     pool = MAX_POOLS[len(shape)](w.kernel_size, 1, w.padding, w.dilation)
-    # Nothing is blurred at stride 1, so that values are equal to the bit, and gradients but for the order of k^rank terms,
-    # whose rounding to bfloat16 is 2^-8 of numbers below ten.
+    # Stride 1 has no blur, so values are equal to the bit. Gradients differ by the order of k^rank
+    # terms; bfloat16 rounds numbers below ten to 2^-8.
     tolerance = FLOAT64 if dtype == torch.float64 else dict(rtol=2**-6, atol=2**-4)
     (y, grad), (expected, expected_grad) = (
         value_and_grad(lambda x: max_blur_pool(x, w), x),
@@ -249,7 +252,8 @@ def test_ties_are_those_of_max_pooling(shape, changes, dtype, composite):
     ],
 )
 def test_of_nothing_but_minus_infinity_the_first_takes_the_gradient(changes, taken, composite):
-    # A blur of three taps reads windows beyond the padding: in the last case by more than max pooling pads by itself.
+    # A blur of three taps reads windows beyond the padding, in the last case by more than max
+    # pooling's own padding.
     w = window(1, stride=1, blur_size=(3,), filter=((0.0, 1.0, 0.0),), **changes)
     x = torch.full((1, 1, 4), -INF, requires_grad=True)
     y = max_blur_pool(x, w)
@@ -314,7 +318,7 @@ def test_memory_format_and_dtype_are_kept(rank, dtype, composite):
 
 
 def test_the_memory_format_is_kept_where_padding_loses_it(monkeypatch):
-    """As it does on CUDA, of few channels."""
+    """Padding does this on CUDA for few channels."""
     pad = torch.nn.functional.pad
     monkeypatch.setattr(
         torch.nn.functional, "pad", lambda *args, **options: pad(*args, **options).contiguous()
@@ -334,7 +338,7 @@ def test_the_memory_format_is_kept_where_padding_loses_it(monkeypatch):
 
 
 def test_small_images_are_pooled_as_others_are(monkeypatch):
-    """Slices of a batch too, of which nothing may be changed, in both formats; and their gradients."""
+    """Both formats, and slices of a batch, which stays unchanged; with gradients."""
     for changes in (
         {},
         {"kernel_size": 3, "stride": 2, "padding": 1, "activation": "relu"},
@@ -405,7 +409,7 @@ ONCE = {torch.float16: 1.01 * 2.0**-11, torch.bfloat16: 1.01 * 2.0**-8}
     ids=str,
 )
 def test_a_gradient_in_half_precision_rounds_once(changes, dtype, composite):
-    """It is a sum of the gradients of windows and taps, of which not even the border's are rounded before."""
+    """The sum over windows and taps is not rounded before its end, at the border either."""
     w, x = window(**changes), torch.randn(2, 3, 12, 11).to(dtype)
     wide, grad = x.double().requires_grad_(), torch.randn(max_blur_pool(x, w).shape).to(dtype)
     (expected,) = torch.autograd.grad(max_blur_pool(wide, w), wide, grad.double())
@@ -428,7 +432,7 @@ def test_a_blur_s_gradient_in_half_precision_rounds_once(mode, dtype, composite)
 
 @all_composites
 def test_gradients_that_cancel_do_not_overflow(composite):
-    """6e4 + 6e4 - 6e4, at the one element that every window holds; twice 6e4 is beyond float16."""
+    """6e4 + 6e4 - 6e4, at an element that every window holds; 12e4 is beyond float16."""
     x = torch.zeros(1, 1, 3, 3, dtype=torch.float16)
     x[..., 1, 1] = 1
     # Stride 1 without a blur: each window's gradient arrives whole.
@@ -474,7 +478,7 @@ POOLINGS = {
 @pytest.mark.parametrize("pooling", POOLINGS)
 def test_derivatives(pooling, composite):
     function = POOLINGS[pooling]
-    # All elements differ by more than gradcheck's step, so that no arg-max changes under it.
+    # All elements differ by more than gradcheck's step, so that no argmax changes.
     x = (
         torch.randperm(20, generator=torch.Generator().manual_seed(0))
         .double()

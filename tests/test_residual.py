@@ -1,4 +1,4 @@
-"""The residual blocks: at first they are their shortcuts, so that any depth trains from the first step."""
+"""Residual blocks start as their shortcuts, so that any depth trains from the first step."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from regfast import (
     ReZeroTransformerEncoderLayer,
 )
 
-# Sums of some hundreds of products of order one in float32, in another order.
+# float32 sums of some hundreds of products of order one, in another order.
 ROUNDING = dict(rtol=1e-4, atol=1e-5)
 
 BLOCKS = {
@@ -70,7 +70,7 @@ def test_at_first_a_block_is_its_shortcut(make, shape, output, activation):
 @blocks
 @pytest.mark.parametrize("activation", [nn.ReLU(), nn.ELU()], ids=str)
 def test_a_block_is_what_its_parts_say(make, shape, output, activation):
-    """With the gate open, in both forms; and without a gate, the block of He et al."""
+    """With the gate open, in both forms; without a gate, the block of He et al."""
     x = torch.randn(shape)
     for arguments in (dict(form="gate"), dict(form="post"), dict(ReZero=False)):
         block = make(activation=activation, **arguments).eval()
@@ -90,7 +90,7 @@ def test_a_block_is_what_its_parts_say(make, shape, output, activation):
 
 
 def gradients(y: torch.Tensor, block: nn.Module) -> tuple[torch.Tensor, ...]:
-    """By every parameter, the mean's, so that they are of order one or less."""
+    """The gradients of the mean by every parameter, of order one or less."""
     return torch.autograd.grad(y.square().mean(), list(block.parameters()))
 
 
@@ -108,7 +108,7 @@ def test_the_kernels_make_the_same_block(kernels, device, arguments):
 
 
 def test_the_branch_is_the_book_s():
-    """Convolution, normalisation, activation, convolution, normalisation; one pixel's convolution where shapes change."""
+    """Convolution, normalisation, activation, convolution, normalisation; 1x1 if shapes change."""
     block = ResidualBlock(4, 6, 5, 2)
     assert [type(layer) for layer in block.branch] == [
         nn.Conv2d,
@@ -136,7 +136,10 @@ def test_the_branch_is_the_book_s():
 
 @pytest.mark.parametrize("activation", [nn.ReLU(), nn.ELU()], ids=str)
 def test_an_antialiased_block_blurs_after_the_activation(activation):
-    """The chapter's order in the branch, and before the convolution in the shortcut; the aliased block's checkpoint fits."""
+    """The branch has the chapter's order; the shortcut blurs before its convolution.
+
+    The plain block's checkpoint fits.
+    """
     x = torch.randn(2, 4, 9, 8)
     block = ResidualBlock(4, 6, stride=2, activation=activation, antialias=True).eval()
     block.load_state_dict(
@@ -216,7 +219,7 @@ def test_memory_format_is_kept(make, shape, output, memory_format):
     "make", [ResidualBlock, functools.partial(BottleneckBlock, expansion=1)], ids=["two", "three"]
 )
 def test_a_checkpoint_fits_every_kind_of_a_block(make):
-    """Antialiased or not, and of either form: the same keys, which are part of the interface."""
+    """Antialiased or not, and in either form: the same keys, a part of the interface."""
     keys = set(make(2, 3, stride=2, norm_layer=None).state_dict())
     places = [place for place in ("1", "2", "3") if f"branch.conv{place}.weight" in keys]
     names = {f"branch.conv{place}.{name}" for place in places for name in ("weight", "bias")}
@@ -232,7 +235,8 @@ def test_a_checkpoint_fits_every_kind_of_a_block(make):
 
 def test_the_keys_of_the_other_blocks():
     assert list(ResidualLinear(2, 3).state_dict()) == [
-        "alpha", "branch.0.weight", "branch.0.bias", "branch.2.weight", "branch.2.bias", "shortcut.weight",
+        "alpha", "branch.0.weight", "branch.0.bias", "branch.2.weight", "branch.2.bias",
+        "shortcut.weight",
     ]  # fmt: skip
     theirs, ours = (
         layer(8, 2, 16) for layer in (nn.TransformerEncoderLayer, ReZeroTransformerEncoderLayer)
@@ -243,7 +247,8 @@ def test_the_keys_of_the_other_blocks():
 
 def test_repr_shows_what_a_block_is():
     assert repr(ReZero(nn.Identity())) == (
-        "ReZero(\n  form='gate', activation='identity'\n  (branch): Identity()\n  (shortcut): Identity()\n)"
+        "ReZero(\n  form='gate', activation='identity'\n"
+        "  (branch): Identity()\n  (shortcut): Identity()\n)"
     )
     plain = repr(ResidualBlock(2, 2, ReZero=False))
     assert (
@@ -254,7 +259,7 @@ def test_repr_shows_what_a_block_is():
 
 
 def test_any_normalisation():
-    """Made on the block's device and in its dtype."""
+    """It is made on the block's device and in its dtype."""
     block = ResidualBlock(
         4, 6, stride=2, norm_layer=functools.partial(nn.GroupNorm, 2), dtype=torch.float64
     )
@@ -265,7 +270,7 @@ def test_any_normalisation():
 
 
 def test_under_autocast_the_stream_keeps_its_precision():
-    """The branch is in half precision, and what is added to stays in float32."""
+    """The branch is in half precision; the stream stays in float32."""
     image, rows = torch.randn(2, 4, 6, 6), torch.randn(2, 5, 8)
     layers = [
         (ResidualBlock(4, 4), image),
@@ -296,8 +301,8 @@ def test_any_module_is_a_branch():
     assert torch.equal(lazy(x), x)
 
 
-def test_fx_traces_a_branch_that_is_given_more():
-    """Within a network. (A module whose own arguments are *args is no root to fx.)"""
+def test_fx_traces_a_branch_with_extra_arguments():
+    """Within a network: fx cannot trace a root module with *args."""
     network, x = (
         nn.Sequential(nn.Linear(4, 4), ReZero(nn.Linear(4, 4), activation=nn.Tanh())),
         torch.randn(3, 4),
@@ -311,8 +316,10 @@ def test_fx_traces_a_branch_that_is_given_more():
 @pytest.mark.parametrize(
     "activation,fused",
     [
-        ("relu", True), (None, True), (nn.ReLU(inplace=True), True), (nn.Identity(), True), (nn.GELU(), True), (nn.SiLU(), True),
-        (nn.LeakyReLU(), True), (F.relu, True), (torch.relu, True), (F.gelu, True), (nn.GELU(approximate="tanh"), False),
+        ("relu", True), (None, True), (nn.ReLU(inplace=True), True), (nn.Identity(), True),
+        (nn.GELU(), True), (nn.SiLU(), True),
+        (nn.LeakyReLU(), True), (F.relu, True), (torch.relu, True), (F.gelu, True),
+        (nn.GELU(approximate="tanh"), False),
         (nn.LeakyReLU(0.2), False), (nn.PReLU(), False), (torch.tanh, False), (nn.Tanh(), False),
     ],
     ids=lambda value: getattr(value, "__name__", str(value)),
@@ -348,7 +355,7 @@ def test_a_hook_on_an_activation_is_called(kind):
 
 @pytest.mark.parametrize("make", [ResidualBlock, BottleneckBlock, ResidualLinear])
 def test_blocks_do_not_share_the_activation_that_they_were_not_given(make):
-    """The default stands in the signature once. What is done to one block's is not done to another's."""
+    """Each block copies the default activation: a change to one block's reaches no other."""
     one, other = make(4, 4), make(4, 4)
     assert isinstance(one.activation, nn.ReLU) and one.activation is not other.activation
     own = nn.ReLU()
@@ -388,7 +395,7 @@ MASKS = {
 
 
 def encoder(layers: int = 3, **arguments) -> nn.TransformerEncoder:
-    """Torch's, of our layers with their gates open; without dropout, so that training and evaluation are the same."""
+    """torch's encoder with our layers, gates open; no dropout, so training equals evaluation."""
     layer = ReZeroTransformerEncoderLayer(8, 2, 16, dropout=0.0, activation="gelu", **arguments)
     made = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
     for place, own in enumerate(made.layers, start=1):
@@ -397,7 +404,7 @@ def encoder(layers: int = 3, **arguments) -> nn.TransformerEncoder:
 
 
 def sublayers(network: nn.TransformerEncoder, x: torch.Tensor, masks: dict) -> torch.Tensor:
-    """What the layers are, written out."""
+    """The layers' computation, written out."""
     attention = dict(
         attn_mask=masks.get("mask"),
         key_padding_mask=masks.get("src_key_padding_mask"),
@@ -412,7 +419,7 @@ def sublayers(network: nn.TransformerEncoder, x: torch.Tensor, masks: dict) -> t
 @pytest.mark.parametrize("masks", MASKS.values(), ids=list(MASKS))
 @pytest.mark.parametrize("batch_first", [True, False])
 def test_the_transformer_layer_works_in_torch_s_encoder(masks, batch_first):
-    """The sum of its sublayers; in training, in evaluation, and in the fast path of torch's attention. Nothing is warned of."""
+    """Training, evaluation and torch's attention fast path give the sublayers' sum, unwarned."""
     network = encoder(batch_first=batch_first)
     x = torch.randn((2, 5, 8) if batch_first else (5, 2, 8))
     expected = sublayers(network, x, masks)
@@ -432,7 +439,7 @@ def test_the_transformer_layer_works_in_torch_s_encoder(masks, batch_first):
 
 
 def test_the_hint_that_a_mask_is_causal_reaches_the_attention():
-    """Given, or found out by torch's encoder: it is what spares a kernel the mask."""
+    """The caller or torch's encoder sets the hint; with it a kernel needs no mask."""
     network, hints = encoder(1), []
     network.layers[0].self_attn.register_forward_pre_hook(
         lambda _module, _args, kwargs: hints.append(kwargs["is_causal"]), with_kwargs=True
@@ -444,7 +451,7 @@ def test_the_hint_that_a_mask_is_causal_reaches_the_attention():
 
 @pytest.mark.parametrize("batch_first", [True, False])
 def test_at_first_an_encoder_gives_its_input_back(batch_first):
-    """In training too, with dropout; and each copy that torch's encoder makes of the layer has a gate of its own."""
+    """In training with dropout, too; each copy that torch's encoder makes has its own gate."""
     layer = ReZeroTransformerEncoderLayer(8, 2, 16, batch_first=batch_first)
     network = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)
     x = torch.randn(2, 5, 8)
@@ -457,7 +464,7 @@ def test_at_first_an_encoder_gives_its_input_back(batch_first):
 
 
 def test_torch_s_encoder_with_its_defaults():
-    """It says, once and truly, that its nested tensors are for its own layer, and does without them."""
+    """torch's encoder warns once that it uses no nested tensors for another layer class."""
     layer = ReZeroTransformerEncoderLayer(8, 2, 16, batch_first=True)
     with pytest.warns(UserWarning, match="was not TransformerEncoderLayer") as said:
         network = nn.TransformerEncoder(layer, 2, norm=nn.LayerNorm(8)).eval()
@@ -465,7 +472,7 @@ def test_torch_s_encoder_with_its_defaults():
     x = torch.randn(2, 5, 8)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("error")
-        # Left-aligned, in evaluation: where torch's own layer would be given a nested tensor.
+        # Left-aligned, in evaluation: torch's own layer would receive a nested tensor.
         torch.testing.assert_close(network(x, src_key_padding_mask=PADDED), network.norm(x))
 
 
@@ -499,7 +506,7 @@ def test_the_transformer_layer_s_own_ways():
 
 
 def test_the_transformer_layer_s_signature_is_torch_s_without_the_normalisations():
-    """In the same order while the order is the same: an `layer_norm_eps` in its place does not pass for something else."""
+    """The same order up to the normalisations; a positional layer_norm_eps raises an error."""
     theirs, ours = (
         inspect.signature(layer).parameters
         for layer in (nn.TransformerEncoderLayer, ReZeroTransformerEncoderLayer)
@@ -516,14 +523,14 @@ def test_the_transformer_layer_s_signature_is_torch_s_without_the_normalisations
 
 
 def test_gates_have_an_optimizer_group_of_their_own():
-    """Without weight decay, with a learning rate of its own; every trainable parameter is in one group, once."""
+    """No weight decay, and a separate learning rate; each trainable parameter is in one group."""
     shared, tied, frozen = (
         ResidualLinear(4, 4),
         ResidualLinear(4, 4),
         ResidualBlock(2, 2).requires_grad_(False),
     )
     tied.alpha = shared.alpha
-    # By where they stand, not by their name.
+    # Gates are found by their module, not by their name.
     other = nn.ParameterDict({"alpha": torch.ones(1)})
     layers = [
         shared,
@@ -546,7 +553,7 @@ def test_gates_have_an_optimizer_group_of_their_own():
 
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
 def test_optimizers_take_the_groups(kind):
-    """Where nothing pulls at them but weight decay, the gates stay, and the rest shrinks."""
+    """With weight decay as the only force, gates stay and other parameters shrink."""
     model = nn.Sequential(ResidualLinear(4, 4), ReZero(nn.Linear(4, 4)))
     model[0].alpha.data.fill_(2.0)
     optimizer = kind(regfast.parameter_groups(model, alpha_lr=0.5), lr=0.1, weight_decay=0.5)
@@ -576,7 +583,7 @@ def test_groups_of_what_is_frozen_or_compiled():
 
 @pytest.mark.slow
 def test_gates_are_sharded():
-    """torch's fully_shard takes no parameter without dimensions; and the groups are those of the shards."""
+    """torch's fully_shard refuses 0-d parameters; the groups hold the shards."""
     distributed = pytest.importorskip("torch.distributed")
     if not distributed.is_available() or not distributed.is_gloo_available():
         pytest.skip("torch was built without gloo")
@@ -602,7 +609,8 @@ def test_bad_arguments():
     for call, error, words in [
         (lambda: ResidualBlock(4, 4, 2), ValueError, ["kernel_size", "odd", "2"]),
         (lambda: ResidualBlock(4, 4, stride=0), ValueError, ["stride", "0"]),
-        (lambda: ResidualBlock(4, 4, activation="elu"), ValueError, ["activation", "'elu'", "'relu'"]),
+        (lambda: ResidualBlock(4, 4, activation="elu"), ValueError,
+         ["activation", "'elu'", "'relu'"]),
         (lambda: ResidualBlock(4, 4, activation=F.relu), TypeError, ["activation", "module"]),
         (lambda: ResidualBlock(4, 4, ReZero=1), TypeError, ["ReZero", "1", "True or False"]),
         (lambda: BottleneckBlock(4, 4, expansion=0), ValueError, ["expansion", "0", "at least 1"]),
@@ -612,24 +620,32 @@ def test_bad_arguments():
         (lambda: ResidualBlock(0, 8), ValueError, ["in_channels", "0", "at least 1"]),
         (lambda: ResidualBlock(4, 4, True), TypeError, ["kernel_size", "True", "integer"]),
         (lambda: ResidualBlock(4, 4, antialias=1), TypeError, ["antialias", "1", "True or False"]),
-        (lambda: ResidualBlock(4, 4, norm_layer="batch"), TypeError, ["norm_layer", "'batch'", "None"]),
-        (lambda: ResidualBlock(4, 4, activation=nn.ReLU), TypeError, ["activation", "ReLU", "module"]),
+        (lambda: ResidualBlock(4, 4, norm_layer="batch"), TypeError,
+         ["norm_layer", "'batch'", "None"]),
+        (lambda: ResidualBlock(4, 4, activation=nn.ReLU), TypeError,
+         ["activation", "ReLU", "module"]),
         (lambda: ResidualBlock(4, 4, form=None), ValueError, ["form", "None", "'post'"]),
         (lambda: BottleneckBlock(4, 4, (2, 0)), ValueError, ["stride", "(2, 0)", "at least 1"]),
         (lambda: ResidualLinear(4, -1), ValueError, ["out_features", "-1", "at least 1"]),
         (lambda: ReZeroTransformerEncoderLayer(8, 3), ValueError, ["nhead", "8", "3"]),
         (lambda: ReZeroTransformerEncoderLayer(8, 0), ValueError, ["nhead", "0", "at least 1"]),
-        (lambda: ReZeroTransformerEncoderLayer(8, 2, activation=None), TypeError, ["activation", "None", "function"]),
-        (lambda: ReZero(nn.Identity(), activation=nn.ReLU), TypeError, ["activation", "ReLU", "module"]),
-        (lambda: regfast.parameter_groups(ResidualLinear(2, 2), alpha_lr="1e-3"), TypeError, ["alpha_lr", "'1e-3'", "number"]),
-        (lambda: regfast.parameter_groups(ResidualLinear(2, 2), alpha_lr=math.nan), ValueError, ["alpha_lr", "nan"]),
+        (lambda: ReZeroTransformerEncoderLayer(8, 2, activation=None), TypeError,
+         ["activation", "None", "function"]),
+        (lambda: ReZero(nn.Identity(), activation=nn.ReLU), TypeError,
+         ["activation", "ReLU", "module"]),
+        (lambda: regfast.parameter_groups(ResidualLinear(2, 2), alpha_lr="1e-3"), TypeError,
+         ["alpha_lr", "'1e-3'", "number"]),
+        (lambda: regfast.parameter_groups(ResidualLinear(2, 2), alpha_lr=math.nan), ValueError,
+         ["alpha_lr", "nan"]),
         (lambda: ReZero(F.relu), TypeError, ["branch", "module", "function"]),
         (lambda: ReZero(nn.Identity(), F.relu), TypeError, ["shortcut", "module", "function"]),
         (lambda: ReZero(nn.Identity(), activation=3), TypeError, ["activation", "3"]),
         (lambda: ReZero(nn.Identity(), form="pre"), ValueError, ["form", "'pre'", "'gate'"]),
-        (lambda: ReZeroTransformerEncoderLayer(8, 2, activation="elu"), ValueError, ["activation", "'elu'"]),
+        (lambda: ReZeroTransformerEncoderLayer(8, 2, activation="elu"), ValueError,
+         ["activation", "'elu'"]),
         (lambda: regfast.parameter_groups(nn.Linear(2, 2)), ValueError, ["gate", "none"]),
-        (lambda: regfast.parameter_groups(ResidualLinear(2, 2), alpha_lr=-1), ValueError, ["alpha_lr", "-1"]),
+        (lambda: regfast.parameter_groups(ResidualLinear(2, 2), alpha_lr=-1), ValueError,
+         ["alpha_lr", "-1"]),
         (lambda: regfast.parameter_groups([]), TypeError, ["model", "list"]),
     ]:  # fmt: skip
         with pytest.raises(error) as raised:
@@ -640,7 +656,7 @@ def test_bad_arguments():
 def train(
     network: nn.Module, x: torch.Tensor, y: torch.Tensor, steps: int, lr: float
 ) -> list[float]:
-    """The losses before each step of Adam, as multiples of what the classes' frequencies alone would give."""
+    """The loss before each step of Adam, relative to that of the classes' frequencies."""
     optimizer, losses = torch.optim.Adam(network.parameters(), lr=lr), []
     frequencies = y.bincount() / len(y)
     for _ in range(steps):
@@ -653,13 +669,13 @@ def train(
 
 
 def rows() -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows that a linear map cannot tell apart: four classes by the signs of two products."""
+    """Rows that no linear map separates: four classes by the signs of two products."""
     x = torch.randn(128, 16)
     return x, (x[:, 0] * x[:, 1] > 0).long() * 2 + (x[:, 2] * x[:, 3] > 0).long()
 
 
 def halves() -> tuple[torch.Tensor, torch.Tensor]:
-    """Images in two classes by which half is the brighter."""
+    """Images in two classes, by the brighter half."""
     x = torch.randn(64, 3, 12, 12)
     return x, (x[:, 0, :6].mean((1, 2)) > x[:, 0, 6:].mean((1, 2))).long()
 
@@ -679,7 +695,7 @@ def halves_network(blocks: list[nn.Module]) -> nn.Module:
 
 
 def initialise(network: nn.Module, init: str) -> None:
-    """As torch does; or as He et al. do, for layers before a ReLU."""
+    """torch's initial weights, or those of He et al., for layers before a ReLU."""
     for layer in network.modules():
         if init == "he" and isinstance(layer, (nn.Linear, nn.Conv2d)):
             nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
@@ -705,7 +721,7 @@ class Nothing(nn.Module):
 
 
 def test_gradients_reach_a_thousand_linear_layers():
-    """At first all gates', and no branch's, which they multiply; from the second step on every parameter's."""
+    """In the first step only gates have gradients, as they multiply branches; later all do."""
     x, y = rows()
     network = rows_network([ResidualLinear(16, 16) for _ in range(500)])
     optimizer, losses = torch.optim.Adam(network.parameters(), lr=3e-3), []
@@ -727,7 +743,7 @@ def test_gradients_reach_a_thousand_linear_layers():
 
 
 def test_a_thousand_linear_layers_without_gates_carry_no_signal():
-    """With the same weights: a chain gives one answer to every input, and no gradient; shortcuts alone blow up."""
+    """With the same weights, a chain ignores its input, without a gradient; shortcuts blow up."""
     x, y = rows()
     gated, ungated, chain = three(
         functools.partial(ResidualLinear, 16, 16), rows_network, 500, "torch"
@@ -743,7 +759,7 @@ def test_a_thousand_linear_layers_without_gates_carry_no_signal():
 @pytest.mark.slow
 @pytest.mark.parametrize("init", ["torch", "he"])
 def test_a_thousand_linear_layers_train_where_plain_ones_do_not(init):
-    """From the same weights. The plain ones' losses come, if anywhere, to that of the classes' frequencies."""
+    """From the same weights. Plain networks reach the loss of the classes' frequencies at best."""
     x, y = rows()
     gated, *plain = (
         train(network, x, y, 25, 3e-3)
@@ -761,10 +777,11 @@ def test_a_thousand_linear_layers_train_where_plain_ones_do_not(init):
 @pytest.mark.slow
 @pytest.mark.parametrize("init,plain", [("torch", "chain"), ("he", "ungated")])
 def test_a_convolutional_network_of_56_layers_trains_where_plain_ones_do_not(init, plain):
-    """Without normalisation: 27 blocks of two, a stem and a head.
+    """Without normalisation: 27 blocks of two layers, a stem and a head.
 
-    In a chain torch's initial weights let the signal die, and beside shortcuts He et al.'s let it blow up. (Either may do with
-    the other's at this depth, if the steps are small. With gates both do.)
+    In a chain torch's initial weights let the signal vanish; with shortcuts He et al.'s weights
+    blow it up. (At this depth and with small steps, each may train with the other's weights. Gates
+    train with both.)
     """
     x, y = halves()
     make = functools.partial(ResidualBlock, 8, 8, norm_layer=None)
@@ -779,7 +796,7 @@ def test_a_convolutional_network_of_56_layers_trains_where_plain_ones_do_not(ini
     "make", [ResidualBlock, functools.partial(BottleneckBlock, expansion=1)], ids=["two", "three"]
 )
 def test_a_deep_normalised_network_trains_too(make):
-    """As the blocks are by default."""
+    """With the blocks' default arguments."""
     x, y = halves()
     losses = train(halves_network([make(8, 8) for _ in range(27)]), x, y, 30, 5e-3)
     assert losses[-1] < 0.3, losses
@@ -787,7 +804,7 @@ def test_a_deep_normalised_network_trains_too(make):
 
 @pytest.mark.parametrize("antialias", [False, True])
 def test_blocks_are_made_under_a_fake_tensor_mode(antialias):
-    """As a network is planned, without memory."""
+    """As in planning a network without memory."""
     with FakeTensorMode():
         block = regfast.ResidualBlock(3, 8, stride=2, antialias=antialias)
         assert block(torch.randn(2, 3, 8, 8)).shape == (2, 8, 4, 4)

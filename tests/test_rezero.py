@@ -1,4 +1,4 @@
-"""rezero, beyond the contract: the gradients of the stream and of the gate, mixed dtypes, and what alpha may be."""
+"""rezero beyond the contract: gradients of stream and gate, mixed dtypes, valid alphas."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TORCH = {
     "gelu": F.gelu,
     "silu": F.silu,
 }
-# Sums of float32 in another order; a gate's gradient is one of thousands of terms of order one.
+# float32 sums in another order; a gate's gradient sums thousands of terms of order one.
 FLOAT32 = dict(rtol=1e-5, atol=1e-5)
 SUM = dict(rtol=1e-4, atol=1e-3)
 every = pytest.mark.parametrize("form", FORMS)
@@ -63,7 +63,7 @@ def test_all_gradients_are_those_of_the_expression_written_out(path, activation,
 
 @every
 @pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 1), (1, 2), (0, 2)], ids=str)
-def test_a_gradient_that_nobody_wants_is_not_computed(path, form, wanted, device):
+def test_an_unneeded_gradient_is_not_computed(path, form, wanted, device):
     leaves = [
         leaf.requires_grad_(place in wanted)
         for place, leaf in enumerate(inputs((2, 3, 11), device))
@@ -83,7 +83,7 @@ def test_a_gradient_that_nobody_wants_is_not_computed(path, form, wanted, device
 
 @every
 def test_first_and_second_derivatives_by_finite_differences(path, form, device):
-    """Of the stream, the branch and the gate together. Rounded to odd quarters, so that no step crosses a kink."""
+    """By stream, branch and gate together. Odd quarters, so that no step crosses a kink."""
     x, f = (
         (torch.randn(2, 3, device=device).mul(2).round() / 2 + 0.25).double().requires_grad_()
         for _ in range(2)
@@ -109,7 +109,7 @@ def test_the_gate_s_gradient_has_the_same_bits_every_time(kernels, device):
 
 @every
 def test_a_program_of_the_backward_takes_several_blocks(kernels, form, device, monkeypatch):
-    """As where there are more than PROGRAMS: two programs for five blocks, of which the last is not full."""
+    """As with more blocks than PROGRAMS: two programs, five blocks, the last not full."""
     from regfast.kernels import rezero as module
 
     monkeypatch.setattr(module, "PROGRAMS", 2)
@@ -147,7 +147,7 @@ def test_at_alpha_zero_the_stream_is_given_back(path, device):
 )
 @every
 def test_stream_and_branch_have_dtypes_of_their_own(path, dtypes, form, device):
-    """As under autocast. The result has the wider one; each gradient is in its tensor's."""
+    """As under autocast. The result has the wider dtype; each gradient has its tensor's."""
     x, f, alpha = inputs((2, 3, 33), device)
     x, f = (t.detach().to(dtype).requires_grad_() for t, dtype in zip((x, f), dtypes))
     y = rezero(x, f, alpha, "relu", form)
@@ -165,7 +165,7 @@ def test_autocast_leaves_the_dtypes_alone(path, device):
 
 
 def test_any_layout_of_either(path, device):
-    """The result is laid out as the stream is."""
+    """The result has the stream's layout."""
     image = torch.randn(2, 4, 5, 6, device=device)
     wide = torch.randn(2, 4, 5, 12, device=device)
     layouts = [
@@ -187,7 +187,7 @@ def test_any_layout_of_either(path, device):
 
 
 def test_strides_of_axes_of_one_element_cost_no_copy():
-    """A step of decoding, and images of one channel: they lie alike, whatever such an axis' stride is."""
+    """A decoding step, and one-channel images: equal layouts, whatever that axis' stride is."""
     pytest.importorskip("triton")
     from regfast.kernels import rezero as module
 
@@ -202,7 +202,7 @@ def test_strides_of_axes_of_one_element_cost_no_copy():
 
 
 def test_relu_at_its_kink_and_at_nan(path, device):
-    """No gradient at zero; torch's own at NaN."""
+    """The gradient is zero at zero, and torch's own at NaN."""
     f = torch.tensor([0.0, -0.0, math.nan, -1.0, 1.0, math.inf], device=device, requires_grad=True)
     x, alpha = torch.zeros(6, device=device), torch.full((1,), 2.0, device=device)
     for form in FORMS:
@@ -215,15 +215,16 @@ def test_relu_at_its_kink_and_at_nan(path, device):
         torch.testing.assert_close(*gradients, rtol=0, atol=0, equal_nan=True)
 
 
-# Of values and slopes in float32: the kernels' are off by 5e-7, torch's own by 1.2e-6, and a GPU's roots and powers by 2^-22.
+# float32 values and slopes: the kernels are off by 5e-7, torch by 1.2e-6, a GPU's roots and powers
+# by 2^-22.
 GELU = dict(rtol=0, atol=2e-6)
 
 
 @every
 def test_gelu_is_that_of_float64(path, form, device):
-    """The values and the slopes, all along the curve and where nothing is left of it.
+    """Values and slopes along the whole curve and its tails.
 
-    (Of infinity torch's own makes NaN in float32, on a CPU.)
+    (At infinity torch's own is NaN in float32, on a CPU.)
     """
     infinite = [math.inf, -math.inf] if path == "triton" else []
     ends = torch.tensor([*infinite, math.nan, 0.0, -0.0, 1e30, -1e30], device=device)
@@ -254,13 +255,13 @@ def test_an_empty_batch(path, device):
     assert y.shape == (0, 3)
     assert torch.autograd.grad(y.sum(), alpha)[0].item() == 0
     if path == "triton":
-        # Nothing is launched for nothing.
+        # An empty tensor launches nothing.
         rezero(torch.ones(1, device=device), torch.ones(1, device=device), alpha)
 
 
 @every
 def test_compiled_code_is_plain_pytorch(form):
-    """Left to the compiler, which fuses it into its neighbours; no graph break, and one graph for every gate."""
+    """The compiler fuses it with its neighbours; no graph break, and one graph for every gate."""
     torch._dynamo.reset()
     counted = CompileCounter()
     step = torch.compile(
@@ -338,7 +339,7 @@ def test_the_ops_refuse_what_a_kernel_would_read_beyond(device):
     reason="the interpreter takes 20 ms for each of a million programs",
 )
 def test_offsets_past_two_to_the_31(kernels, device):
-    """The last elements of 2^31 + 4: they lie where an int32 would have wrapped."""
+    """The last of 2^31 + 4 elements, where an int32 offset would have wrapped."""
     from regfast.kernels import rezero as module
 
     if torch.cuda.mem_get_info()[0] < 20 * 2**30:
@@ -348,5 +349,6 @@ def test_offsets_past_two_to_the_31(kernels, device):
     y = module.rezero(x, x, alpha, "relu", "gate")
     assert (y[-8:] == 1.5).all()
     _, df, dalpha = module.rezero_backward(x, None, x, alpha, "relu", "gate", False, True, True)
-    # Every term is one: up to a program's 2^20 exact in float32, and their sum to its last bits.
+    # Every term is one, so a program's 2^20 terms are exact in float32, and their sum to its last
+    # bits.
     assert (df[-8:] == 0.5).all() and dalpha.item() == pytest.approx(2**31 + 4, rel=1e-6)

@@ -1,4 +1,4 @@
-"""Eager calls go straight to the kernels, and what watches PyTorch's operators sees an operation all the same."""
+"""Eager calls bypass the dispatcher; anything that watches PyTorch's operators sees one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ every = pytest.mark.parametrize("operation", OPERATIONS, ids=str)
 
 
 class Log(TorchDispatchMode):
-    """The names of regfast's operators that are dispatched."""
+    """The names of the regfast operators that are dispatched."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ def test_a_mode_sees_the_operators(operation, device, kernels):
 
 @every
 def test_an_eager_call_is_not_dispatched(operation, device, kernels):
-    """It is what a small network saves its time by; a profile names the autograd Function instead."""
+    """It saves a small network's time; a profile names the autograd Function instead."""
     x = operation.group("main")[0].input(device=device)
     with torch.profiler.profile() as profile:
         call(operation, x)
@@ -68,7 +68,7 @@ def test_flops_are_counted_past_the_operators(operation, device, kernels):
 
 
 def test_a_subclass_is_given_the_operator(device, kernels):
-    """One that has no memory of its own, and computes with two tensors."""
+    """A subclass without memory of its own, which computes with two tensors."""
     a, b = (torch.randn(1, 2, 8, 8, device=device) for _ in range(2))
     pool = regfast.MaxPool2dAA(2)
     y = pool(TwoTensor(a, b))
@@ -76,7 +76,7 @@ def test_a_subclass_is_given_the_operator(device, kernels):
 
 
 def escaped_from_a_transform(x: torch.Tensor) -> torch.Tensor:
-    """2*x, as torch.func.grad has wrapped it. Its memory is another tensor's, which PyTorch's dispatcher finds."""
+    """2*x, wrapped by torch.func.grad. Only PyTorch's dispatcher finds its memory."""
     kept = []
 
     def double(x):
@@ -109,7 +109,7 @@ def test_what_has_escaped_from_a_transform_is_taken_beside_a_leaf(device, kernel
 
 @every
 def test_gradients_of_a_batch_of_gradients(operation, device, kernels):
-    """Of torch.autograd's own vmap, whose tensors have no memory of their own, and are of no subclass."""
+    """torch.autograd's own vmap has tensors without memory that are no subclass."""
     sample = operation.group("main")[0]
     x, arguments = sample.input(device=device), operation.arguments(sample, torch.device(device))
     x = x[:, :, :4, :4] if x.ndim == 4 and "box" not in arguments else x
@@ -125,7 +125,7 @@ def test_gradients_of_a_batch_of_gradients(operation, device, kernels):
 
 @every
 def test_a_tensor_that_is_not_what_its_memory_says(operation, device, kernels):
-    """The imaginary part of a conjugate only notes its sign."""
+    """The imaginary part of a conjugate only has a sign bit."""
     sample = operation.group("main")[0]
     arguments = operation.arguments(sample, torch.device(device))
     x = torch.randn(sample.shape, dtype=torch.cfloat, device=device).conj().imag
@@ -143,7 +143,7 @@ def test_a_tensor_that_is_not_what_its_memory_says(operation, device, kernels):
 
 @pytest.mark.parametrize("form", ["gate", "post"])
 def test_a_graph_of_the_gradient_counts_each_way_once(form, device, kernels):
-    """The branch is computed from the stream, and one gate serves two residuals."""
+    """The branch depends on the stream, and one gate serves two residuals."""
     x = torch.randn(3, 5, dtype=torch.float64, device=device, requires_grad=True)
     alpha = torch.tensor([0.7], dtype=torch.float64, device=device, requires_grad=True)
 
@@ -206,7 +206,7 @@ def test_samples_without_elements(device, kernels):
 
 @every
 def test_a_backward_builds_a_graph_where_it_is_differentiated_alone(operation, device, kernels):
-    """And then it is the reference's: no kernel is launched for it."""
+    """The backward is then the reference's: it launches no kernel."""
     x = operation.group("main")[0].input(torch.float64, device).requires_grad_()
     y = operation.function(x, **operation.arguments(operation.group("main")[0], x.device))
     grad = torch.randn_like(y, requires_grad=True)

@@ -1,4 +1,7 @@
-"""DTensors and fully_shard: every operation, on parts of a batch or of its channels, is what it is on the whole."""
+"""Operations on DTensors and under fully_shard give the result of the whole tensor.
+
+A DTensor holds a part of the batch or of the channels.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-# Two processes: of each operation and placement, the output and all gradients against the plain tensor's.
+# Two processes compare the output and all gradients to the plain tensor's, per operation and
+# placement.
 DRIVER = """
 import time
 
@@ -37,7 +41,9 @@ OPERATIONS = {
     "cutmix": lambda x, a: F.mixup(x, INDEX, 0.25, box=(1, 4, 2, 5)),
     "normalised": lambda x, a: F.mixup(x, INDEX, 0.25, mean=[0.5] * 6, std=[2.0] * 6),
     "loss": lambda x, a: F.mixup_cross_entropy(x.flatten(1), (LABELS, LABELS.flip(0), 0.25)),
-    "losses": lambda x, a: F.mixup_cross_entropy(x.flatten(1), (LABELS, LABELS.flip(0), 0.25), reduction="none"),
+    "losses": lambda x, a: F.mixup_cross_entropy(
+        x.flatten(1), (LABELS, LABELS.flip(0), 0.25), reduction="none"
+    ),
 }
 
 
@@ -51,7 +57,7 @@ def derivatives(function, x, alpha):
 
 
 for name, function in OPERATIONS.items():
-    # (The flattening of rows is torch's own, and it refuses a dimension in the middle.)
+    # (torch flattens the rows, and refuses to shard a dimension in the middle.)
     for placement in (Shard(0), Shard(1), Replicate(), *([] if "loss" in name else [Shard(2)])):
         for gated in (False, True):
             alpha = torch.full((1,), 0.375)
@@ -64,7 +70,9 @@ for name, function in OPERATIONS.items():
             for a, b in zip(found, expected):
                 assert (a is None) == (b is None), name
                 if a is not None:
-                    torch.testing.assert_close(a, b, msg=lambda m: f"{name} {placement} {gated}: {m}")
+                    torch.testing.assert_close(
+                        a, b, msg=lambda m: f"{name} {placement} {gated}: {m}"
+                    )
 
 # An uneven part is gathered, an empty one with it.
 uneven = distribute_tensor(X[:3], mesh, [Shard(0)])
@@ -74,8 +82,10 @@ torch.testing.assert_close(F.max_blur_pool2d(uneven).full_tensor(), F.max_blur_p
 def network():
     torch.manual_seed(0)
     return nn.Sequential(
-        regfast.Conv2dAA(6, 8, 3, 2, 1, activation="relu"), regfast.MaxPool2dAA(2, activation="relu"),
-        regfast.ResidualBlock(8, 8, norm_layer=None), regfast.AvgPool2dAA(2), nn.Flatten(), nn.Linear(8, 5),
+        regfast.Conv2dAA(6, 8, 3, 2, 1, activation="relu"),
+        regfast.MaxPool2dAA(2, activation="relu"),
+        regfast.ResidualBlock(8, 8, norm_layer=None), regfast.AvgPool2dAA(2), nn.Flatten(),
+        nn.Linear(8, 5),
     )
 
 
@@ -83,7 +93,8 @@ def train(model, rows):
     optimizer = torch.optim.SGD(regfast.parameter_groups(model), lr=0.1)
     losses = []
     for _ in range(3):
-        loss = regfast.MixupCrossEntropyLoss()(model(X[rows]), (LABELS[rows], LABELS.flip(0)[rows], 0.25))
+        target = LABELS[rows], LABELS.flip(0)[rows], 0.25
+        loss = regfast.MixupCrossEntropyLoss()(model(X[rows]), target)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -91,7 +102,7 @@ def train(model, rows):
     return torch.stack(losses)
 
 
-# fully_shard: each process has half of the batch, and their mean is the whole's.
+# fully_shard: each process has half of the batch, and the mean of both is that of the whole.
 plain, sharded = network(), network()
 fully_shard(sharded[2], mesh=mesh)
 fully_shard(sharded, mesh=mesh)
@@ -132,7 +143,7 @@ def test_operations_on_parts_are_those_on_the_whole(tmp_path: Path) -> None:
 
 
 def test_plain_tensors_ask_for_nothing_distributed() -> None:
-    """Who has no DTensor does not import them."""
+    """A program without a DTensor does not import torch.distributed.tensor."""
     call = "import sys, torch, regfast; regfast.MaxPool2dAA(2)(torch.randn(1, 1, 4, 4))"
     code = f"{call}; print('torch.distributed.tensor' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -1,4 +1,4 @@
-"""The training script: every flag runs, an interrupted run goes on as if it had not been, and two processes train as one."""
+"""The training script: every flag runs, interrupted runs continue, two processes train as one."""
 
 from __future__ import annotations
 
@@ -93,8 +93,8 @@ def test_every_flag_runs(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["timm:resnet18", "torchvision:resnet18"])
-def test_other_people_s_models_train(tmp_path: Path, model: str) -> None:
-    """In a process of their own, where nothing else has helped torchvision to load."""
+def test_timm_and_torchvision_models_train(tmp_path: Path, model: str) -> None:
+    """In separate processes, in which nothing else has prepared torchvision."""
     skip_without(model)
     binary(tmp_path, True, pixels(70), list(range(10)) * 7)
     flags = (
@@ -129,7 +129,7 @@ def skip_without(model: str) -> None:
 
 
 @pytest.mark.parametrize("model,channels", [("timm:resnet18", 1), ("torchvision:resnet18", 3)])
-def test_other_people_s_models_are_made_as_asked(model: str, channels: int) -> None:
+def test_timm_and_torchvision_models_are_made_as_given(model: str, channels: int) -> None:
     skip_without(model)
     made = models.make(model, channels, 7, antialias=True)
     assert made.conv1.in_channels == channels and made.fc.out_features == 7
@@ -141,7 +141,7 @@ def test_other_people_s_models_are_made_as_asked(model: str, channels: int) -> N
     [
         ("timm:nosuch", "--model timm:nosuch: timm makes no such model: Unknown model (nosuch)"),
         ("torchvision:nosuch", "--model torchvision:nosuch: torchvision has no such classifier"),
-        # It would download a backbone.
+        # The model would download a backbone.
         ("torchvision:fasterrcnn_resnet50_fpn", "torchvision has no such classifier"),
         # The digits have one channel.
         ("torchvision:resnet18", "images of 3 channels, and these have 1"),
@@ -158,7 +158,7 @@ def test_a_model_that_cannot_be_had_is_one_line(
 def test_a_library_that_is_not_installed_is_one_line(
     tmp_path: Path, library: str, capsys, monkeypatch
 ) -> None:
-    # A module that is None here does not import, whatever is installed.
+    # A module that is None in sys.modules does not import, whatever is installed.
     monkeypatch.setitem(sys.modules, library, None)
     told = refused(tmp_path / "out", capsys, "--model", f"{library}:resnet18")
     assert told.startswith(f"error: {library} does not import: ") and told.endswith(
@@ -180,7 +180,7 @@ def test_a_library_that_does_not_import_is_one_line(tmp_path: Path, capsys, monk
 
 
 def refused(out: Path, capsys: pytest.CaptureFixture[str], *flags: str) -> str:
-    """The one line that an error is, with status 2, before anything is written."""
+    """The error's one line; the status is 2, and nothing is written."""
     with pytest.raises(SystemExit) as raised:
         run(out, *flags)
     assert raised.value.code == 2 and not out.exists()
@@ -197,7 +197,10 @@ class Interrupted(Exception):
 def test_an_interrupted_run_goes_on_as_if_it_had_not_been(
     tmp_path: Path, flags: tuple[str, ...], monkeypatch
 ) -> None:
-    """Bit for bit: parameters, optimizer and metrics; stopped in the middle of its second epoch, and once more at its end."""
+    """Parameters, optimizer and metrics, bit for bit.
+
+    The run stops in the middle of its second epoch, and once more at its end.
+    """
     flags = ("--epochs", "3", "--seed", "5", *flags)
     run(tmp_path / "whole", *flags)
     step, steps = train.Run.step, []
@@ -223,7 +226,7 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(
 def test_a_run_that_has_ended_says_the_same_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It neither trains nor measures anything anew; one that came to its last epoch alone is measured."""
+    """It neither trains nor measures again; a run that ended before its measurement is measured."""
     first = run(tmp_path)
     monkeypatch.setattr(train.Run, "epoch", lambda _: pytest.fail("it trained"))
     (tmp_path / "result.json").unlink()
@@ -234,7 +237,7 @@ def test_a_run_that_has_ended_says_the_same_again(
 
 @pytest.fixture
 def epochs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The epochs that have been trained; their number is the time that a deadline is held against."""
+    """One entry per trained epoch; a deadline's clock reads their number."""
     begun: list[int] = []
     epoch = train.Run.epoch
 
@@ -269,7 +272,7 @@ def test_after_the_deadline_no_epoch_begins_and_another_call_goes_on(
     check_equal(
         *(torch.load(tmp_path / name / "checkpoint.pt")["model"] for name in ("whole", "broken"))
     )
-    # A run that has ended says so at any time.
+    # A run that has ended prints its result at any time.
     assert train.main(command, deadline=0) == result
 
 
@@ -295,7 +298,10 @@ def test_where_the_steps_are_cuda_graphs(
 
 
 class Recorder:
-    """As torch.cuda.make_graphed_callables from outside: it runs the network first, and has a graph of its training alone."""
+    """A stand-in for torch.cuda.make_graphed_callables, as seen from outside.
+
+    It first runs the network, and graphs only its training forward.
+    """
 
     def __init__(self) -> None:
         self.samples: list[torch.Tensor] = []
@@ -335,7 +341,7 @@ class Recorder:
 def test_a_captured_network_trains_as_the_plain_one(
     tmp_path: Path, flags: tuple[str, ...], epochs: list[int], monkeypatch
 ) -> None:
-    """Bit for bit, so that the runs before the capture are forgotten; also from a checkpoint, and of less than a batch."""
+    """Bit for bit: warm-up runs leave no trace; also from a checkpoint and on a partial batch."""
     binary(tmp_path, True, pixels(70), list(range(10)) * 7)
     flags = ("--data", "cifar10", "--root", str(tmp_path), "--epochs", "3", *flags)
     run(tmp_path / "plain", *flags)
@@ -350,7 +356,7 @@ def test_a_captured_network_trains_as_the_plain_one(
     layout = torch.channels_last if "--channels-last" in flags else torch.contiguous_format
     for sample in recorder.samples:
         assert sample.shape == (batch, 3, 24, 24) and sample.is_contiguous(memory_format=layout)
-    # In evaluation the network is the plain one.
+    # Evaluation uses the plain network.
     assert recorder.replays == 3 * (70 // batch)
     plain, captured = (
         torch.load(tmp_path / name / "checkpoint.pt") for name in ("plain", "captured")
@@ -380,7 +386,7 @@ def test_graphs_train_as_launches_do(tmp_path: Path, monkeypatch: pytest.MonkeyP
     for graphs, launches in zip(
         lines(tmp_path / "graphs"), lines(tmp_path / "launches"), strict=True
     ):
-        # The same kernels, but with workspaces of other sizes cuDNN may choose others, which round otherwise.
+        # With other workspace sizes cuDNN may choose other kernels, which round differently.
         assert graphs["loss"] == pytest.approx(launches["loss"], rel=1e-3)
 
 
@@ -408,7 +414,7 @@ def check_equal(a, b) -> None:
 
 
 def test_tensorboard_has_every_epoch_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also of a run that was stopped between an epoch's points and its checkpoint, and so did the epoch again."""
+    """Also if a run stops between an epoch's points and its checkpoint, and repeats the epoch."""
     events = pytest.importorskip(
         "tensorboard.backend.event_processing.event_accumulator",
         reason="the test extra is not installed",
@@ -462,7 +468,7 @@ def test_different_runs_never_meet_by_default(
             )
             == result
         )
-    # The same run meets itself.
+    # The same run finds its own folder.
     monkeypatch.setattr(train.Run, "epoch", lambda _: pytest.fail("it trained"))
     assert train.main(SMALL) == plain
 
@@ -478,7 +484,7 @@ def test_the_default_folder_is_named_after_the_data_the_model_and_the_flags(tmp_
         named("--model", "timm:resnet50", "--channels-last")
         == "out/train/digits-timm-resnet50-channels-last"
     )
-    # What a run is free to change.
+    # Options that a run may change.
     assert named("--device", "cpu", "--threads", "2") == "out/train/digits-cnn"
     assert named(world=2) == "out/train/digits-cnn-processes2"
     # Folders of one name in two places are two data sets.
@@ -491,11 +497,14 @@ def test_the_default_folder_is_named_after_the_data_the_model_and_the_flags(tmp_
 
 
 def test_every_argument_of_a_run_is_in_its_default_folder(tmp_path: Path) -> None:
-    """As `identity`, which the checkpoint is compared by, has them."""
+    """The folder has the arguments of `identity`, which a checkpoint is compared by."""
     changed = {
-        "--data": "cifar10", "--size": "48", "--crop": "20", "--limit": "9", "--model": "resnet", "--width": "8",
-        "--antialias": None, "--rezero": None, "--mixup": "0.5", "--cutmix": "0.5", "--flip": None, "--compile": None,
-        "--amp": None, "--channels-last": None, "--epochs": "3", "--batch": "5", "--lr": "0.1", "--seed": "7",
+        "--data": "cifar10", "--size": "48", "--crop": "20", "--limit": "9", "--model": "resnet",
+        "--width": "8",
+        "--antialias": None, "--rezero": None, "--mixup": "0.5", "--cutmix": "0.5", "--flip": None,
+        "--compile": None,
+        "--amp": None, "--channels-last": None, "--epochs": "3", "--batch": "5", "--lr": "0.1",
+        "--seed": "7",
         "--shift-images": "9",
     }  # fmt: skip
     single = [named(*filter(None, item)) for item in [*changed.items(), ("--manifold", "1")]]
@@ -509,7 +518,7 @@ def test_every_argument_of_a_run_is_in_its_default_folder(tmp_path: Path) -> Non
 def test_the_measuring_of_the_shifts_is_announced(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """In a log, where no bar moves, before it begins; what there is of images counts, not what was asked for."""
+    """In a log, which has no bar, before it begins; with the number of images that exist."""
     run(tmp_path, "--limit", "8", "--shift-images", "512")
     printed = capsys.readouterr().out
     measured = printed.index("measuring 8 test images at 64 shifts each\n")
@@ -585,7 +594,7 @@ sys.path.insert(0, {examples!r})
 import train
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 train.Run.step = lambda *_: sys.exit("it trained")
-# As a disk that is nearly full: no file may be longer.
+# Like a nearly full disk: no file may be longer than this.
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 train.main(sys.argv[1:])
 """
@@ -607,14 +616,16 @@ def test_a_full_disk_is_an_error_before_training_and_leaves_nothing_half_written
     assert not list(tmp_path.iterdir())
 
 
-# A network without batch normalisation, which sees a process's own images alone; and a step that may wait for the test.
+# A network without batch normalisation, which would see only its process's images; and a step that
+# may wait for the test.
 DRIVER = """
 import os, pathlib, sys, time
 sys.path.insert(0, {examples!r})
 import torch
 import models, train
 models.make = lambda name, channels, classes, **_: torch.nn.Sequential(
-    torch.nn.Conv2d(channels, 4, 3, 2), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(484, classes)
+    torch.nn.Conv2d(channels, 4, 3, 2), torch.nn.ReLU(), torch.nn.Flatten(),
+    torch.nn.Linear(484, classes)
 )
 step, marker = train.Run.step, os.environ.get("MARKER")
 
@@ -657,7 +668,7 @@ def finish(process: subprocess.Popen) -> str:
         printed, _ = process.communicate(timeout=120)
     finally:
         if process.poll() is None:
-            # So that it ends its workers, which are no group of this one.
+            # So that it ends its workers, which are in another process group.
             process.terminate()
             process.wait(60)
     return printed
@@ -665,7 +676,7 @@ def finish(process: subprocess.Popen) -> str:
 
 @pytest.mark.slow
 def test_two_processes_train_as_one_with_their_batches_together(tmp_path: Path) -> None:
-    """Without mixing, and without batch normalisation; to rounding, for gradients are averaged in another order."""
+    """Without mixing and batch normalisation; to rounding, as averaging reorders the sums."""
     flags = ("--epochs", "2", "--flip")
     for processes, batch in ((1, "32"), (2, "16")):
         process = launch(
@@ -673,7 +684,7 @@ def test_two_processes_train_as_one_with_their_batches_together(tmp_path: Path) 
         )
         printed = finish(process)
         assert process.returncode == 0, printed
-        # Rank 0 alone prints and writes.
+        # Only rank 0 prints and writes.
         assert printed.count("epoch   2") == 1
     one, two = (torch.load(tmp_path / name / "checkpoint.pt") for name in "12")
     for name, parameter in one["model"].items():
@@ -693,7 +704,7 @@ def test_mixing_streams_differ_by_rank_and_are_kept(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_dead_worker_ends_the_job_and_the_run_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
-    """kill -9 in the middle of the second epoch; then the same command again, against a run without a kill."""
+    """kill -9 in the second epoch, then the same command; compared to an uninterrupted run."""
     flags = ("--epochs", "3", "--mixup", "0.5", "--batch", "16")
     whole = launch(tmp_path, 2, *flags, "--out", str(tmp_path / "whole"))
     assert "epoch   3" in finish(whole)

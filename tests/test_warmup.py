@@ -1,4 +1,4 @@
-"""After `warm_up` no image size compiles anything: what a kernel is specialised on has been met."""
+"""After `warm_up` no image size compiles anything: every specialisation has been compiled."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ NAMES = {"_forward_kernel", "_backward_kernel"}
 
 @pytest.fixture
 def met(monkeypatch):
-    """What has been compiled for, as the launches say: none is made."""
+    """The specialisations of the launches; nothing is launched."""
     met: set = set()
 
     def note(launch: Launch, *args: object) -> None:
-        # Tensors count by their dtype and alignment, integers by their width; options are constants.
+        # A specialisation has tensors' dtype and alignment, integers' width, and options as
+        # constants.
         given = [
             (a.dtype, a.data_ptr() % 16 == 0) if isinstance(a, torch.Tensor) else a >= 2**31
             for a in (*args, *launch.numbers)
@@ -48,7 +49,7 @@ LAYERS = [
 
 
 @pytest.mark.parametrize("layer", LAYERS, ids=repr)
-def test_no_size_compiles_what_warm_up_has_not(layer, met, device):
+def test_no_size_compiles_anything_after_warm_up(layer, met, device):
     regfast.warm_up(nn.Sequential(layer, nn.ReLU()), device=device, dtypes=[torch.bfloat16])
     known, draw = set(met), random.Random(0)
     assert {name for name, *_ in known} == NAMES
@@ -75,7 +76,7 @@ def test_what_is_not_asked_for_is_not_compiled(met, device):
     )
     assert {name for name, *_ in met} == {"_forward_kernel"}
     assert all("channels_last=True" in options for *_, options in met)
-    # By alignment: channels by 4, 2 and 1.
+    # By alignment: channels that are multiples of 4, 2 and 1.
     assert len(met) == 3
 
 
@@ -91,7 +92,7 @@ def dtypes_of(met):
     "own", [torch.float16, torch.bfloat16, torch.float32, torch.float64, None], ids=str
 )
 def test_the_model_says_device_and_dtypes(own, met, device):
-    """A float32 model runs under autocast as well; a model without parameters may be part of one."""
+    """A float32 model also runs under autocast; a model without parameters may be part of one."""
     pooling = regfast.MaxPool2dAA(2)
     if own is None:
         model = pooling
@@ -112,11 +113,12 @@ def test_nothing_runs_where_no_kernel_does(where, monkeypatch):
     monkeypatch.setattr("regfast.warmup.max_blur_pool", None)
     regfast.warm_up(nn.Sequential(nn.Conv2d(1, 1, 1), regfast.MaxPool2dAA(2)).to(where))
     with regfast.backend("triton"), pytest.raises(TypeError, match="not callable"):
-        # The stand-in would have been called: on a CPU the interpreter runs kernels that are asked for by name.
+        # The stand-in would have been called: on a CPU a named backend runs kernels in the
+        # interpreter.
         regfast.warm_up(regfast.MaxPool2dAA(2))
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="of a machine without CUDA")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 def test_a_device_that_is_not_there_is_an_error():
     with pytest.raises((RuntimeError, AssertionError), match="CUDA"):
         regfast.warm_up(regfast.MaxPool2dAA(2), device="cuda")
