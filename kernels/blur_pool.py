@@ -1,11 +1,14 @@
-"""A strided depthwise blur in one pass: the kernels of max-blur pooling with a window of one element.
+"""A strided depthwise blur in one pass: the kernels of max-blur pooling with a kernel_size of 1.
 
-With a kernel of 1 the maximum, its state and the second read of x are compiled away, and what is left is the blur: the forward
-reads x once and writes y once, the backward reads the output's gradient once and writes the input's once. A volume is
-blurred as images, twice: its slices, and then down these, each a row. Between the two are float32 numbers, rounded once.
+With a kernel of 1 the maximum, its state and the second read of x are compiled away, and a blur is
+left. The forward reads x once and writes y once; the backward reads the output's gradient once and
+writes the input's once. A volume takes two passes over images: first its slices, then down the
+slices, where each slice is one row. The numbers between the two passes are float32 (float64 for
+float64 inputs), so the result is rounded once.
 
-Two numbers, 2-d, 3 taps, stride 2, G columns a lane, per input element of e bytes: 1.25 e bytes each way; forward 1 + 1/G loads
-and 2.25 multiply-adds, backward 0.25 + 1.5/G loads and 2.25 + 2/G multiply-adds.
+Cost in 2-d, with 3 taps, stride 2 and G columns per lane, per input element of e bytes:
+    forward     1.25 e bytes; 1 + 1/G loads, 2.25 multiply-adds
+    backward    1.25 e bytes; 0.25 + 1.5/G loads, 2.25 + 2/G multiply-adds
 """
 
 from __future__ import annotations
@@ -44,8 +47,11 @@ def blur_pool(x: torch.Tensor, window: Window) -> torch.Tensor:
 def blur_pool_backward(
     g: torch.Tensor, shape: torch.Size, stride: tuple[int, ...], window: Window
 ) -> torch.Tensor:
-    """The gradient of an input of a blur, of such a shape and strides, in its memory format, from that of the output."""
-    # By the input: of an output that is small the format may be ambiguous.
+    """The gradient of a blur's input of this shape and stride, in its memory format.
+
+    g is the gradient of the output.
+    """
+    # By the input: a small output's memory format may be ambiguous.
     channels_last = window.rank == 3 and is_channels_last(
         torch.empty_strided(shape, stride, device="meta")
     )
@@ -70,7 +76,10 @@ def blur_pool_backward(
 def _prepare_backward(
     g: torch.Tensor, shape: torch.Size, stride: tuple[int, ...], window: Window, misaligned: int
 ) -> tuple[Any, ...]:
-    """The strides of the input's gradient and the launch that fills it; of volumes, shapes and two launches."""
+    """The strides of the input's gradient and the launch that writes it.
+
+    For volumes: the shapes of what the two passes write, and their launches.
+    """
     channels_last = is_channels_last(torch.empty_strided(shape, stride, device="meta"))
     like = empty(list(shape), on_meta(g), channels_last)
     if window.rank < 3:
@@ -87,7 +96,7 @@ def _prepare_backward(
 def _prepare_volumes(
     x: torch.Tensor, window: Window, misaligned: int
 ) -> tuple[tuple[Any, ...], Launch, Launch]:
-    """The shapes of what is between two passes and of the output, and the launches that fill them."""
+    """The shapes of what the two passes write, and their launches."""
     channels_last, shape = is_channels_last(x), torch.Size(output_shape(window, x.shape))
     planes, slices = _passes(window)
     between = torch.Size((*x.shape[:3], *shape[3:]))
@@ -99,24 +108,24 @@ def _prepare_volumes(
 
 
 def _passes(window: Window) -> tuple[Window, Window]:
-    """The windows of a volume's slices, activated, and of what is down them."""
+    """The windows of a volume's two passes: over its slices, with the activation, and down them."""
     return as_image(window, 1, 2), as_image(window, 0, None)._replace(activation=None)
 
 
 def _wide(t: torch.Tensor) -> torch.Tensor:
-    """An empty tensor as the numbers between two passes from t are."""
+    """An empty tensor of the dtype that the numbers between two passes from t have."""
     return t.new_empty(0, dtype=torch.promote_types(t.dtype, torch.float32))
 
 
 def _empty_volumes(
     t: torch.Tensor, between: torch.Size, last: torch.Size, channels_last: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What two passes from t fill, in a memory format."""
+    """Empty tensors for what two passes from t write, in a memory format."""
     return empty(list(between), _wide(t), channels_last), empty(list(last), t, channels_last)
 
 
 def _planes(shape: tuple[int, ...], channels_last: bool) -> Layout:
-    """Dense volumes as images: their slices."""
+    """Dense volumes as images: each slice is an image."""
     n, c, d, h, w = shape
     if channels_last:
         return Layout((n * d, c, 1, h, w), (h * w * c, 1, 0, w * c, c))
@@ -124,7 +133,7 @@ def _planes(shape: tuple[int, ...], channels_last: bool) -> Layout:
 
 
 def _slices(shape: tuple[int, ...], channels_last: bool) -> Layout:
-    """Dense volumes as images: a slice is a row."""
+    """Dense volumes as images: each slice is a row."""
     n, c, d, *plane = shape
     columns = math.prod(plane)
     if channels_last:

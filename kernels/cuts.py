@@ -1,7 +1,7 @@
-"""How the pooling kernels are cut: what a lane has, what a program streams, and how tensors are read and written.
+"""The cuts of the pooling kernels: a lane's elements, a program's rows, and the access to tensors.
 
-A launch depends on sizes and strides by its numbers. What is compiled for is the window, the alignment, which borders the image's
-sizes have, and, of narrow images, the columns of a lane that fit the width.
+A launch takes sizes and strides as numbers. A kernel is compiled for the window, the alignment, the
+borders that the image's sizes have and, for narrow images, the columns per lane that fit the width.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ from .windows import axis_of
 class Cut(NamedTuple):
     """How a launch is cut.
 
-    `columns` are the elements of a row that a lane may have, the first that fits in all images but NARROW ones, and `vector`
-    the channels at most, where they are innermost;
-    `held` bounds what a lane holds, in windows of elements. `unroll` are the rows of outputs at once, `rows` those a program
-    at most. `programs` are what a large device wants: a launch with fewer streams fewer rows a program, but four at least.
+    `columns` are choices for a lane's elements of a row: the first that fits or, in images no wider
+    than NARROW, the cheapest. `vector` is the most channels of a lane where they are innermost.
+    `held` bounds the windows' elements that a lane holds. `unroll` is the rows of outputs per
+    iteration, `rows` the most rows per program. `programs` fill a large device: a launch with fewer
+    programs gives each fewer rows, but at least four.
     """
 
     columns: tuple[int, ...]
@@ -36,15 +37,17 @@ class Cut(NamedTuple):
     programs: int = 2048
 
 
-# The width up to which a row of the first choice's lanes may compute more than an eighth in vain, and is cut to fit.
+# Up to this width lanes of the first choice could waste more than an eighth of a row, so the lanes
+# are cut to fit.
 NARROW = 64
 
-# The pinned cuts. They balance loads and maxima that a lane's columns share against registers, of which spilling is the end; a
-# lane's first choice of innermost columns is a vector of 16 bytes, which is written at once.
+# The pinned cuts. They balance the loads and maxima that a lane's columns share against registers,
+# short of a spill. The first choice of innermost columns is a vector of 16 bytes, written at once.
 COLUMNS = (8, 10, 12, 14, 18)
 BORDERS = Cut((4,), 2, 24, 1, num_warps=8)
 CUTS = {
-    # Of 16-bit numbers with innermost columns, with innermost channels; of wider ones, the same.
+    # For 16-bit numbers with innermost columns, and with innermost channels; for wider numbers with
+    # innermost columns, and with innermost channels.
     "forward": (
         Cut((*COLUMNS, 20, 22, 24, 26), 1, 72, 2),
         Cut((4,), 4, 72, 2),
@@ -57,7 +60,7 @@ CUTS = {
         Cut((4,), 1, 24, 1),
         Cut((4,), 1, 24, 1),
     ),
-    # The backward where weights depend on the border, which each lane holds its own of.
+    # The backward where weights depend on the border: each lane holds its own weights.
     "borders": (
         BORDERS._replace(columns=COLUMNS, vector=1, held=22),
         BORDERS._replace(held=40),
@@ -81,7 +84,7 @@ CUTS = {
 def _outputs_for(
     cut: Cut, window: Window, width: int, outputs: int, vector: int, lane_vector: int
 ) -> int:
-    """The outputs of a row that a lane has: such that its row has the fewest windows and accesses."""
+    """The outputs of a row that a lane has: those that cost the fewest windows and accesses."""
     s, k = window.stride[1], window.kernel_size[1]
     choices = [max(columns // s, 1) for columns in cut.columns]
     fitting = [own for own in choices if (own * s + k - 1) * k * lane_vector <= cut.held] or [
@@ -96,7 +99,7 @@ def _outputs_for(
 
 
 def _columns_for(group: int, most: int, layouts: tuple[Layout, ...]) -> int:
-    """The columns of these layouts that are read and written at once."""
+    """The columns of these layouts that are read or written at once."""
     columns = min(group & -group, most)
     while columns > 1 and not all(layout.is_cut(4, columns) for layout in layouts):
         columns //= 2
@@ -104,17 +107,20 @@ def _columns_for(group: int, most: int, layouts: tuple[Layout, ...]) -> int:
 
 
 def _span(layout: Layout) -> int:
-    """The elements from an image's first to beyond its last, and two rows and columns more for what is read beside it."""
+    """The elements that an image spans, with two more rows and columns for reads beside it."""
     (_, _, *sizes), (_, _, *strides) = layout.shape, layout.strides
     return sum((size + 2) * abs(stride) for size, stride in zip(sizes, strides))
 
 
 def prepare(
-    kernel: Any, kind: str, window: Window, inputs: tuple[Layout, ...], output: Layout, t: torch.Tensor, misaligned: int
+    kernel: Any, kind: str, window: Window, inputs: tuple[Layout, ...], output: Layout,
+    t: torch.Tensor, misaligned: int,
 ) -> Launch:  # fmt: skip
-    """The launch of a kernel, cut as a kind of CUTS: `inputs` are x, or x and its gradient, the output is y or its gradient.
+    """The launch of a kernel, cut by CUTS[kind].
 
-    t gives the dtype and the device, and `misaligned` is the last of `kinds_of`.
+    `inputs` are the layouts of x in a forward, or of x and its gradient in a backward; `output` is
+    that of y or its gradient. t gives the dtype and the device. `misaligned` is the last of
+    `kinds_of`.
     """
     backward = len(inputs) > 1
     target, itemsize = target_of(t.device), t.element_size()
@@ -139,7 +145,7 @@ def prepare(
     h = axis_of(window, 0, height, cut.unroll)
     covered = out_width * w.stride
     whole = out_width >= w.outputs and (covered == width or (covered < width and not backward))
-    # Vectors do not have what a border mode finds beyond the image, which the forward reads.
+    # A vector cannot hold what a border mode puts beyond the image, and the forward reads that.
     beyond = not backward and (w.moves_windows or (not whole and w.edge == "high"))
     columns = 1 if beyond else _columns_for(math.gcd(w.group, covered), most, inputs)
     out_columns = _columns_for(w.outputs, most, (output,))
@@ -151,7 +157,7 @@ def prepare(
     rows_in_all = -(-height // window.stride[0]) if backward else out_height
     lanes, lanes_a_program = n * (channels // vector) * groups, target.warp_size * cut.num_warps
     blocks = -(-lanes // lanes_a_program)
-    # (No image has no block.)
+    # An empty batch has no block.
     chunks = max(-(-rows_in_all // cut.rows), min(cut.programs // max(blocks, 1), rows_in_all // 4))
     rows = -(-rows_in_all // chunks)
     layouts = (output, *inputs) if backward else (*inputs, output)
@@ -162,12 +168,13 @@ def prepare(
         (lanes, channels, groups, height, width, out_height, out_width, rows, *strides),
         t.device,
         not misaligned,
-        H=h, W=w, RELU=window.activation == "relu", ACCESS=access, LANES=lanes_a_program, num_warps=cut.num_warps,
+        H=h, W=w, RELU=window.activation == "relu", ACCESS=access, LANES=lanes_a_program,
+        num_warps=cut.num_warps,
     )  # fmt: skip
 
 
 def layout_of(t: torch.Tensor) -> Layout:
-    """The layout of a batch of images, or of signals: as one image, of as many rows."""
+    """The layout of a batch of images, or of signals: these are the rows of one image."""
     shape, strides = t.shape, t.stride()
     if t.ndim == 3:
         shape, strides = (1, shape[1], shape[0], shape[2]), (0, strides[1], strides[0], strides[2])
@@ -175,11 +182,11 @@ def layout_of(t: torch.Tensor) -> Layout:
 
 
 def check_window(x: torch.Tensor, window: Window) -> Window:
-    """The window as the kernels have it, of images.
+    """The window as the kernels take it: a window of images.
 
     Raises:
-        ValueError: for windows of volumes or with a dilation, and for a spatial size of 2^30 or more, which the kernels, that
-            count positions in 32 bits, could not count twice over.
+        ValueError: for windows of volumes or with a dilation; and for a spatial size of 2^30 or
+            more, because the kernels count positions up to twice a size in 32 bits.
     """
     if not window.is_of_images:
         raise ValueError(
@@ -187,6 +194,7 @@ def check_window(x: torch.Tensor, window: Window) -> Window:
         )
     if max(x.shape[2:]) >= 2**30:
         raise ValueError(
-            f"the kernels take spatial sizes below 2^30, got {tuple(x.shape[2:])}: take backend 'reference'"
+            f"the kernels take spatial sizes below 2^30, got {tuple(x.shape[2:])}: "
+            "use backend='reference'"
         )
     return as_image(window, None, 0) if window.rank == 1 else window

@@ -1,8 +1,9 @@
-"""Lanes: how the pooling kernels lay a batch of images over a GPU's threads, and read and write it.
+"""Lanes: how the pooling kernels map a batch of images to threads, and read and write it.
 
-A lane is a group of successive columns of an image, of `vector` successive channels, and streams down its rows; a tile is as
-many lanes as a program has threads. Lanes are numbered along the innermost axis first, so that neighbours lie side by side in
-memory whatever the sizes: no size wastes threads, or is compiled for. What is compiled for is the alignment.
+A lane is a group of successive columns of an image, in `vector` successive channels. It streams
+down the rows. A tile has one lane per thread of a program. Lanes are numbered along the innermost
+axis first, so that neighbours lie side by side in memory. No size wastes threads. Kernels are
+compiled for the alignment, not for sizes.
 """
 
 from __future__ import annotations
@@ -15,17 +16,18 @@ import triton.language as tl
 from .tiles import join, split
 from .windows import element
 
-# The numbers of a kernel, on none of which it is specialised; strides follow.
+# The integers of a kernel, before its strides. Triton does not specialise on them.
 NUMBERS = ["lanes", "channels", "groups", "height", "width", "out_height", "out_width", "rows"]
 
 
 class Access(NamedTuple):
-    """How a launch reads and writes, at compile time.
+    """How a launch reads and writes, known at compile time.
 
-    `vector` counts the channels of a lane, more than one only where they are innermost. `dense` says whether columns are one
-    after the other in memory, `columns` and `out_columns` how many of an input and of an output are read at once then. `whole`
-    says that every lane has all its columns and outputs; `small`, that no image spans 2^31 elements, so that places in it are
-    counted in 32 bits; `packed`, that 16-bit numbers are taken two at a time (tiles.py).
+    `vector` is the number of channels of a lane: 1 unless channels are innermost. `dense` says
+    whether columns are contiguous; then `columns` of an input and `out_columns` of an output are
+    read at once. `whole` says that every lane has all its columns and outputs. `small` says that no
+    image spans 2^31 elements, so that offsets in it take 32 bits. `packed` says that 16-bit numbers
+    are taken two per instruction (tiles.py).
     """
 
     channels_last: bool
@@ -40,7 +42,10 @@ class Access(NamedTuple):
 
 @triton.jit
 def program_of(rows, rows_a_program):
-    """This program's block of lanes and first row. Programs that follow each other down an image share rows in a cache."""
+    """This program's block of lanes and its first row.
+
+    Successive programs go down an image, so that they share rows in a cache.
+    """
     chunks = tl.cdiv(rows, rows_a_program)
     return tl.program_id(0) // chunks, tl.program_id(0) % chunks * rows_a_program
 
@@ -56,10 +61,11 @@ def lane_of(
     LANES: tl.constexpr,
     ACCESS: tl.constexpr,
 ):
-    """Image, first channel and first of OUTPUTS outputs of every lane of a tile, and whether it exists: (LANES, 1) each.
+    """Each lane's image, first channel and first output, and whether it exists: (LANES, 1) each.
 
-    Lanes beyond the last do as that one does, and write nothing. If all of every lane is to be in the image, the last lane of
-    a row ends where the row does, and what it shares with the lane before it is written twice, and alike.
+    A lane has OUTPUTS outputs. Lanes beyond the last compute what the last does and write nothing.
+    With ACCESS.whole the last lane of a row ends where the row does. The columns that it shares
+    with the lane before are written twice, with the same values.
     """
     lane = block.to(lanes.dtype) * LANES + tl.arange(0, LANES)[:, None]
     exists = lane < lanes
@@ -79,19 +85,23 @@ def lane_of(
 
 @triton.jit
 def image_of(ptr, lane, STRIDE: tl.constexpr, COLUMNS: tl.constexpr, strides, ACCESS: tl.constexpr):
-    """A tensor as its lanes see it, STRIDE columns an output: pointers to their own in row 0; strides of rows and columns."""
+    """A tensor with STRIDE columns per output, as lanes read or write it.
+
+    Returns pointers to each lane's first own column in row 0, (LANES, VECTOR), and the strides of
+    rows and columns.
+    """
     n, c, own, _ = lane
     stride_n, stride_c, stride_h, stride_w = strides
-    # The launcher has checked the alignment. Rounding to it changes nothing, and lets the compiler see it.
+    # The launcher has checked the alignment. Rounding changes nothing and shows it to the compiler.
     ALIGN: tl.constexpr = ACCESS.vector if ACCESS.channels_last else COLUMNS
     stride_n, stride_h = stride_n // ALIGN * ALIGN, stride_h // ALIGN * ALIGN
     column = own * STRIDE
     if ACCESS.channels_last:
-        # Channels are one after the other where they are taken more than one at a time.
+        # A vector's channels are contiguous.
         stride_c = 1 if ACCESS.vector > 1 else stride_c
         stride_w = stride_w // ALIGN * ALIGN
     elif ACCESS.dense:
-        # A width of one may come with any stride.
+        # A width of 1 may have any stride.
         column = column // ALIGN * ALIGN
         stride_c, stride_w = stride_c // ALIGN * ALIGN, 1
     start = ptr + n * stride_n + c * stride_c + column.to(tl.int64) * stride_w
@@ -100,7 +110,7 @@ def image_of(ptr, lane, STRIDE: tl.constexpr, COLUMNS: tl.constexpr, strides, AC
 
 @triton.jit
 def place(index, stride, ACCESS: tl.constexpr):
-    """Where the index-th row or column of an image is, from its first one."""
+    """The offset of the index-th row or column of an image from its first."""
     if ACCESS.small:
         return index * stride
     else:
@@ -117,7 +127,10 @@ def places_of(
     W: tl.constexpr,
     ACCESS: tl.constexpr,
 ):
-    """Where the elements that stand for a lane's columns FIRST, ... are, from its own first one, `column`."""
+    """The offsets of a lane's columns FIRST, FIRST + 1, ... from `column`, its first own one.
+
+    A column beyond the image has the offset of the element that stands for it.
+    """
     places = ()
     for i in tl.static_range(FIRST, FIRST + COUNT):
         if ACCESS.whole and i >= 0 and i < W.group:
@@ -129,11 +142,13 @@ def places_of(
 
 @triton.jit
 def load_columns(
-    image, row, places, FIRST: tl.constexpr, room, OWN: tl.constexpr, ACCESS: tl.constexpr, TYPE: tl.constexpr
+    image, row, places, FIRST: tl.constexpr, room, OWN: tl.constexpr, ACCESS: tl.constexpr,
+    TYPE: tl.constexpr,
 ):  # fmt: skip
-    """Columns FIRST, FIRST + 1, ... of a row of each lane, counted from its own first: a tile each.
+    """A row's columns FIRST, FIRST + 1, ..., counted from a lane's first own one: a tile each.
 
-    All exist, but for own ones of a lane's beyond the image's, of which there are `room`; these are -inf if read as vectors.
+    A lane has `room` own columns in the image. Those beyond are -inf where they are read as
+    vectors; all other columns exist.
     """
     VECTOR: tl.constexpr = ACCESS.columns
     COUNT: tl.constexpr = len(places)
@@ -157,13 +172,14 @@ def load_columns(
 def load_outputs(
     image, row, exists, before, room, W: tl.constexpr, ACCESS: tl.constexpr, ACC: tl.constexpr
 ):
-    """A row of an output's gradient at the readers of a lane's windows, a tile each; zeros where there is no such output.
+    """A row of the output's gradient at the readers of a lane's windows: a tile each.
 
-    Of a lane's own first one there are `before` outputs before it, and `room` from it on.
+    The row has `before` outputs before a lane's first own one, and `room` from that on. The
+    gradient is 0 at outputs that do not exist.
     """
     FIRST: tl.constexpr = W.first
     READERS: tl.constexpr = W.readers
-    # A lane's own outputs are vectors if its windows are read by all of them.
+    # A lane's own outputs are read as vectors if all of them read its windows.
     VECTOR: tl.constexpr = (
         ACCESS.out_columns if W.first <= 0 and W.first + W.readers >= W.outputs else 1
     )
@@ -192,7 +208,7 @@ def load_outputs(
 def _store_run(
     row, columns, FIRST: tl.constexpr, COUNT: tl.constexpr, exists, room, ACCESS: tl.constexpr
 ):
-    """Writes COUNT of a lane's columns, which are one after the other in memory."""
+    """Write COUNT of a lane's columns, which are contiguous."""
     i = FIRST + tl.arange(0, COUNT)[None, None, :]
     inside = exists[:, :, None]
     if not ACCESS.whole:
@@ -203,14 +219,14 @@ def _store_run(
 
 @triton.jit
 def store_columns(image, row, columns, exists, room, ACCESS: tl.constexpr):
-    """Writes a lane's own columns of a row, of which the image has `room`."""
+    """Write a lane's own columns of a row; the image has `room` of them."""
     OWN: tl.constexpr = len(columns)
     ptr, stride_h, stride_w = image
     to: tl.constexpr = ptr.dtype.element_ty
     down = place(row, stride_h, ACCESS)
     if ACCESS.dense and OWN < 32:
-        # In runs of powers of two. A run that is no aligned vector the threads exchange, so that they write together what is
-        # together, and not each its own piece of every sector of the cache.
+        # In runs of powers of two. Threads exchange the elements of a run that is no aligned
+        # vector, so that a warp writes whole sectors of the cache at once.
         for log in tl.static_range(4, -1, -1):
             if OWN & (1 << log):
                 _store_run(

@@ -1,8 +1,9 @@
-"""What every launcher shares: how tensors lie, how they are aligned, and a launch that is prepared once and then repeated.
+"""Layouts, alignment, and launches that are prepared once and then repeated.
 
-A launcher looks its launch up in `LAUNCHES` by all that distinguishes it: the operation and its arguments, shapes, strides,
-dtypes, device and alignment. A launch made before is repeated by the compiled kernel's handle, which skips what takes Triton
-two thirds of a launch: to specialise, and to hash, arguments that it has specialised and hashed before.
+A launcher looks its launch up in `LAUNCHES` by all that distinguishes it: the operation and its
+arguments, shapes, strides, dtypes, device and alignment. Later calls run the compiled kernel by its
+handle. That skips two thirds of a launch's time, in which Triton would specialise and hash the
+arguments again.
 """
 
 from __future__ import annotations
@@ -21,32 +22,33 @@ from triton.compiler import CompiledKernel
 T = TypeVar("T")
 
 LAUNCHES: dict[Hashable, Any] = {}
-# More than the layouts of any one training run; a service that meets new sizes for ever begins anew.
+# More than the layouts of a training run. A service that meets ever new sizes starts again.
 LIMIT = 4096
 
-# The environment's REGFAST_LAUNCH=triton has Triton make every launch the ordinary way.
+# With REGFAST_LAUNCH=triton in the environment, every launch goes through Triton's own launcher.
 BY_HANDLE = os.environ.get("REGFAST_LAUNCH", "handle")
 if BY_HANDLE not in ("handle", "triton"):
     raise ValueError(f"REGFAST_LAUNCH must be 'handle' or 'triton', got {BY_HANDLE!r}")
 
 
 def keep(key: Hashable, prepared: T) -> T:
-    """Keeps what a launcher has prepared, for its next look-up."""
+    """Keep what a launcher has prepared for its next look-up, and return it."""
     if len(LAUNCHES) >= LIMIT:
         LAUNCHES.clear()
     LAUNCHES[key] = prepared
     return prepared
 
 
-# Triton's switches by which it would now compile a kernel otherwise than it did: to debug, or for a profiler.
+# Triton's debug and profiler switches, which change how it compiles a kernel.
 _runtime, _compilation = knobs.runtime, knobs.compilation
 
 
 class Launch:
-    """A launch but for its tensors: a kernel, its grid, its numbers in their order, its constants and its options.
+    """A launch without its tensors: a kernel, its grid, its numbers, its constants and its options.
 
-    Called with a kernel's first arguments, tensors or None, it launches on their device's current stream. The tensors must be
-    those that it was prepared for: of the same dtypes, and aligned to 16 bytes where `aligned` says so.
+    A call takes the kernel's first arguments, tensors or None, and launches on the current stream
+    of their device. The tensors must match those that the launch was prepared for: the same dtypes,
+    and addresses aligned to 16 bytes if `aligned`.
     """
 
     __slots__ = (
@@ -77,9 +79,10 @@ class Launch:
             options,
         )
         self.device = device.index if device.type == "cuda" else None
-        # A handle takes every argument by its place, constants too.
+        # A handle takes every argument by position, constants too.
         self.rest = (*numbers, *(options[name] for name in kernel.arg_names if name in options))
-        # Triton specialises a kernel on each address's alignment, and here only that of all together is known.
+        # Triton specialises a kernel on the alignment of each address. A launch knows only whether
+        # all are aligned.
         self.repeatable = aligned and BY_HANDLE == "handle"
         self.hooks = getattr(kernel, "pre_run_hooks", ())
         self.handle: Any = None
@@ -103,7 +106,10 @@ class Launch:
 
 @triton.jit
 def scalar(ptr, number, ACC: tl.constexpr):
-    """A scalar argument in ACC: read where it is a tensor, else the number (which in the interpreter is Python's)."""
+    """A scalar argument in ACC: the number at `ptr`, or `number` where `ptr` is None.
+
+    In the interpreter `number` is a Python number.
+    """
     if ptr is not None:
         return tl.load(ptr).to(ACC)
     else:
@@ -111,9 +117,9 @@ def scalar(ptr, number, ACC: tl.constexpr):
 
 
 def kinds_of(*tensors: torch.Tensor | None) -> tuple[Any, ...]:
-    """What distinguishes launches by their tensors: the dtype and strides of each, and last what their addresses miss of 16.
+    """What distinguishes launches by their tensors: dtypes and strides, and last the misalignment.
 
-    That is the bits, or'ed together, by which they are no multiples of 16 bytes: 0 where all are.
+    The misalignment is the or of the addresses' low 4 bits: 0 where all are multiples of 16 bytes.
     """
     kinds: list[Any] = []
     low = 0
@@ -128,20 +134,21 @@ def kinds_of(*tensors: torch.Tensor | None) -> tuple[Any, ...]:
 
 
 def alignment_of(misaligned: int) -> int:
-    """The greatest power of two, in bytes, of which all the addresses are multiples that `kinds_of` calls so.
+    """The greatest power of two, in bytes, that divides all addresses of this misalignment.
 
-    128, which is more than any vector, where they are multiples of 16: a wider vector is read 16 bytes at a time.
+    It is 128, more than any vector, where they are multiples of 16: wider vectors are read 16 bytes
+    at a time.
     """
     return misaligned & -misaligned or 128
 
 
 def strides_of(*tensors: str, axes: str = "ncabw") -> list[str]:
-    """The names of tensors' strides, on which kernels are not specialised: a binary serves every size."""
+    """The names of tensors' strides. Kernels do not specialise on them: one binary serves all."""
     return [f"{tensor}_stride_{axis}" for tensor in tensors for axis in axes]
 
 
 class Layout(NamedTuple):
-    """A tensor as a launch sees it, without its data: five entries each, of N, C, A, B and W."""
+    """A tensor as a launch sees it, without data: sizes and strides of N, C, A, B and W."""
 
     shape: tuple[int, ...]
     strides: tuple[int, ...]
@@ -152,7 +159,7 @@ class Layout(NamedTuple):
         return self.strides[1] < self.strides[4]
 
     def is_cut(self, axis: int, count: int) -> bool:
-        """Whether the tensor is cut into vectors of `count` successive elements along an axis."""
+        """Whether whole vectors of `count` successive elements along an axis make up the tensor."""
         others = (
             stride for dim, stride in enumerate(self.strides) if dim != axis and self.shape[dim] > 1
         )
@@ -164,7 +171,7 @@ class Layout(NamedTuple):
         )
 
     def is_flat(self, channels_last: bool) -> bool:
-        """Whether a sample's elements, in the order of the format, are a run in memory."""
+        """Whether a sample's elements, in the order of the memory format, are a run in memory."""
         expected = 1
         for axis in (1, 4, 3, 2) if channels_last else (4, 3, 2, 1):
             if self.shape[axis] > 1 and self.strides[axis] != expected:
@@ -173,7 +180,7 @@ class Layout(NamedTuple):
         return True
 
     def is_dense(self) -> bool:
-        """Whether a sample's elements, in some order, are a run in memory."""
+        """Whether a sample's elements, in any order, are a run in memory."""
         expected = 1
         for stride, size in sorted(zip(self.strides[1:], self.shape[1:])):
             if size > 1 and stride != expected:
@@ -183,22 +190,26 @@ class Layout(NamedTuple):
 
 
 def on_meta(t: torch.Tensor) -> torch.Tensor:
-    """A tensor without data that lies as t does."""
+    """A tensor without data, laid out as t is."""
     return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
 
 
 def contiguous(t: torch.Tensor | None) -> torch.Tensor | None:
-    """A small tensor, or none, as kernels read it that are not told its strides."""
+    """A small tensor, or None, made contiguous for kernels that do not take its strides."""
     return t if t is None or t.is_contiguous() else t.contiguous()
 
 
 def wide_of(*dtypes: torch.dtype) -> tl.dtype:
-    """What the arithmetic on tensors of these dtypes is in."""
+    """The dtype of the arithmetic on tensors of these dtypes."""
     return tl.float64 if torch.float64 in dtypes else tl.float32
 
 
 class Target(NamedTuple):
-    """What kernels are cut and written for: the threads of a warp, and whether 16-bit numbers are taken two an instruction."""
+    """What kernels are compiled for.
+
+    `warp_size` is the threads of a warp. `packs` says whether instructions take 16-bit numbers two
+    at a time.
+    """
 
     warp_size: int
     packs: bool
@@ -206,7 +217,7 @@ class Target(NamedTuple):
 
 @functools.cache
 def target_of(device: torch.device) -> Target:
-    """What a device is; a plain GPU where none runs the kernels."""
+    """The target of a device; a plain GPU's on a CPU or in the interpreter."""
     if device.type != "cuda" or knobs.runtime.interpret:
         return Target(32, False)
     found = torch.cuda.get_device_properties(device)

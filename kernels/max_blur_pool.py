@@ -1,18 +1,24 @@
-"""Anti-aliased pooling of images in one pass: a maximum at every position, then a strided blur of the maxima.
+"""Anti-aliased pooling of images in one pass: a maximum at every position, then a strided blur.
 
-    y[o] = sum_j taps[j] * M[o*stride - lead + j],   M[q] = max(x[q - padding + i], i < kernel)   along rows and columns
+Along rows and columns:
+    M[q] = max(x[q - padding + i], i < kernel)
+    y[o] = sum_j taps[j] * M[o*stride - lead + j]
 
-A program streams down the rows of a block of lanes (lanes.py). Each row of x is reduced along its columns once; the last
-`kernel` of these make a row of M, and the last `len(taps)` blurred rows of M a row of y. Nothing is saved for the backward: it
-streams down x again, finds each maximum anew and gathers: first among a window's rows, then along the row, so that a
-window of k*k costs 2k selections. No atomics: two runs give the same bits. A kernel of one element makes it a blur alone.
+A program streams down the rows of a block of lanes (lanes.py). It reduces each row of x along its
+columns once. The last `kernel` reduced rows make a row of M, and the last `len(taps)` blurred rows
+of M make a row of y. Nothing is saved for the backward: it streams down x again, computes each
+maximum again and gathers, first among a window's rows, then along the row, so that a window of k*k
+costs 2k selections. There are no atomics, so two runs give the same bits. With a kernel of 1 the
+operation is a blur alone.
 
-Windows are compile-time, sizes and strides are not. Borders cost a row or a column of places, made once a program; only where
-the border mode moves whole windows is there more to do (windows.py).
+Windows are known at compile time, sizes and strides are not. A border costs a row or a column of
+offsets, computed once per program. Only a border mode that moves whole windows costs more
+(windows.py).
 
-Two numbers, kernel 2, 3 taps, stride 2, G columns a lane, per input element of e bytes:
-    forward    1.25 e bytes; 1 + 2/G loads, 2 + 2/G maxima, 2.25 multiply-adds
-    backward   2.25 e bytes; 1.25 + 3/G loads, 2 + 2/G maxima, 2.25 + 2/G multiply-adds, 4 + 2/G selects and adds
+Cost with kernel 2, 3 taps, stride 2 and G columns per lane, per input element of e bytes:
+    forward     1.25 e bytes; 1 + 2/G loads, 2 + 2/G maxima, 2.25 multiply-adds
+    backward    2.25 e bytes; 1.25 + 3/G loads, 2 + 2/G maxima, 2.25 + 2/G multiply-adds,
+                4 + 2/G selections and additions
 """
 
 from __future__ import annotations
@@ -55,7 +61,7 @@ def _row_maxima(
     ACCESS: tl.constexpr,
     TYPE: tl.constexpr,
 ):
-    """A row of x, reduced along columns to the maxima that a lane's outputs read."""
+    """The maxima along columns of a row of x that a lane's outputs read."""
     row = element(row, height, H)
     if W.moves_windows:
         columns = load_columns(x, row, places, W.group, room, 0, ACCESS, TYPE)
@@ -67,7 +73,7 @@ def _row_maxima(
 
 @triton.jit
 def _window_places(g, width, stride_w, W: tl.constexpr, ACCESS: tl.constexpr):
-    """`places_of` each window's elements, one window after the other, where the border mode moves windows."""
+    """The offsets of each window's elements where the border mode moves windows."""
     MAPS: tl.constexpr = W.maps
     K: tl.constexpr = W.kernel
     places = ()
@@ -91,7 +97,10 @@ def _blur_row(
     ACCESS: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """Row q of the max map, from the reduced rows of its windows, blurred along columns: a tile for each own output."""
+    """Row q of the max map, blurred along columns: a tile for each own output.
+
+    `rows` are the reduced rows of its windows.
+    """
     K: tl.constexpr = H.kernel
     OUTPUTS: tl.constexpr = W.outputs
     TAPS: tl.constexpr = len(W.taps)
@@ -119,10 +128,10 @@ def _blur_row(
 
 @triton.jit
 def _next_row(
-    reduced, x, q, g, height, width, places, room, RELU: tl.constexpr, H: tl.constexpr, W: tl.constexpr, ACCESS: tl.constexpr,
-    TYPE: tl.constexpr, ACC: tl.constexpr,
+    reduced, x, q, g, height, width, places, room, RELU: tl.constexpr, H: tl.constexpr,
+    W: tl.constexpr, ACCESS: tl.constexpr, TYPE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Row q of the max map, blurred along columns, and the reduced rows to hold for row q + 1."""
+    """Row q of the max map, blurred along columns, and the reduced rows that row q + 1 needs."""
     K: tl.constexpr = H.kernel
     last = q + (K - 1 - H.padding)
     reduced = reduced + (_row_maxima(x, last, height, places, room, W, H, ACCESS, TYPE),)
@@ -155,9 +164,10 @@ def _forward_kernel(
     x_stride_n, x_stride_c, x_stride_h, x_stride_w, y_stride_n, y_stride_c, y_stride_h, y_stride_w,
     H: tl.constexpr, W: tl.constexpr, RELU: tl.constexpr, ACCESS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """Shapes: x (N, channels, height, width), y (N, channels, out_height, out_width).
+    """A program computes `rows` rows of y in LANES lanes, H.outputs rows per iteration.
 
-    This program processes `rows` rows of y, H.outputs at a time, of LANES lanes.
+    x_ptr: (N, channels, height, width)
+    y_ptr: (N, channels, out_height, out_width)
     """
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     TYPE: tl.constexpr = x_ptr.dtype.element_ty if ACCESS.packed else ACC
@@ -176,14 +186,14 @@ def _forward_kernel(
         y_ptr, lane, 1, ACCESS.out_columns, (y_stride_n, y_stride_c, y_stride_h, y_stride_w), ACCESS
     )
     g = own * W.stride
-    # (Rounding changes nothing, and lets the compiler see that of a vector all columns exist or none.)
+    # Rounding changes no value and shows the compiler that a vector's columns exist all or none.
     room, out_room = width - g, (out_width - own) // ACCESS.out_columns * ACCESS.out_columns
     if W.moves_windows:
         places = _window_places(g, width, x[2], W, ACCESS)
     else:
         places = places_of(g, -W.lead - W.padding, W.maps + W.kernel - 1, width, x[2], W, ACCESS)
 
-    # Successive outputs share rows of M, and those share rows of x.
+    # Successive outputs share rows of M, and these share rows of x.
     OUTPUTS: tl.constexpr = H.outputs
     S: tl.constexpr = H.stride
     HELD: tl.constexpr = H.kernel - 1
@@ -227,7 +237,7 @@ def max_blur_pool(x: torch.Tensor, window: Window) -> torch.Tensor:
 def _prepare(
     x: torch.Tensor, window: Window, misaligned: int
 ) -> tuple[torch.Size, tuple[int, ...], Launch]:
-    """The output's shape and strides, and the launch that fills it."""
+    """The output's shape and strides, and the launch that writes it."""
     of_images = check_window(x, window)
     like = empty_output(on_meta(x), window)
     layouts = (layout_of(x),), layout_of(like)

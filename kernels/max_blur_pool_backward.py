@@ -1,8 +1,9 @@
-"""The backward of max_blur_pool.py, in one pass: gradients of outputs, of windows, of elements.
+"""The backward of max_blur_pool.py in one pass: gradients of outputs, of windows, of elements.
 
-A program streams down x again, and finds each maximum anew. A row of outputs' gradients becomes rows of windows' gradients by
-the blur's taps, and a window's gradient goes to its greatest element: first to one of its rows, then to one of its columns, so
-that a window of k*k costs 2k selections. All is gathered, so that two runs give the same bits.
+A program streams down x again and computes each maximum again. The blur's taps turn a row of the
+outputs' gradient into rows of the windows' gradients. A window's gradient goes to its greatest
+element: first to one of its rows, then to one of its columns, so that a window of k*k costs 2k
+selections. Every sum is gathered, so two runs give the same bits.
 """
 
 from __future__ import annotations
@@ -32,13 +33,13 @@ from .windows import limits, weight
 
 @triton.jit
 def _weigh(values, weights, e: tl.constexpr, AXIS: tl.constexpr):
-    """The gradient of window e of a group from those of its readers."""
+    """The gradient of window e of a group from the gradients of its readers."""
     COUNT: tl.constexpr = len(weights)
     total = tl.zeros_like(values[0])
     for i in tl.static_range(COUNT):
         term = weights[i] * values[AXIS.reads[e][i][0]]
         if AXIS.weighs_borders and (AXIS.kernel > 1 or AXIS.reads[e][i][1] == 0):
-            # Not 0 * inf where an output does not read the window.
+            # Avoid 0 * inf where an output does not read the window.
             term = tl.where(weights[i] != 0, term, 0.0)
         if i == 0:
             total = term
@@ -49,7 +50,7 @@ def _weigh(values, weights, e: tl.constexpr, AXIS: tl.constexpr):
 
 @triton.jit
 def _taps_of(e: tl.constexpr, SCALE: tl.constexpr, AXIS: tl.constexpr, ACC: tl.constexpr):
-    """The weights by which window e of a group is read, as far as no border is, times a scale."""
+    """The weights with which outputs read window e of a group, without borders, times SCALE."""
     COUNT: tl.constexpr = len(AXIS.reads[e])
     weights = ()
     for i in tl.static_range(COUNT):
@@ -59,7 +60,10 @@ def _taps_of(e: tl.constexpr, SCALE: tl.constexpr, AXIS: tl.constexpr, ACC: tl.c
 
 @triton.jit
 def _weights_of(e: tl.constexpr, own, size, AXIS: tl.constexpr, ACC: tl.constexpr):
-    """The weights by which window e of a group is read, borders included; `own` is the group's first output."""
+    """The weights with which outputs read window e of a group, borders included.
+
+    `own` is the group's first output.
+    """
     COUNT: tl.constexpr = len(AXIS.reads[e])
     q = own * AXIS.stride + (e - AXIS.kernel + 1 + AXIS.padding)
     weights = ()
@@ -70,7 +74,7 @@ def _weights_of(e: tl.constexpr, own, size, AXIS: tl.constexpr, ACC: tl.constexp
 
 @triton.jit
 def _column_weights(own, width, W: tl.constexpr, ACC: tl.constexpr):
-    """The weights by which each window of a lane is read."""
+    """The weights with which outputs read each window of a lane; empty without borders."""
     WINDOWS: tl.constexpr = W.windows
     weights = ()
     for e in tl.static_range(WINDOWS):
@@ -90,10 +94,13 @@ def _window_gradients(
     W: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """The gradients of a lane's windows in row e of a group of rows, whose first output is `own`, from those of its readers."""
+    """The gradients of a lane's windows in row e of a group of rows.
+
+    `outputs` are the gradients of their readers, and `own` is the group's first output.
+    """
     READERS: tl.constexpr = W.readers
     WINDOWS: tl.constexpr = W.windows
-    # Numbers that only scale a row are left to the columns, whose weights are constants too.
+    # A factor that only scales a row is moved to the columns' weights, which are constants too.
     SCALE: tl.constexpr = 1.0 if H.weighs_borders or W.weighs_borders else H.greatest[e]
     of_rows = _taps_of(e, 1.0 / SCALE, H, ACC)
     if H.weighs_borders:
@@ -117,7 +124,10 @@ def _window_gradients(
 def _route_rows(
     reduced, sums, gradients, top, FIRST: tl.constexpr, W: tl.constexpr, ACCESS: tl.constexpr
 ):
-    """Deals a row of windows' gradients to the rows that they hold, whose sums so far are `sums`, but for the last one."""
+    """Add a row of windows' gradients to the rows of their greatest elements.
+
+    `sums` are the sums of all these rows but the last.
+    """
     K: tl.constexpr = len(reduced)
     WINDOWS: tl.constexpr = W.windows
     dealt = route(reduced, gradients, top, FIRST, WINDOWS, ACCESS.packed)
@@ -132,7 +142,7 @@ def _route_rows(
 
 @triton.jit
 def _route_columns(columns, gradients, left, W: tl.constexpr, ACCESS: tl.constexpr):
-    """Deals the gradients of a row's windows to a lane's own elements: a tile for each."""
+    """The gradients of a lane's own elements from those of a row's windows: a tile for each."""
     K: tl.constexpr = W.kernel
     GROUP: tl.constexpr = W.group
     WINDOWS: tl.constexpr = W.windows
@@ -151,7 +161,7 @@ def _route_columns(columns, gradients, left, W: tl.constexpr, ACCESS: tl.constex
 
 @triton.jit
 def _rectify(gradients, columns, ACCESS: tl.constexpr):
-    """The gradients of elements that are rectified: none where they are not positive."""
+    """The gradients where the elements of `columns` are positive or NaN, else 0."""
     COUNT: tl.constexpr = len(gradients)
     zeros = ()
     for t in tl.static_range(COUNT):
@@ -175,7 +185,7 @@ def _load_row(
     ACCESS: tl.constexpr,
     TYPE: tl.constexpr,
 ):
-    """A row of x: a lane's own columns, and those of the windows that hold them."""
+    """A row of x: a lane's own columns, and the others of the windows that hold them."""
     row = tl.minimum(tl.maximum(row, 0), height - 1)
     return load_columns(x, row, places, 1 - W.kernel, room, W.group, ACCESS, TYPE)
 
@@ -184,7 +194,7 @@ def _load_row(
 def _gradient_row(
     g, o, out_height, exists, before, room, W: tl.constexpr, ACCESS: tl.constexpr, ACC: tl.constexpr
 ):
-    """Row o of the output's gradient, as `load_outputs` has it."""
+    """Row o of the output's gradient by `load_outputs`; 0 where the row does not exist."""
     there = exists & (o >= 0) & (o < out_height)
     return load_outputs(g, o, there, before, room, W, ACCESS, ACC)
 
@@ -196,10 +206,13 @@ def _backward_kernel(
     dx_stride_n, dx_stride_c, dx_stride_h, dx_stride_w,
     H: tl.constexpr, W: tl.constexpr, RELU: tl.constexpr, ACCESS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """Shapes: x and dx (N, channels, height, width), g (N, channels, out_height, out_width).
+    """A program computes the rows of dx that belong to `rows` rows of g, in LANES lanes.
 
-    This program processes the rows of dx that belong to `rows` rows of g, H.outputs at a time, of LANES lanes. x is read where
-    there is a maximum, or a rectified element, to find.
+    g_ptr: (N, channels, out_height, out_width)
+    x_ptr: (N, channels, height, width), read only for a maximum or an activation
+    dx_ptr: (N, channels, height, width)
+
+    An iteration takes H.outputs rows of g.
     """
     ACC: tl.constexpr = tl.float64 if g_ptr.dtype.element_ty == tl.float64 else tl.float32
     TYPE: tl.constexpr = x_ptr.dtype.element_ty if ACCESS.packed else ACC
@@ -226,7 +239,7 @@ def _backward_kernel(
         (dx_stride_n, dx_stride_c, dx_stride_h, dx_stride_w),
         ACCESS,
     )
-    # (Rounding changes nothing, and lets the compiler see that of a vector all columns exist or none.)
+    # Rounding changes no value and shows the compiler that a vector's columns exist all or none.
     room, out_room = (width - own * W.stride) // ACCESS.columns * ACCESS.columns, out_width - own
     places = places_of(
         own * W.stride, 1 - W.kernel, W.group + 2 * (W.kernel - 1), width, x[2], W, ACCESS
@@ -237,8 +250,8 @@ def _backward_kernel(
     else:
         top, left = start == 0, own == 0
 
-    # A row is finished when the last window that begins in it has been routed: those that begin before a program's first
-    # row are routed before the others.
+    # A row is complete when the last window that begins in it is routed. The windows that begin
+    # before a program's first row are routed first.
     OUTPUTS: tl.constexpr = H.outputs
     ROWS: tl.constexpr = H.group
     HELD: tl.constexpr = H.kernel - 1
@@ -302,7 +315,10 @@ def _backward_kernel(
 
 
 def max_blur_pool_backward(g: torch.Tensor, x: torch.Tensor, window: Window) -> torch.Tensor:
-    """The gradient of x, laid out as x is (contiguous where x overlaps itself), from that of the output."""
+    """The gradient of x, laid out as x is, or contiguous if x overlaps itself.
+
+    g is the gradient of the output.
+    """
     kinds = kinds_of(g, x)
     key = ("max_blur_pool_backward", window, x.shape, x.device, kinds)
     dx = torch.empty_like(x)
@@ -314,7 +330,7 @@ def max_blur_pool_backward(g: torch.Tensor, x: torch.Tensor, window: Window) -> 
 def prepare_backward(
     g: torch.Tensor, x: torch.Tensor, dx: torch.Tensor, window: Window, misaligned: int
 ) -> Launch:
-    """The launch that fills dx. x is read where the window takes a maximum, or is activated."""
+    """The launch that writes dx. It reads x if the window takes a maximum or is activated."""
     of_images = check_window(dx, window)
     layouts = (layout_of(x), layout_of(dx)), layout_of(g)
     kind = "backward" if window.takes_max else "blur backward"

@@ -1,16 +1,19 @@
-"""MixUp in one pass: a sample and its partner are read, blended (or one pasted into the other), normalised and written.
+"""MixUp in one pass: read a sample and its partner, blend or paste them, normalise, write.
 
-A sample is `numel` elements, taken in the order in which the output lies in memory; a program has one block of a few samples, and
-works out once where it lies and what its channels' numbers are. The batch is the fastest axis of the grid, so that a sample's
-block and its partner's are wanted at about the same time, by whatever permutation, and device memory is asked for each once; the
-second time an L2 answers. Planes whose channels become innermost are read as they lie, and exchanged in shared memory.
+A sample is `numel` elements, in the order in which the output lies in memory. A program has one
+block of a few samples, and computes its offsets and its channels' numbers once. The batch is the
+fastest axis of the grid. So the block of a sample and that of its partner are read at about the
+same time, for any permutation: each is read from device memory once, and then from the L2. Planes
+that become channels-last are read as they lie, and transposed in shared memory.
 
-The backward of an index map is its transpose: the gradient of sample j gathers from every sample that took j for its partner.
-They stand side by side in a stable sort of the index; so nothing need be known about the index, and there are no atomics.
+The backward of an index map is its transpose: the gradient of sample j gathers from every sample
+with partner j. A stable sort of the index puts these side by side, so that any index works, without
+atomics.
 
-Two numbers, per element of e bytes in and f bytes out:
-    forward    e + f bytes of device memory (2 e through the L2); 2 loads, 2 multiply-adds, and to normalise one more
-    backward   f + e bytes; for a permutation 2 loads and 2 multiply-adds
+Cost per element of e bytes in and f bytes out:
+    forward     e + f bytes of device memory (2 e through the L2); 2 loads, 2 multiply-adds, and one
+                more to normalise
+    backward    f + e bytes; for a permutation 2 loads and 2 multiply-adds
 """
 
 from __future__ import annotations
@@ -34,24 +37,28 @@ from .launch import (
     wide_of,
 )
 
-# A weight: a number, or a tensor, 0-d or one number per sample.
+# lam: a number, or a tensor, () or (batch,).
 Weight = float | torch.Tensor
 
-# Elements a program, and its warps: 16 elements a thread, which is one 128-bit load of bytes and two of half precision.
+# Elements per program, and its warps: 16 elements per thread, which are one 128-bit load of bytes
+# or two of half precision.
 BLOCK, WARPS = 2048, 4
-# Samples a program, by the bytes of an element: what all programs under way read must stay in an L2. (Half as many where there
-# are no places to work out, as more are under way.) And the programs at least, enough to fill a large device.
+# Samples per program, divided by the bytes of an element: what all running programs read must stay
+# in the L2. They are half as many where no offsets are computed, as more programs run then. And the
+# fewest programs, which fill a large device.
 SAMPLES, PROGRAMS = 8, 2048
-# The most channels, a power of two, that are exchanged in shared memory.
+# The most channels, a power of two, that are transposed in shared memory.
 PLANES = 16
 
 
 class Order(NamedTuple):
-    """In which order a launch takes a sample's elements, known at compile time.
+    """The order in which a launch takes a sample's elements, known at compile time.
 
-    Channels innermost or outermost; `run` elements at a time, a power of two. `wraps`: on how many axes a run may pass the end,
-    the innermost first; and, if `small`, that one several times, being shorter than a run. `planes`: into how many planes a block
-    is cut that is read with channels outermost and written with channels innermost; else 0.
+    Channels are innermost (`channels_last`) or outermost. Elements are taken in runs of `run`, a
+    power of two. `wraps` is the number of axes, from the innermost, on which a run may pass the
+    end. If `small`, a run may pass the end of the innermost axis several times. `planes` is the
+    number of planes of a block that is read with channels outermost and written with channels
+    innermost, else 0.
     """
 
     channels_last: bool
@@ -63,10 +70,11 @@ class Order(NamedTuple):
 
 @triton.jit
 def _divide(first, k, size):
-    """first + k by `size`, for a scalar `first` and small numbers k: the remainders, and the quotients as first // size and more.
+    """first + k divided by `size`, for a scalar `first` and small numbers k.
 
-    There is no integer division of a tile: where a multiple of `size` is passed is a comparison, and how many more are passed a
-    product in float32, exact because k is below BLOCK.
+    Returns the remainders, and the quotients as a scalar, first // size, and what k adds to it.
+    There is no integer division of a tile. A comparison finds where first + k passes a multiple of
+    `size`, and a product in float32 how many more it passes, exact because k is below BLOCK.
     """
     first_remainder = first % size
     over = k - (size - first_remainder)
@@ -76,7 +84,10 @@ def _divide(first, k, size):
 
 @triton.jit
 def _carry(position, size, SMALL: tl.constexpr):
-    """A position on an axis that may be past its end, and by how many times: once, or if SMALL as often as 16 elements take."""
+    """A position on an axis wrapped into its size, and how often it wraps.
+
+    It wraps at most once, or, if SMALL, as often as 16 elements can.
+    """
     if SMALL:
         times = (position * (65536 // size + 1)) >> 16
     else:
@@ -86,13 +97,14 @@ def _carry(position, size, SMALL: tl.constexpr):
 
 @triton.jit
 def _elements(start, sizes, ORDER: tl.constexpr, BLOCK: tl.constexpr):
-    """BLOCK elements of a sample from `start` on: their numbers from there, and their channels, planes, rows and columns.
+    """BLOCK elements of a sample from `start` on.
 
-    What is the same for a run is computed once for it: (BLOCK/run, 1) in place of (BLOCK/run, run).
+    Returns their numbers, counted from `start`, and their places: channels, planes, rows, columns.
+    What the elements of a run share is computed once, as (BLOCK/run, 1) and not (BLOCK/run, run).
     """
     RUN: tl.constexpr = ORDER.run
     k, within = tl.arange(0, BLOCK // RUN)[:, None] * RUN, tl.arange(0, RUN)[None, :]
-    # The axes in the order in which they lie, the innermost first.
+    # The axes, the innermost first.
     s0, s1, s2 = (
         (sizes[0], sizes[3], sizes[2]) if ORDER.channels_last else (sizes[3], sizes[2], sizes[1])
     )
@@ -113,9 +125,11 @@ def _elements(start, sizes, ORDER: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _planes(start, sizes, ORDER: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr):
-    """BLOCK elements of all channels, from the pixel `start` on, planes outermost: their offsets, places, and which exist.
+    """BLOCK elements of all channels from the pixel `start` on, to be transposed.
 
-    Then, channels innermost: which of these each element is, its offset, and whether it exists.
+    Returns, with channels outermost, as they are read: the elements' offsets, their places and
+    which exist. Then, with channels innermost, as they are written: the index of each element in
+    the block that was read, its offset, and whether it exists.
     """
     PIXELS: tl.constexpr = BLOCK // ORDER.planes
     channels, size = sizes[0], sizes[1] * sizes[2] * sizes[3] // ALIGN * ALIGN
@@ -123,7 +137,7 @@ def _planes(start, sizes, ORDER: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.co
     c, k = tl.arange(0, ORDER.planes)[:, None, None], k[None]
     place = (c, place[1][None], place[2][None], place[3][None])
     o = tl.arange(0, BLOCK)
-    # A division by a small number, exact for a small one.
+    # o // channels, exact for numbers this small.
     pixel = (o * (65536 // channels + 1)) >> 16
     source, exists = (o - pixel * channels) * PIXELS + pixel, (c < channels) & (k < size - start)
     written = o < channels * tl.minimum(size - start, PIXELS)
@@ -139,11 +153,11 @@ def _planes(start, sizes, ORDER: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.co
 
 @triton.jit
 def _offsets(start, k, place, strides, FLAT: tl.constexpr, ORDER: tl.constexpr):
-    """Where the elements start + k of a sample, which have a place, lie from its first."""
+    """The offsets of the elements start + k of a sample, at these places, from its first."""
     if FLAT:
         return start.to(tl.int64) + k
     else:
-        # The innermost last, for the others may be alike in a run.
+        # Add the innermost last: a run may share the others.
         offsets = place[1].to(tl.int64) * strides[1] + place[2].to(tl.int64) * strides[2]
         if ORDER.channels_last:
             return offsets + place[3].to(tl.int64) * strides[3] + place[0].to(tl.int64) * strides[0]
@@ -153,7 +167,10 @@ def _offsets(start, k, place, strides, FLAT: tl.constexpr, ORDER: tl.constexpr):
 
 @triton.jit
 def _sample(ptr, i, stride, FLAT: tl.constexpr, ALIGN: tl.constexpr):
-    """A pointer to sample i. The launcher has checked the alignment; rounding to it lets the compiler see it."""
+    """A pointer to sample i.
+
+    The launcher has checked the alignment. Rounding changes nothing and shows it to the compiler.
+    """
     if FLAT:
         stride = stride // ALIGN * ALIGN
     return ptr + i.to(tl.int64) * stride
@@ -175,16 +192,17 @@ def _region(box_ptr, i, box_stride, place):
 def _reads(lam, blended):
     """Whether a sample's own elements are read, and whether its partner's are.
 
-    A blend reads nothing that has no weight: zero times an infinity is not zero.
+    A blend does not read what has weight 0, because zero times infinity is not zero.
     """
     return (lam != 0.0) | (blended == 0), (lam != 1.0) | (blended == 0)
 
 
 @triton.jit
 def _mix(own, partner, lam, region, scale, shift):
-    """lam*own + (1 - lam)*partner; where a sample is not blended the partner within the box and itself around it. Normalised.
+    """A sample and its partner, mixed and normalised.
 
-    Bytes are no numbers to convert, of which a GPU converts few a clock: they are the last bits of 2**23 and more.
+    A blend is lam*own + (1 - lam)*partner; else the partner is pasted into the box. A byte
+    becomes a float32 by its bits, or'ed into 2**23, because a GPU converts few integers per clock.
     """
     blended, within = region
     if own.dtype == tl.uint8 and lam.dtype == tl.float32:
@@ -201,13 +219,13 @@ def _mix(own, partner, lam, region, scale, shift):
 
 @triton.jit
 def _lam(ptr, lam, i, stride, ACC: tl.constexpr):
-    """Sample i's weight: a number, or one number of the batch or of the sample in memory."""
+    """Sample i's lam: the number at ptr, or `lam` where ptr is None."""
     if ptr is not None:
         ptr += i * stride
     return scalar(ptr, lam, ACC)
 
 
-# None of a kernel's numbers is specialised on.
+# The integers of a kernel, before its strides. Triton does not specialise on them.
 NUMBERS = [
     "batch",
     "step",
@@ -227,14 +245,19 @@ def _forward_kernel(
     batch, step, numel, size_c, size_a, size_h, size_w, lam_stride, box_stride,
     x_stride_n, x_stride_c, x_stride_a, x_stride_h, x_stride_w,
     y_stride_n, y_stride_c, y_stride_a, y_stride_h, y_stride_w,
-    READ_FLAT: tl.constexpr, WRITE_FLAT: tl.constexpr, ALIGN: tl.constexpr, ORDER: tl.constexpr, IN_PLACE: tl.constexpr,
-    ACC: tl.constexpr, BLOCK: tl.constexpr,
+    READ_FLAT: tl.constexpr, WRITE_FLAT: tl.constexpr, ALIGN: tl.constexpr, ORDER: tl.constexpr,
+    IN_PLACE: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Shapes: x and y (batch, size_c, size_a, size_h, size_w); index (batch,); lam_ptr () or (batch,), or None where lam is a
-    number; box (4,) or (batch, 4) or None; scale and shift (size_c,) or None.
+    """A program computes BLOCK elements of every step-th sample.
 
-    This program processes BLOCK elements of every step-th sample, and IN_PLACE, where y is x and the index an involution, those
-    of their partners too: of a pair, the first does it. A sample whose partner does not exist is filled with NaN.
+    x_ptr, y_ptr: (batch, size_c, size_a, size_h, size_w)
+    index_ptr: (batch,)
+    lam_ptr: () or (batch,), or None where lam is a number
+    box_ptr: (4,) or (batch, 4), or None
+    scale_ptr, shift_ptr: (size_c,), or None
+
+    With IN_PLACE, y is x and the index is an involution. The program of the first sample of a pair
+    then computes the partner's elements too. A sample without a valid partner is filled with NaN.
     """
     block, sizes = (tl.program_id(0) // step).to(numel.dtype), (size_c, size_a, size_h, size_w)
     if ORDER.planes:
@@ -255,7 +278,7 @@ def _forward_kernel(
         )
     UNIT: tl.constexpr = 1.0 / 255.0 if x_ptr.dtype.element_ty == tl.uint8 else 1.0
     if scale_ptr is not None:
-        # (Beyond a sample there may be no channel.)
+        # Beyond a sample's end c may exceed the channels.
         c = tl.minimum(place[0], size_c - 1)
         scale, shift = tl.load(scale_ptr + c) * UNIT, tl.load(shift_ptr + c)
     else:
@@ -276,7 +299,7 @@ def _forward_kernel(
             partner = tl.load(partner_ptr, mask=exists & known & reads_partner, other=0)
             value = _mix(own, partner, lam_i, (blended, within), scale, shift)
             if IN_PLACE and known:
-                # All of the pair is read before any of it is written. What is read twice is in the L1.
+                # Read all of the pair before any of it is written. The second read is from the L1.
                 lam_j, region = (
                     _lam(lam_ptr, lam, j, lam_stride, ACC),
                     _region(box_ptr, j, box_stride, place),
@@ -299,7 +322,7 @@ def _forward_kernel(
 
 @triton.jit
 def _write(ptr, value, source, mask):
-    """Writes a block, or if `source` says where from, its elements in another order."""
+    """Write a block; `source`, unless None, is the index from which each element comes."""
     value = value.to(ptr.dtype.element_ty)
     if source is not None:
         value = tl.gather(tl.reshape(value, source.shape), source, 0)
@@ -312,13 +335,16 @@ def _backward_kernel(
     batch, step, numel, size_c, size_a, size_h, size_w, lam_stride, box_stride,
     g_stride_n, g_stride_c, g_stride_a, g_stride_h, g_stride_w,
     dx_stride_n, dx_stride_c, dx_stride_a, dx_stride_h, dx_stride_w,
-    READ_FLAT: tl.constexpr, WRITE_FLAT: tl.constexpr, ALIGN: tl.constexpr, ORDER: tl.constexpr, ACC: tl.constexpr,
-    BLOCK: tl.constexpr,
+    READ_FLAT: tl.constexpr, WRITE_FLAT: tl.constexpr, ALIGN: tl.constexpr, ORDER: tl.constexpr,
+    ACC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Shapes: g and dx (batch, size_c, size_a, size_h, size_w); order (2*batch + 1,), see `_order_kernel`; lam_ptr () or
-    (batch,), or None where lam is a number; box (4,) or (batch, 4) or None; scale (size_c,) or None.
+    """A program computes BLOCK elements of one sample's gradient.
 
-    This program processes BLOCK elements of one sample's gradient.
+    g_ptr, dx_ptr: (batch, size_c, size_a, size_h, size_w)
+    order_ptr: (2*batch + 1,), written by `_order_kernel`
+    lam_ptr: () or (batch,), or None where lam is a number
+    box_ptr: (4,) or (batch, 4), or None
+    scale_ptr: (size_c,), or None
     """
     j = tl.program_id(0) % step
     start = (tl.program_id(0) // step).to(numel.dtype) * BLOCK
@@ -362,7 +388,7 @@ def _backward_kernel(
 
 @triton.jit
 def _share(gradient, lam, region, OWN: tl.constexpr):
-    """A mixed sample's gradient, as much of it as goes to the sample itself (OWN) or to its partner."""
+    """The part of a mixed sample's gradient that goes to itself (OWN) or to its partner."""
     blended, within = region
     if OWN:
         return tl.where(blended, lam * gradient, tl.where(within, 0.0, gradient))
@@ -372,10 +398,13 @@ def _share(gradient, lam, region, OWN: tl.constexpr):
 
 @triton.jit(do_not_specialize=["batch"])
 def _order_kernel(index_ptr, order_ptr, batch, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """Shapes: index (batch,); order (2*batch + 1,): the samples sorted by their partner, then where each partner's begin.
+    """A program orders ROWS samples, and computes where the samples of ROWS partners begin.
 
-    This program processes ROWS samples, and as many partners. It counts the samples that come before each: a sort by B^2
-    comparisons, which for the batches of a training step take a GPU less than one pass of a radix sort does.
+    index_ptr: (batch,)
+    order_ptr: (2*batch + 1,), the samples sorted by partner, then where those of each partner begin
+
+    It counts the samples that come before each. At a training step's batch, the batch^2 comparisons
+    take a GPU less time than one pass of a radix sort.
     """
     i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     partner = tl.load(index_ptr + i, mask=i < batch, other=0)
@@ -392,14 +421,17 @@ def _order_kernel(index_ptr, order_ptr, batch, ROWS: tl.constexpr, BLOCK: tl.con
     tl.store(order_ptr + batch + i, tl.sum(before_partner, 1, keep_dims=True), mask=i <= batch)
 
 
-# The samples and partners that a program of it processes, those it compares them with at once, and the batches it is for.
+# ROWS and BLOCK of `_order_kernel`, and the largest batch for it.
 ORDER_ROWS, ORDER_BLOCK, ORDER_BATCH = 16, 256, 8192
 
 
 def order_of(shape: tuple[int, ...], channels_last: bool, longest: int) -> Order:
-    """The order of a format, with runs as long as they may be: at most `longest`, that wrap no further than the next row."""
+    """The order of a memory format, with runs of at most `longest` elements.
+
+    A run wraps no further than the next row.
+    """
     _, size_c, _, size_h, size_w = shape
-    # (A sample without elements has rows of none.)
+    # An axis may be empty.
     inner, outer = (max(size_c, 1), size_w) if channels_last else (max(size_w, 1), size_h)
     run, small = longest, inner < 16
     while run > 1 and small and (inner + run - 2) // inner > outer:
@@ -409,9 +441,10 @@ def order_of(shape: tuple[int, ...], channels_last: bool, longest: int) -> Order
 
 
 def layout_of(t: torch.Tensor) -> Layout | None:
-    """t, (N, C, *spatial), as N, C, A, H and W: an absent axis has size 1, and those between C and H are one.
+    """The layout of t, (N, ...), as N, C, A, H and W.
 
-    None where their strides do not make them one.
+    An absent axis has size 1. The axes between C and H are joined into A; None where their strides
+    do not allow it.
     """
     n, channels, *sizes = (*t.shape, 1)[: max(t.ndim, 2)]
     stride_n, stride_c, *strides = (*t.stride(), 0)[: max(t.ndim, 2)]
@@ -427,10 +460,10 @@ def layout_of(t: torch.Tensor) -> Layout | None:
 
 
 def _launch(
-    kernel: Any, x: torch.Tensor, y: torch.Tensor, lam: Weight, box: torch.Tensor | None, scale: torch.Tensor | None,
-    misaligned: int, **constants: Any,
+    kernel: Any, x: torch.Tensor, y: torch.Tensor, lam: Weight, box: torch.Tensor | None,
+    scale: torch.Tensor | None, misaligned: int, **constants: Any,
 ) -> Launch | None:  # fmt: skip
-    """The launch of a kernel that fills y from x, in y's order; None where the axes of one have to be copied into others."""
+    """The launch of a kernel that writes y from x, in y's order; None if x must be copied first."""
     read, written = layout_of(x), layout_of(y)
     if read is None or written is None:
         return None
@@ -440,9 +473,9 @@ def _launch(
     flat = [layout.is_flat(channels_last) for layout in (read, written)]
     placed = box is not None or scale is not None
     if not placed and read.strides == written.strides and written.is_dense():
-        # In whatever order.
+        # Both are runs in the same order, whichever it is.
         flat = [True, True]
-    # Blocks begin at multiples of some elements, or of fewer pixels of all planes.
+    # A block is `block` elements, or with planes `block` pixels of all channels.
     planes, unit, block = 0, numel, BLOCK
     if (
         forward
@@ -458,7 +491,8 @@ def _launch(
         unit,
         *(layout.strides[0] for layout, is_flat in zip((read, written), flat) if is_flat),
     ]
-    # As many bytes are read at once as are written; and addresses kept as there are registers for.
+    # From bytes, a run is at most 16 bytes of y. Where a layout is not flat, it is at most 8
+    # elements: a thread has the registers for as many offsets.
     run = min(
         16 if all(flat) else 8,
         16 // y.element_size() if x.dtype == torch.uint8 and not planes else 16,
@@ -487,19 +521,21 @@ def _launch(
     )
     return Launch(
         kernel, step * blocks, numbers, x.device, not misaligned,
-        READ_FLAT=flat[0], WRITE_FLAT=flat[1], ORDER=order._replace(planes=planes), ACC=wide_of(x.dtype, y.dtype),
+        READ_FLAT=flat[0], WRITE_FLAT=flat[1], ORDER=order._replace(planes=planes),
+        ACC=wide_of(x.dtype, y.dtype),
         ALIGN=next(align for align in (16, 4, 1) if all(number % align == 0 for number in aligned)),
         BLOCK=BLOCK, num_warps=WARPS, **constants,
     )  # fmt: skip
 
 
 def mixup(
-    x: torch.Tensor, index: torch.Tensor, lam: Weight, box: torch.Tensor | None, scale: torch.Tensor | None,
-    shift: torch.Tensor | None, dtype: torch.dtype, memory_format: torch.memory_format, out: torch.Tensor | None = None,
+    x: torch.Tensor, index: torch.Tensor, lam: Weight, box: torch.Tensor | None,
+    scale: torch.Tensor | None, shift: torch.Tensor | None, dtype: torch.dtype,
+    memory_format: torch.memory_format, out: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """x, (N, ...), blended, in a dtype and memory format, or written to `out`.
+    """x, (N, ...), mixed, in a dtype and memory format, or written to `out`.
 
-    `out` may be x, for an index that is an involution; else they share no memory.
+    `out` may be x if the index is an involution; otherwise they must share no memory.
     """
     index, box, scale, shift = (
         contiguous(index),
@@ -524,10 +560,13 @@ def mixup(
 
 
 def mixup_backward(
-    g: torch.Tensor, index: torch.Tensor, lam: Weight, box: torch.Tensor | None, scale: torch.Tensor | None,
-    stride: tuple[int, ...], dtype: torch.dtype,
+    g: torch.Tensor, index: torch.Tensor, lam: Weight, box: torch.Tensor | None,
+    scale: torch.Tensor | None, stride: tuple[int, ...], dtype: torch.dtype,
 ) -> torch.Tensor:  # fmt: skip
-    """The gradient of an x of such strides and dtype, in x's memory format, from that of the output."""
+    """The gradient of x, in its memory format, from g, the gradient of the output.
+
+    `stride` and `dtype` are those of x.
+    """
     index, box, scale = contiguous(index), contiguous(box), contiguous(scale)
     pointer, number = (lam, 0.0) if isinstance(lam, torch.Tensor) else (None, lam)
     kinds = kinds_of(g, index, pointer, box, scale)
@@ -553,10 +592,13 @@ def mixup_backward(
 
 
 def _prepare_backward(
-    g: torch.Tensor, index: torch.Tensor, dx: torch.Tensor, lam: Weight, box: torch.Tensor | None, scale: torch.Tensor | None,
-    misaligned: int,
+    g: torch.Tensor, index: torch.Tensor, dx: torch.Tensor, lam: Weight, box: torch.Tensor | None,
+    scale: torch.Tensor | None, misaligned: int,
 ) -> tuple[Launch, Launch | None]:  # fmt: skip
-    """The launches that order the samples by their partner and that fill dx; no second where axes have to be copied."""
+    """The launch that sorts the samples by partner, and the one that writes dx.
+
+    The second is None if g must be copied first.
+    """
     sort = Launch(
         _order_kernel, -(-(len(index) + 1) // ORDER_ROWS), (len(index),), g.device, not misaligned,
         ROWS=ORDER_ROWS, BLOCK=ORDER_BLOCK, num_warps=WARPS,
@@ -565,7 +607,7 @@ def _prepare_backward(
 
 
 def _sorted(index: torch.Tensor) -> torch.Tensor:
-    """What `_order_kernel` gives, by torch's sort, which a large batch is worth."""
+    """What `_order_kernel` writes, by torch's sort, which is faster for a large batch."""
     partners, samples = index.sort(stable=True)
     starts = torch.searchsorted(
         partners, torch.arange(len(index) + 1, device=index.device, dtype=index.dtype)

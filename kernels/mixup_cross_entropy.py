@@ -1,20 +1,23 @@
-"""The cross entropy of blended labels in one pass over the logits, and its gradient in another.
+"""The cross entropy of mixed labels in one pass over the logits, and its gradient in another.
 
-Logits are (N, C, A, B), rows of C classes (see rows.py). A program has tiles of ROWS rows by BLOCK_C classes, and where a row has
-more it goes along them with the maximum and the sum of exponentials so far.
+Logits are (N, C, A, B), rows of C classes (rows.py). A program has tiles of ROWS rows by BLOCK_C
+classes. Where a row has more classes it loops over them, with the running maximum and the running
+sum of exponentials.
 
-Two numbers a row are kept for the backward: the maximum, and the logarithm of the sum of exponentials of differences from it. In
-float32 their sum, the log-sum-exp, would lose of the small number what the large one leaves no digits for: with logits of 1e4
-everything below a thousandth, and a probability is then wrong by as much.
+Two numbers per row are saved for the backward: the maximum, and the logarithm of the sum of
+exponentials of differences from it. Their sum, the log-sum-exp, would lose the small number's
+digits in float32: with logits of 1e4 everything below a thousandth, and a probability would be
+wrong by as much.
 
-A reduced loss is added up by each program, and then over programs by one more of its own: in an order that does not change, and
-without atomics, so that two runs give the same bits. That one also has the denominators of a mean, which the backward divides by:
-nobody waits for the device.
+Each program adds up a reduced loss over its rows, and one more program adds these sums: in a fixed
+order and without atomics, so that two runs give the same bits. That program also writes the
+denominators of a mean, by which the backward divides, so the host never waits for the device.
 
-Two numbers, per logit of e bytes, and a row's 24 bytes of labels and statistics apart:
-    forward    e bytes; a maximum, a subtraction, an exponential and a sum; with label smoothing a multiply-add and another sum
-    backward   2 e bytes; a subtraction, a multiply-add, an exponential and another multiply-add, and for each label a comparison
-               and a selection
+Cost per logit of e bytes, without a row's 24 bytes of labels and statistics:
+    forward     e bytes; a maximum, a subtraction, an exponential and a sum; with label smoothing a
+                multiply-add and a second sum
+    backward    2 e bytes; a subtraction, a multiply-add, an exponential and a second multiply-add,
+                and for each label a comparison and a selection
 """
 
 from __future__ import annotations
@@ -45,11 +48,14 @@ LOG2_E = tl.constexpr(math.log2(math.e))
 
 @triton.jit
 def _block(
-    z_ptr, strides, first, start, shape, weight_ptr, highest, SMOOTHED: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
-    TILE: tl.constexpr, ACC: tl.constexpr,
+    z_ptr, strides, first, start, shape, weight_ptr, highest, SMOOTHED: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_C: tl.constexpr, TILE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Of a block of the classes of a tile's rows: the maximum with that of the classes before, the sum of exponentials below it
-    and, if SMOOTHED, the weighted sum of the distances from it, and the sum of the weights."""
+    """The statistics of a tile's rows over a block of classes.
+
+    Returns the maximum, of the classes before too; the sum of the exponentials of differences from
+    it; and, if SMOOTHED, the weighted sum of the distances from it, and the sum of the weights.
+    """
     AXIS: tl.constexpr = None if ROWS == 1 and TILE.most else 1 if TILE.along == "classes" else 0
     _, exists, place = rows_at(first, shape, ROWS, 1, TILE)
     c, known = classes_at(start, shape[1], BLOCK_C, TILE)
@@ -60,7 +66,7 @@ def _block(
     base = _base(highest)
     below = _exp(value - base)
     if TILE.along == "run":
-        # (-0.0 is what the compiler leaves out of a sum.)
+        # The compiler drops a term -0.0 from a sum.
         below = tl.where(c < TILE.most, below, -0.0)
     total = tl.sum(below, AXIS, keep_dims=True)
     spread, of_all = tl.zeros_like(total), tl.cast(0.0, ACC)
@@ -77,10 +83,10 @@ def _block(
 
 @triton.jit
 def _statistics(
-    z_ptr, strides, first, shape, weight_ptr, SMOOTHED: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
-    TILE: tl.constexpr, ACC: tl.constexpr,
+    z_ptr, strides, first, shape, weight_ptr, SMOOTHED: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_C: tl.constexpr, TILE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """The same of all classes."""
+    """The statistics of `_block` over all classes."""
     highest = tl.full((ROWS, 1) if TILE.along == "classes" else (1, ROWS), float("-inf"), ACC)
     if TILE.most:
         return _block(
@@ -114,19 +120,19 @@ def _statistics(
 
 @triton.jit
 def _base(highest):
-    # A difference of two infinities is NaN: where all are -inf, they are counted from 0.
+    # The difference of two infinities is NaN: where all logits are -inf, subtract 0.
     return tl.where(highest == float("-inf"), 0.0, highest)
 
 
 @triton.jit
 def _exp(x):
-    # (Triton's own exp takes three instructions more, for results that are subnormal.)
+    # tl.exp takes three more instructions, for subnormal results.
     return tl.exp2(x * LOG2_E)
 
 
 @triton.jit
 def _weights(weight_ptr, c, known, ACC: tl.constexpr):
-    """The weights of the classes c, where they are known."""
+    """The weights of the classes c, 0 where not `known`."""
     if weight_ptr is None:
         return known.to(ACC)
     else:
@@ -135,7 +141,10 @@ def _weights(weight_ptr, c, known, ACC: tl.constexpr):
 
 @triton.jit
 def _labels(ptr, r, exists, classes, ignore_index, weight_ptr, ACC: tl.constexpr):
-    """The rows' labels, which are classes, which of them count, and their weights. One that is no class weighs NaN."""
+    """The rows' labels, which are valid classes, which count, and their weights.
+
+    A label that is neither a class nor ignored weighs NaN.
+    """
     label = tl.load(ptr + r, mask=exists, other=0).to(tl.int64)
     counts = exists & (label != ignore_index)
     known = counts & (label.to(tl.uint64) < classes.to(tl.uint64))
@@ -160,14 +169,14 @@ def _losses(z, labels, stride_c, statistics, classes, SMOOTHING: tl.constexpr, A
 
 @triton.jit
 def _per_row(ptr, number, place, strides, exists, TILE: tl.constexpr, ACC: tl.constexpr):
-    """One number per row where ptr is a tensor, else the number."""
+    """One number per row where ptr is not None, else the number."""
     if ptr is None:
         return scalar(None, number, ACC)
     else:
         return tl.load(of_rows(ptr, place, strides, 1, TILE), mask=exists, other=0.0).to(ACC)
 
 
-# None of a kernel's numbers is specialised on.
+# Integers of the kernels on which Triton does not specialise.
 NUMBERS = ["rows", "classes", "size_a", "size_b", "ignore_index", "z_stride_c", "dz_stride_c"]
 
 
@@ -176,16 +185,22 @@ def _forward_kernel(
     z_ptr, a_ptr, b_ptr, lam_ptr, weight_ptr, statistics_ptr, loss_ptr, sums_ptr, lam: tl.float64,
     rows, classes, size_a, size_b, ignore_index,
     z_stride_n, z_stride_a, z_stride_b, z_stride_c, lam_stride_n, lam_stride_a, lam_stride_b, turns,
-    SMOOTHING: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr, TILE: tl.constexpr,
-    TURNS: tl.constexpr,
+    SMOOTHING: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
+    TILE: tl.constexpr, TURNS: tl.constexpr,
 ):  # fmt: skip
-    """Shapes: z (N, classes, size_a, size_b); a, b and lam_ptr (N, size_a, size_b), a and b contiguous, lam_ptr None where lam
-    is a number; weight (classes,) or None; statistics (2*rows + 2,), or (2*rows,) unless there is a mean; loss (rows,), or None
-    where sums, (programs, 4), are asked for.
+    """A program computes groups of `turns` <= TURNS tiles of ROWS rows, every programs-th group.
 
-    This program processes `turns` tiles of ROWS rows, at most TURNS, one after the other, and then what there is once a row for
-    all of them side by side; and again, as many programs further. Its four sums are of the losses of a and of b, weighted by lam
-    and 1 - lam, and of the weights of a and of b.
+    z_ptr: (N, classes, size_a, size_b)
+    a_ptr, b_ptr: (N, size_a, size_b), contiguous
+    lam_ptr: (N, size_a, size_b) by its strides, or None where lam is a number
+    weight_ptr: (classes,), or None
+    statistics_ptr: (2*rows + 2,) for a mean, else (2*rows,)
+    loss_ptr: (rows,), or None for a reduced loss
+    sums_ptr: (programs, 4) for a reduced loss, else None
+
+    The tiles of a group are read one after the other; what is computed once per row is then
+    computed for all of them at once. The four sums of a program are the losses of a and of b,
+    weighted by lam and 1 - lam, and the weights of a and of b.
     """
     program, programs = tl.program_id(0), tl.num_programs(0)
     shape, strides = (
@@ -257,9 +272,11 @@ def _forward_kernel(
 def _finish_kernel(
     sums_ptr, loss_ptr, statistics_ptr, programs, rows, MEAN: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Shapes: sums (programs, 4), programs <= BLOCK; loss (); statistics (2*rows + 2,), whose last two are the denominators.
+    """One program adds all programs' sums.
 
-    This program processes everything.
+    sums_ptr: (programs, 4), with programs <= BLOCK
+    loss_ptr: ()
+    statistics_ptr: (2*rows + 2,) for a mean, the last two its denominators
     """
     i = tl.arange(0, BLOCK)
     loss_a = tl.sum(tl.load(sums_ptr + i * 4, mask=i < programs, other=0.0))
@@ -280,19 +297,23 @@ def _backward_kernel(
     rows, classes, size_a, size_b, ignore_index,
     z_stride_n, z_stride_a, z_stride_b, z_stride_c, lam_stride_n, lam_stride_a, lam_stride_b,
     dz_stride_n, dz_stride_a, dz_stride_b, dz_stride_c, g_stride_n, g_stride_a, g_stride_b,
-    MEAN: tl.constexpr, SMOOTHING: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
-    TILE: tl.constexpr,
+    MEAN: tl.constexpr, SMOOTHING: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_C: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Shapes: z and dz (N, classes, size_a, size_b); g, a, b and lam_ptr (N, size_a, size_b), a and b contiguous, lam_ptr None
-    where lam is a number; weight (classes,) or None; statistics (2*rows + 2,), whose last two are the denominators of a mean.
+    """A program computes one tile of ROWS rows of dz, block after block of BLOCK_C classes.
 
-    This program processes one tile of ROWS rows, a block of BLOCK_C classes after the other.
+    g_ptr: (N, size_a, size_b) by its strides
+    z_ptr, dz_ptr: (N, classes, size_a, size_b)
+    a_ptr, b_ptr: (N, size_a, size_b), contiguous
+    lam_ptr: (N, size_a, size_b) by its strides, or None where lam is a number
+    weight_ptr: (classes,), or None
+    statistics_ptr: (2*rows + 2,) for a mean, the last two its denominators; else (2*rows,)
     """
     shape, first = (rows, classes, size_a, size_b), tl.cast(tl.program_id(0), rows.dtype) * ROWS
     strides = (z_stride_n, z_stride_a, z_stride_b, z_stride_c)
     dz_strides = (dz_stride_n, dz_stride_a, dz_stride_b, dz_stride_c)
     r, exists, place = rows_at(first, shape, ROWS, 1, TILE)
-    # The classes that a thread has one after the other.
+    # The successive classes of a thread.
     SPAN: tl.constexpr = TILE.align if TILE.along == "classes" else BLOCK_C
     highest = tl.load(statistics_ptr + r, mask=exists, other=0.0)
     log_sum = tl.load(statistics_ptr + rows + r, mask=exists, other=0.0) * LOG2_E
@@ -316,14 +337,14 @@ def _backward_kernel(
         every = (g_a + g_b) * (SMOOTHING / classes.to(ACC))
         total += every * _weight_sum(weight_ptr, classes, BLOCK_C, TILE, ACC)
 
-    # Where both labels are one class, the second takes what both do.
+    # Where both labels are one class, b's share takes both.
     share_b += tl.where(label_a == label_b, share_a, 0.0)
     for start in range(0, 1 if TILE.most else classes, BLOCK_C):
         c, known = classes_at(start, classes, BLOCK_C, TILE)
         value = read(
             z_ptr, strides, first, place, c, known & exists, shape, ROWS, BLOCK_C, TILE, ACC
         )
-        # c == label, for which the compiler so needs neither an addition a class nor a register.
+        # c == label, in a form that costs no addition and no register per class.
         i = (c - start) % SPAN
         taken = tl.where(
             i == label_b - (c - i), share_b, tl.where(i == label_a - (c - i), share_a, 0.0)
@@ -348,7 +369,7 @@ def _backward_kernel(
 
 @triton.jit
 def _weight_sum(weight_ptr, classes, BLOCK_C: tl.constexpr, TILE: tl.constexpr, ACC: tl.constexpr):
-    """The sum of the classes' weights. (Each program adds them up anew, rather than wait for another launch.)"""
+    """The sum of the classes' weights. Each program computes it, to save a launch."""
     if weight_ptr is None:
         return classes.to(ACC)
     else:
@@ -361,7 +382,10 @@ def _weight_sum(weight_ptr, classes, BLOCK_C: tl.constexpr, TILE: tl.constexpr, 
 
 @triton.jit
 def _gradients(labels, g, SMOOTHING: tl.constexpr):
-    """A term's labels, what each takes of its row's gradient, and the gradient g where the label counts."""
+    """A term's labels, their shares of the rows' gradients, and g where the label counts.
+
+    A label that is not a class becomes -1.
+    """
     label, known, counts, weight = labels
     g = tl.where(counts, g, 0.0)
     share = tl.where(counts, g * (1 - SMOOTHING) * weight, 0.0)
@@ -369,7 +393,10 @@ def _gradients(labels, g, SMOOTHING: tl.constexpr):
 
 
 class Cut(NamedTuple):
-    """How a launch is cut: rows and classes a tile, tiles at most whose rows are side by side in the end, a program's warps."""
+    """How a launch is cut: rows and classes per tile, the most tiles per group, warps per program.
+
+    `turns` tiles' rows are finished at once.
+    """
 
     rows: int
     block: int
@@ -377,35 +404,37 @@ class Cut(NamedTuple):
     num_warps: int
 
 
-# A forward's programs at most, whose sums one program adds.
+# The most programs of a forward. One program adds their sums.
 PROGRAMS = 4096
 
 
 def cut_for(classes: int, along: str, align: int, warp_size: int) -> Cut:
-    """The pinned cut for as many classes: by their power of two alone, so that no size compiles anew."""
+    """The pinned cut for a number of classes, by its power of two: few sizes compile anew."""
     width = 1 << (classes - 1).bit_length()
     if along == "classes":
-        # One row a warp, or some. What there is once a row would be done by all the threads that share it: a row each in the end.
+        # One row per warp, or a few. All threads of a row would repeat what is computed once per
+        # row, so the rows of several tiles are finished at once, a row per thread.
         block = min(width, 4096)
         return Cut(
             max(1024 // block, 1), block, 32 if 1024 <= width <= 4096 else 1, max(block // 1024, 1)
         )
     if along == "run":
-        # A thread a row.
+        # One row per thread.
         return Cut(128, width, 1, 128 // warp_size)
-    # A thread has the rows of a vector; of classes so few that registers remain, in every Triton, and warps hide each other.
+    # A thread has the rows of a vector, and few classes at once: registers remain for enough warps
+    # to hide latency, in every Triton version.
     if width <= 64:
         return Cut(64 * align, min(width, 4), 1, 2)
     return Cut(32 * align, 32, 1, 4) if width <= 256 else Cut(32, 64, 1, 8)
 
 
 def _prepare(
-    kernel: Any, logits: tuple[torch.Tensor, ...], others: tuple[Any, ...], ignore_index: int, smoothing: float, aligned: bool,
-    **constants: Any,
+    kernel: Any, logits: tuple[torch.Tensor, ...], others: tuple[Any, ...], ignore_index: int,
+    smoothing: float, aligned: bool, **constants: Any,
 ) -> Launch | None:  # fmt: skip
-    """The launch on logits (N, C, ...), z the first, and what there is of each row.
+    """The launch of a kernel; None where the rows have too many axes.
 
-    None where the axes of the rows are too many.
+    `logits` are (N, C, ...), z first. `others` are the tensors with one number per row.
     """
     z = logits[0]
     (n, classes, *positions), itemsize = z.shape, z.element_size()
@@ -418,7 +447,7 @@ def _prepare(
     strides_c = [t.stride(1) for t in logits]
     inner = rows.strides[0][2]
     along = "rows" if strides_c[0] != 1 and (inner == 1 or 0 < inner < strides_c[0]) else "classes"
-    # By the logits' addresses alone: it is they that are read in vectors.
+    # By the logits' addresses alone: only logits are read in vectors.
     widest = max(
         min(
             alignment_of(kinds_of(*logits)[-1]) // itemsize,
@@ -428,11 +457,12 @@ def _prepare(
     )
     align = vector_of(rows, strides_c, classes, along, widest)
     if along == "classes" and align < 4 and classes <= 64:
-        # A thread would have one or two elements of a row, and as much to do for it as one that has them all.
+        # Along classes a thread would have one or two elements of a row, and as much work per row
+        # as a thread that has them all.
         runs = all(
             rows.is_run(2 * i, classes) and stride == 1 for i, stride in enumerate(strides_c)
         )
-        # (64 numbers of 64 bits would be all the registers of a thread.)
+        # 64 numbers of 64 bits would fill all registers of a thread.
         if runs and classes * itemsize <= 256:
             along, align = "run", math.gcd(widest, math.prod(rows.sizes) * classes)
         else:
@@ -442,7 +472,7 @@ def _prepare(
     numbers = [math.prod(rows.sizes), classes, *rows.sizes[1:], ignore_index]
     for i, stride in enumerate(rows.strides):
         numbers += stride if i % 2 else (*stride, strides_c[i // 2])
-    # A whole block's classes are compiled for by half a power of two.
+    # Rows of up to three quarters of a block compile apart from longer ones.
     three = cut.block // 4 * 3
     bounds = (
         (0, 0)
@@ -458,23 +488,29 @@ def _prepare(
         numbers.append(turns)
     return Launch(
         kernel, tiles, tuple(numbers), z.device, aligned,
-        SMOOTHING=smoothing, ACC=wide_of(z.dtype), ROWS=cut.rows, BLOCK_C=cut.block, TILE=tile, num_warps=cut.num_warps,
-        **constants,
+        SMOOTHING=smoothing, ACC=wide_of(z.dtype), ROWS=cut.rows, BLOCK_C=cut.block, TILE=tile,
+        num_warps=cut.num_warps, **constants,
     )  # fmt: skip
 
 
 def mixup_cross_entropy(
-    z: torch.Tensor, a: torch.Tensor, b: torch.Tensor, lam: float | torch.Tensor, weight: torch.Tensor | None,
-    ignore_index: int, reduction: str, smoothing: float, dtype: torch.dtype,
+    z: torch.Tensor, a: torch.Tensor, b: torch.Tensor, lam: float | torch.Tensor,
+    weight: torch.Tensor | None, ignore_index: int, reduction: str, smoothing: float,
+    dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """The loss, (N, ...) or (), and what its gradient is made of: the rows' two statistics, and the denominators of a mean.
+    """The loss, (N, ...) or (), and the statistics from which the backward computes its gradient.
 
-    z is (N, C, ...), a and b (N, ...), lam a number, () or (N,), weight (C,) or None.
+    z: (N, C, ...)
+    a, b: (N, ...)
+    lam: a number, () or (N,)
+    weight: (C,), or None
+
+    The statistics are two numbers per row and, for a mean, its two denominators.
     """
     a, b, weight = contiguous(a), contiguous(b), contiguous(weight)
     pointer, number = (lam, 0.0) if isinstance(lam, torch.Tensor) else (None, lam)
     kinds = kinds_of(z, a, b, pointer, weight)
-    # Of the logits' own address, only where not all are aligned.
+    # The logits' own misalignment, needed only where not all addresses are aligned.
     address = kinds[-1] and z.data_ptr() & 15
     key = (
         "mixup_cross_entropy",
@@ -508,7 +544,7 @@ def mixup_cross_entropy(
 def _prepare_forward(
     z: torch.Tensor, lam: Any, ignore_index: int, reduction: str, smoothing: float, aligned: bool
 ) -> tuple[torch.dtype, Launch | None, Launch | None]:  # fmt: skip
-    """What sums are in, and the launches that fill statistics and that finish a reduced loss."""
+    """The dtype of the sums, and the launches that write statistics and reduce the loss."""
     wide, rows = (
         torch.float64 if z.dtype == torch.float64 else torch.float32,
         z.numel() // z.shape[1],
@@ -531,10 +567,14 @@ def _prepare_forward(
 
 
 def mixup_cross_entropy_backward(
-    g: torch.Tensor, z: torch.Tensor, a: torch.Tensor, b: torch.Tensor, lam: float | torch.Tensor, weight: torch.Tensor | None,
-    statistics: torch.Tensor, ignore_index: int, reduction: str, smoothing: float,
+    g: torch.Tensor, z: torch.Tensor, a: torch.Tensor, b: torch.Tensor, lam: float | torch.Tensor,
+    weight: torch.Tensor | None, statistics: torch.Tensor, ignore_index: int, reduction: str,
+    smoothing: float,
 ) -> torch.Tensor:  # fmt: skip
-    """The gradient of z, laid out as z is, from g, that of the loss, and from the statistics that the forward gave."""
+    """The gradient of z, laid out as z is, from g, the gradient of the loss.
+
+    `statistics` are those that the forward returned.
+    """
     a, b, weight, statistics = (
         contiguous(a),
         contiguous(b),

@@ -1,13 +1,15 @@
-"""A gated residual in one pass: the stream and the branch are read, and their sum is written.
+"""A gated residual in one pass: read the stream and the branch, write their sum.
 
-It is elementwise, so a launch sees no shape: all its tensors are laid out alike, and are taken in the order in which they lie.
-The gradient of the gate is a sum over all elements, in two stages: a program adds up what it reads and writes one number, and
-those are added. There are no atomics, so two runs give the same bits.
+The operation is elementwise, so a launch sees no shape. Its tensors are all laid out alike, and a
+program takes their elements in memory order. The gradient of the gate is a sum over all elements,
+in two stages: each program writes one partial sum, and a second kernel adds the partial sums.
+There are no atomics, so two runs give the same bits.
 
-Two numbers, per element of e bytes:
-    forward                3 e bytes; 2 loads, a multiply-add and the activation
-    backward, "gate"       3 e bytes; 2 loads, 2 multiplications, an addition, the activation and its derivative (dx *is* g)
-    backward, "post"       5 e bytes; 3 loads, 3 multiplications, 2 additions and the derivative
+Cost per element of e bytes:
+    forward             3 e bytes; 2 loads, a multiply-add and the activation
+    backward, "gate"    3 e bytes; 2 loads, 2 multiplications, an addition, the activation and its
+                        derivative (dx is g)
+    backward, "post"    5 e bytes; 3 loads, 3 multiplications, 2 additions and the derivative
 """
 
 from __future__ import annotations
@@ -18,24 +20,26 @@ import triton.language as tl
 
 from .launch import LAUNCHES, Launch, keep, kinds_of, on_meta, scalar, wide_of
 
-# Elements a turn of a program, and its warps: 16 elements a thread, two 128-bit loads of half precision.
+# Elements per iteration of a program, and its warps: 16 elements per thread, which are two 128-bit
+# loads of half precision.
 BLOCK, WARPS = 2048, 4
-# A backward's programs at most: enough to fill a large device, and few numbers to add at the end.
+# The most programs of a backward: they fill a large device, and leave few partial sums to add.
 PROGRAMS = 2048
 
 
 @triton.jit
 def _normal(u):
-    """The normal distribution: its function at u, and exp(-u*u/2), which is its density but for a factor.
+    """The normal distribution function at u, and exp(-u*u/2), its density without the factor.
 
-    In float32 the tail beyond |u| is made of the second (Abramowitz and Stegun, 7.1.26). The formula
-    is right to 7.5e-8 and float32 makes 4e-7 of it; a tail keeps less, for its power does.
+    In float32 the tail beyond |u| is computed from the second (Abramowitz and Stegun, 7.1.26). The
+    formula's error is 7.5e-8, and float32 arithmetic makes it 4e-7. A tail's relative error is
+    larger, because that of its exponential is.
     """
     bell = tl.exp2(-0.7213475204444817 * u * u)
     if u.dtype == tl.float64:
         return 0.5 * (1.0 + tl.erf(0.7071067811865476 * u)), bell
     else:
-        # One instruction and a product, where a division takes five instructions.
+        # A reciprocal square root and a product take two instructions, a division five.
         root = tl.rsqrt(1.0 + 0.2316418882 * tl.abs(u))
         t = root * root
         tail = 0.5307027145 * t - 0.7265760135
@@ -62,7 +66,7 @@ def _activate(u, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def _pull(u, g, ACTIVATION: tl.constexpr):
-    """act'(u) * g. A ReLU gives no gradient to what is not positive, and keeps that of NaN."""
+    """act'(u) * g. The gradient of a ReLU is 0 where u is not positive, and g where u is NaN."""
     if ACTIVATION == "relu":
         return tl.where(u <= 0, 0.0, g)
     elif ACTIVATION == "leaky_relu":
@@ -82,9 +86,10 @@ def _forward_kernel(
     x_ptr, f_ptr, alpha_ptr, y_ptr, alpha: tl.float64, numel,
     ACTIVATION: tl.constexpr, FORM: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Shapes: x, f and y (numel,); alpha_ptr (1,), or None where alpha is a number.
+    """A program computes BLOCK elements of y.
 
-    This program processes BLOCK elements.
+    x_ptr, f_ptr, y_ptr: (numel,)
+    alpha_ptr: (1,), or None where alpha is a number
     """
     k = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + k, mask=k < numel).to(ACC)
@@ -102,17 +107,20 @@ def _backward_kernel(
     g_ptr, x_ptr, f_ptr, alpha_ptr, dx_ptr, df_ptr, partial_ptr, alpha: tl.float64, numel,
     ACTIVATION: tl.constexpr, FORM: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Shapes: g, x, f, dx and df (numel,), partial (programs,); alpha_ptr (1,), or None where alpha is a number. x is None in the
-    gate's form, and dx, df or partial where it is not wanted.
+    """A program computes every programs-th block of BLOCK elements, starting with its own.
 
-    This program processes every programs-th block of BLOCK elements, from its own on.
+    g_ptr, f_ptr: (numel,)
+    x_ptr: (numel,), or None in the "gate" form
+    alpha_ptr: (1,), or None where alpha is a number
+    dx_ptr, df_ptr: (numel,), or None where not wanted
+    partial_ptr: (programs,), or None where not wanted
     """
     gate = scalar(alpha_ptr, alpha, ACC)
     total = tl.zeros((BLOCK,), ACC)
     step = tl.num_programs(0).to(tl.int64) * BLOCK
     for start in range(tl.program_id(0).to(tl.int64) * BLOCK, numel, step):
         k = start + tl.arange(0, BLOCK)
-        # Beyond the end zeros, which add nothing to the sum.
+        # Elements beyond the end are zeros, which add nothing to the sum.
         g = tl.load(g_ptr + k, mask=k < numel, other=0.0).to(ACC)
         f = tl.load(f_ptr + k, mask=k < numel, other=0.0).to(ACC)
         if FORM == "gate":
@@ -136,30 +144,35 @@ def _backward_kernel(
 
 @triton.jit(do_not_specialize=["programs"])
 def _finish_kernel(partial_ptr, dalpha_ptr, programs, BLOCK: tl.constexpr):
-    """Shapes: partial (programs,), programs <= BLOCK; dalpha (1,). This program processes everything."""
+    """One program adds all partial sums.
+
+    partial_ptr: (programs,), with programs <= BLOCK
+    dalpha_ptr: (1,)
+    """
     i = tl.arange(0, BLOCK)
     total = tl.sum(tl.load(partial_ptr + i, mask=i < programs, other=0.0))
     tl.store(dalpha_ptr, total.to(dalpha_ptr.dtype.element_ty))
 
 
 def _lies(t: torch.Tensor, strides: tuple[int, ...]) -> bool:
-    """Whether t lies in the order of dense strides."""
+    """Whether t is laid out by these dense strides."""
     return t.stride() == strides or all(
         size == 1 or a == b for size, a, b in zip(t.shape, t.stride(), strides)
     )
 
 
 def _laid_out(t: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
-    """t in the order of dense strides; copied only where it lies in another."""
+    """t, laid out by these dense strides; copied only if it has others."""
     if _lies(t, strides):
         return t
     return torch.empty_strided(t.shape, strides, dtype=t.dtype, device=t.device).copy_(t)
 
 
 def _prepare_forward(
-    x: torch.Tensor, f: torch.Tensor, alpha: float | torch.Tensor, activation: str, form: str, misaligned: int
+    x: torch.Tensor, f: torch.Tensor, alpha: float | torch.Tensor, activation: str, form: str,
+    misaligned: int,
 ) -> tuple[torch.dtype, bool, Launch]:  # fmt: skip
-    """The output's dtype, whether one of the inputs must be copied to lie as it does, and the launch that fills it."""
+    """The output's dtype, whether an input must be copied into its layout, and the launch."""
     dtype = torch.promote_types(x.dtype, f.dtype)
     wide = wide_of(dtype, *([alpha.dtype] if isinstance(alpha, torch.Tensor) else []))
     launch = Launch(
@@ -173,7 +186,10 @@ def _prepare_forward(
 def rezero(
     x: torch.Tensor, f: torch.Tensor, alpha: float | torch.Tensor, activation: str, form: str
 ) -> torch.Tensor:
-    """x + alpha*act(f), or act(x + alpha*f), in x's memory format and the wider of the dtypes of x and f."""
+    """x + alpha*act(f), or act(x + alpha*f), for x and f of one shape.
+
+    The result has x's memory format and the promoted dtype of x and f.
+    """
     pointer, number = (alpha, 0.0) if isinstance(alpha, torch.Tensor) else (None, alpha)
     kinds = kinds_of(x, f, pointer)
     key = ("rezero", activation, form, x.shape, x.device, kinds)
@@ -188,9 +204,13 @@ def rezero(
 
 
 def _prepare_backward(
-    g: torch.Tensor, f: torch.Tensor, alpha: float | torch.Tensor, activation: str, form: str, misaligned: int
+    g: torch.Tensor, f: torch.Tensor, alpha: float | torch.Tensor, activation: str, form: str,
+    misaligned: int,
 ) -> tuple[tuple[int, ...], int, torch.dtype, Launch, Launch]:  # fmt: skip
-    """The gradients' strides, the sums of alpha's and their dtype, and the launches that fill the gradients and add the sums."""
+    """The gradients' strides, the partial sums' number and dtype, and the two launches.
+
+    The first launch writes the gradients and the partial sums, the second adds the partial sums.
+    """
     wide = (
         torch.float64
         if torch.float64 in (g.dtype, f.dtype, getattr(alpha, "dtype", None))
@@ -206,10 +226,10 @@ def _prepare_backward(
 
 
 def rezero_backward(
-    g: torch.Tensor, x: torch.Tensor | None, f: torch.Tensor, alpha: float | torch.Tensor, activation: str, form: str,
-    wants_x: bool, wants_f: bool, wants_alpha: bool,
+    g: torch.Tensor, x: torch.Tensor | None, f: torch.Tensor, alpha: float | torch.Tensor,
+    activation: str, form: str, wants_x: bool, wants_f: bool, wants_alpha: bool,
 ) -> tuple[torch.Tensor | None, ...]:  # fmt: skip
-    """The gradients of x and f, laid out as f is, and of alpha; None where it is not wanted."""
+    """The gradients of x and f, laid out as f is, and of alpha; None for those not wanted."""
     pointer, number = (alpha, 0.0) if isinstance(alpha, torch.Tensor) else (None, alpha)
     kinds = kinds_of(g, x, f, pointer)
     key = (

@@ -1,12 +1,16 @@
-"""Rows of classes that lie in memory in any way: how they are numbered, found, read and written, a tile of them at a time.
+"""Rows of classes: how a tile of them is numbered, found, read and written.
 
-Tensors are (N, C, A, B), with a row of C classes at each of the positions (N, A, B); rows are numbered in that order. A tile is
-of ROWS rows by BLOCK_C classes. How they lie is compiled for, and with it the order of a tile's axes:
-    "classes"  of a row lie side by side, and a warp reads along them, in vectors
-    "rows"     lie side by side, as in contiguous maps: a thread has all that a tile has of its rows, and a warp reads along them
-    "run"      a tile is one run, as in channels-last maps of 21 classes, an odd number that aligns no row: it is read in vectors
-               from its beginning to its end, and turned, in shared memory, so that a thread has a row
-Axes of the rows that are one run for every tensor are one, so that a row's place takes a division only where it must.
+Tensors are (N, C, A, B), with a row of C classes at each position (N, A, B), and rows are numbered
+in the order of the positions. A tile is ROWS rows by BLOCK_C classes. A kernel is compiled for one
+layout, which also sets the order of a tile's axes:
+    "classes"  The classes of a row lie side by side. A warp reads along them, in vectors.
+    "rows"     Rows lie side by side, as in contiguous maps. A warp reads along them, and a thread
+               has all the tile's classes of its rows.
+    "run"      A tile is one run, as in channels-last maps of 21 classes, an odd number that aligns
+               no row. It is read in vectors from end to end, and transposed in shared memory, so
+               that a thread has a row.
+Axes of the rows that are one run in every tensor are joined, to save divisions when a row's place
+is computed.
 """
 
 from __future__ import annotations
@@ -21,9 +25,10 @@ import triton.language as tl
 class Tile(NamedTuple):
     """How a launch reads and writes, known at compile time.
 
-    `axes` of the rows are left when those that are one run are one. Vectors lie `along` "classes", "rows" or a "run", and have
-    `align` elements, of which every size, stride and address is a multiple. Where a block has all classes of a row, the first
-    `least` exist, and none after the first `most`, which is else 0.
+    The rows have `axes` axes after joining. Vectors lie along "classes", "rows" or a "run"
+    (`along`) and have `align` elements; `align` divides all sizes, strides and addresses. Where a
+    block holds all classes of a row, the first `least` classes exist, and none after the first
+    `most`; else `most` is 0.
     """
 
     axes: int
@@ -35,17 +40,19 @@ class Tile(NamedTuple):
 
 @triton.jit
 def rows_at(first, shape, ROWS: tl.constexpr, TURNS: tl.constexpr, TILE: tl.constexpr):
-    """The rows of TURNS tiles: their numbers, which exist, and their places along N, A and B; a line, or a column of each tile
-    where a warp goes along the classes."""
+    """The rows of TURNS tiles: their numbers, which exist, and their places along N, A and B.
+
+    The rows are a line, (1, ROWS), or, along "classes", a column for each tile, (ROWS, TURNS).
+    """
     rows, _, size_a, size_b = shape
     ALIGN: tl.constexpr = TILE.align if TILE.along == "rows" else 1
-    # The launcher has checked the alignment. Rounding to it changes nothing, and lets the compiler see it.
+    # The launcher has checked the alignment. Rounding changes nothing and shows it to the compiler.
     size_b, rows = size_b // ALIGN * ALIGN, rows // ALIGN * ALIGN
     r = tl.arange(0, ROWS)
     r = first + (
         r[:, None] + ROWS * tl.arange(0, TURNS)[None, :] if TILE.along == "classes" else r[None, :]
     )
-    # A tile of one row is there for it.
+    # A tile of one row always exists.
     exists = r >= first if ROWS * TURNS == 1 else r < rows
     if TILE.axes == 1:
         return r, exists, (0, 0, r)
@@ -57,7 +64,10 @@ def rows_at(first, shape, ROWS: tl.constexpr, TURNS: tl.constexpr, TILE: tl.cons
 
 @triton.jit
 def of_rows(ptr, place, strides, ALIGN: tl.constexpr, TILE: tl.constexpr):
-    """Pointers to one number a row, or to its first class; strides that `align` divides are rounded to ALIGN."""
+    """Pointers to one number per row, or to a row's first class.
+
+    Strides are rounded to ALIGN, which divides them.
+    """
     stride_b = 1 if TILE.along == "rows" and ALIGN > 1 else strides[2] // ALIGN * ALIGN
     offset = place[2].to(tl.int64) * stride_b
     if TILE.axes > 1:
@@ -69,12 +79,12 @@ def of_rows(ptr, place, strides, ALIGN: tl.constexpr, TILE: tl.constexpr):
 
 @triton.jit
 def classes_at(start, classes, BLOCK_C: tl.constexpr, TILE: tl.constexpr):
-    """The classes of a block, and which exist: a column, or a line where a warp goes along them."""
+    """The classes of a block, and which exist: a line along "classes", else a column."""
     c = start + tl.arange(0, BLOCK_C)
     c = c[None, :] if TILE.along == "classes" else c[:, None]
     known = c < (classes // TILE.align * TILE.align if TILE.along == "classes" else classes)
     if TILE.most:
-        # Most need no comparison.
+        # The first `least` need no comparison at run time.
         known = (c < TILE.least) | (c < TILE.most) & known
     return c, known
 
@@ -90,7 +100,10 @@ def _places(ptr, strides, place, c, TILE: tl.constexpr):
 
 @triton.jit
 def _run(first, shape, ROWS: tl.constexpr, BLOCK_C: tl.constexpr, TILE: tl.constexpr):
-    """Where a run's elements are, a vector a line, and which vectors exist; of one that does not they are the first's."""
+    """The offsets of a run's elements, a vector per line, and which vectors exist.
+
+    A vector beyond the run has the offsets of the first.
+    """
     vector, i = (
         tl.arange(0, ROWS * BLOCK_C // TILE.align)[:, None],
         tl.arange(0, TILE.align)[None, :],
@@ -101,10 +114,10 @@ def _run(first, shape, ROWS: tl.constexpr, BLOCK_C: tl.constexpr, TILE: tl.const
 
 @triton.jit
 def read(
-    ptr, strides, first, place, c, mask, shape, ROWS: tl.constexpr, BLOCK_C: tl.constexpr, TILE: tl.constexpr,
-    ACC: tl.constexpr,
+    ptr, strides, first, place, c, mask, shape, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
+    TILE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """The logits of a tile, -inf where the mask says there is none; those of a run are undefined there."""
+    """The logits of a tile; where the mask is false -inf, or in a "run" undefined."""
     if TILE.along == "run":
         k, _ = _run(first, shape, ROWS, BLOCK_C, TILE)
         run = tl.load(ptr + tl.cast(first, tl.int64) * shape[1] + k)
@@ -119,12 +132,13 @@ def read(
 
 @triton.jit
 def write(
-    ptr, strides, first, place, c, mask, shape, value, ROWS: tl.constexpr, BLOCK_C: tl.constexpr, TILE: tl.constexpr
+    ptr, strides, first, place, c, mask, shape, value, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
+    TILE: tl.constexpr,
 ):  # fmt: skip
-    """Writes a tile of logits as `read` reads it."""
+    """Write a tile of logits to where `read` finds it."""
     if TILE.along == "run":
         k, exists = _run(first, shape, ROWS, BLOCK_C, TILE)
-        # k // classes, of numbers so small.
+        # k // classes, exact for numbers this small.
         row = k * ((1 << 22) / shape[1] + 1).to(tl.int32) >> 22
         place = tl.reshape(k + row * (BLOCK_C - shape[1]), (ROWS * BLOCK_C,))
         value = tl.where(c < TILE.most, value, 0.0).to(ptr.dtype.element_ty)
@@ -137,9 +151,9 @@ def write(
 
 
 class Rows(NamedTuple):
-    """The rows of a launch's tensors without their data: sizes of N, A and B, and each tensor's strides along them.
+    """The rows of a launch's tensors, without data: sizes along N, A and B, and tensors' strides.
 
-    Axes that are one run for every tensor are one, the last; those before it have size 1.
+    Axes that are one run in every tensor are joined into the last ones; those before have size 1.
     """
 
     sizes: tuple[int, ...]
@@ -150,7 +164,7 @@ class Rows(NamedTuple):
         return max((3 - axis for axis, size in enumerate(self.sizes) if size > 1), default=1)
 
     def is_run(self, i: int, length: int) -> bool:
-        """Whether the rows of a tensor, each of that length, lie one after the other."""
+        """Whether the rows of tensor i, each of this length, lie one after the other."""
         for size, stride in zip(reversed(self.sizes), reversed(self.strides[i])):
             if size > 1 and stride != length:
                 return False
@@ -159,7 +173,7 @@ class Rows(NamedTuple):
 
 
 def rows_of(sizes: tuple[int, ...], strides: tuple[tuple[int, ...], ...]) -> Rows | None:
-    """Joins the axes of the rows as far as all the tensors' strides allow; None where more than three are left."""
+    """Join the axes of the rows where all the strides allow it; None if over three remain."""
     joined: list[list[int]] = []
     for axis, size in enumerate(sizes):
         if size == 1:
@@ -176,13 +190,19 @@ def rows_of(sizes: tuple[int, ...], strides: tuple[tuple[int, ...], ...]) -> Row
 
 
 def along_rows(t: Any, z: torch.Tensor) -> tuple[int, ...]:
-    """The strides along the rows of z, (N, C, ...), of what has one number in all, a sample or a row."""
+    """The strides of t along the rows of z, (N, C, ...).
+
+    t is a number, or a tensor with one number in all, per sample or per row.
+    """
     given = t.stride() if isinstance(t, torch.Tensor) else ()
     return (*given, *(0,) * (z.ndim - 1 - len(given)))
 
 
 def vector_of(rows: Rows, strides_c: list[int], classes: int, along: str, most: int) -> int:
-    """The width of the vectors that sizes and strides of the logits allow, up to `most`: none may reach beyond its run."""
+    """The widest vector, up to `most`, that the logits' sizes and strides allow.
+
+    No vector reaches beyond its run.
+    """
     along_n, along_a, along_b = zip(*rows.strides[::2])
     run, inner, outer = (
         (rows.sizes[2], along_b, strides_c) if along == "rows" else (classes, strides_c, along_b)

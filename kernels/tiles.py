@@ -1,9 +1,10 @@
 """Tuples of tiles: the arithmetic of the pooling kernels.
 
-A tile is (LANES, VECTOR). A row of an image is a tuple of them, a tile for each column of a lane. Maxima and comparisons are
-the same for every dtype; on NVIDIA's GPUs from sm_90 on they take 16-bit numbers as they are, two an instruction (PACKED):
-successive channels of a tile, or, where a lane has one channel, tiles of successive columns. Triton widens such numbers, and
-has no mask but a predicate, of which a thread has seven; so these few instructions are PTX.
+A tile is (LANES, VECTOR). A row of an image is a tuple of tiles, one for each column of a lane.
+Maxima and comparisons are the same for every dtype. On NVIDIA GPUs from sm_90 on they take 16-bit
+numbers two per instruction (PACKED): successive channels of a tile, or, where a lane has one
+channel, tiles of successive columns. Triton widens such numbers, and its masks are predicates, of
+which a thread has seven; so these instructions are inline PTX.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import triton.language as tl
 
 @triton.jit
 def _bits(tiles, t: tl.constexpr, COUNT: tl.constexpr):
-    """The 16 bits of tile t, of the last one if there are fewer."""
+    """The 16 bits of tile t, or of the last tile if there are fewer."""
     return tiles[min(t, COUNT - 1)].to(tl.int16, bitcast=True)
 
 
@@ -62,7 +63,7 @@ def maximum(a, b, COUNT: tl.constexpr, PACKED: tl.constexpr):
 
 @triton.jit
 def slide(columns, COUNT: tl.constexpr, K: tl.constexpr, STEP: tl.constexpr, PACKED: tl.constexpr):
-    """COUNT maxima of K successive tiles each, the first ones STEP apart."""
+    """COUNT maxima of K successive tiles each; their first tiles are STEP apart."""
     best = columns[0 : COUNT * STEP : STEP]
     for i in tl.static_range(1, K):
         best = maximum(best, columns[i : i + COUNT * STEP : STEP], COUNT, PACKED)
@@ -71,7 +72,10 @@ def slide(columns, COUNT: tl.constexpr, K: tl.constexpr, STEP: tl.constexpr, PAC
 
 @triton.jit
 def is_greater(a, b, COUNT: tl.constexpr, PACKED: tl.constexpr, OP: tl.constexpr):
-    """Where a > b, tile by tile (OP "gt"), or not a <= b (OP "gtu"): conditions, or words of all ones or none if PACKED."""
+    """Where a > b (OP "gt"), or not a <= b (OP "gtu"), tile by tile.
+
+    The masks are conditions, or, if PACKED, words with all bits set or none.
+    """
     PAIR: tl.constexpr = "bf16x2" if a[0].dtype == tl.bfloat16 else "f16x2"
     masks = ()
     if PACKED and a[0].shape[1] > 1:
@@ -126,7 +130,10 @@ def keep(tile, mask):
 
 @triton.jit
 def _select(tile, a, b, TABLE: tl.constexpr):
-    """The bits of a tile by those of two masks, in one instruction: its truth table with the tile 0xf0, a 0xcc and b 0xaa."""
+    """The bits of a tile selected by two masks, in one instruction.
+
+    TABLE is the truth table, with the tile as 0xf0, a as 0xcc and b as 0xaa.
+    """
     return tl.inline_asm_elementwise(
         "lop3.b32 $0, $1, $2, $3, " + TABLE + ";",
         "=f,f,r,r",
@@ -139,7 +146,10 @@ def _select(tile, a, b, TABLE: tl.constexpr):
 
 @triton.jit
 def _deal(tile, masks):
-    """A window's gradient, dealt to its K elements: to the last whose mask holds, or else to the first. `masks` are K - 1."""
+    """A window's gradient, given to one of its K elements: a tile for each.
+
+    The last element whose mask holds gets it, else the first. There are K - 1 masks.
+    """
     K: tl.constexpr = len(masks) + 1
     if K == 2 and masks[0].dtype == tl.int32:
         return (
@@ -162,12 +172,13 @@ def _deal(tile, masks):
 
 @triton.jit
 def route(values, gradients, first, FIRST: tl.constexpr, COUNT: tl.constexpr, PACKED: tl.constexpr):
-    """The gradients of COUNT windows, dealt to the greatest of each window's values, the first of equals.
+    """The gradients of COUNT windows, given to the greatest value of each, the first of equals.
 
-    `values` are K tuples of COUNT tiles: the windows' first elements, their second, ... The result is COUNT tuples of K tiles.
-    Where the mask `first` holds, windows reach over the image's first element, and no element before it counts: FIRST is that
-    element's place in every window, or "each" for windows one after the other, whose places are K - 1, K - 2, ...
-    A window that holds a NaN gives its gradient to one of its elements.
+    `values` are K tuples of COUNT tiles: the windows' first elements, their second ones, and so on.
+    The result is COUNT tuples of K tiles. Where the mask `first` holds, windows contain the image's
+    first element, and the elements before it do not count. FIRST is that element's place in every
+    window, or "each" for successive windows, where its places are K - 1, K - 2, ... A window that
+    holds a NaN gives its gradient to one of its elements.
     """
     K: tl.constexpr = len(values)
     best = values[0]
@@ -193,7 +204,8 @@ def route(values, gradients, first, FIRST: tl.constexpr, COUNT: tl.constexpr, PA
 def column(rows, t: tl.constexpr, COUNT: tl.constexpr):
     """The t-th tile of each of COUNT rows.
 
-    (Triton 3.6 tells calls apart by how many tiles there are in all, and by constants: not by how many rows.)
+    COUNT is an argument because Triton 3.6 tells calls apart by the total number of tiles and by
+    constants, and not by the number of rows.
     """
     tiles = ()
     for i in tl.static_range(COUNT):
@@ -212,7 +224,7 @@ def add(a, b, COUNT: tl.constexpr):
 
 @triton.jit
 def split(tile, COUNT: tl.constexpr):
-    """The COUNT slices of a (LANES, VECTOR, COUNT) tile. What a thread holds stays where it is."""
+    """The COUNT slices of a (LANES, VECTOR, COUNT) tile. No element changes its thread."""
     if COUNT == 1:
         return (tile.reshape(tile.shape[0], tile.shape[1]),)
     elif COUNT == 2:

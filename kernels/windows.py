@@ -1,7 +1,8 @@
-"""One axis of a pooling window, as its kernels see it: what a lane's outputs read, and what lies beyond the border.
+"""One axis of a pooling window: what a lane's outputs read, and what lies beyond the border.
 
-Positions of the max map, q, and elements of the image, i, are counted as in `regfast._core.geometry`: output o reads the maxima
-at o*stride - lead, ..., and the maximum at q is that of the elements from q - padding on.
+Positions q of the max map and elements i of the image are counted as in `regfast._core.geometry`:
+output o reads the maxima at o*stride - lead, ..., and the maximum at q is over the elements from
+q - padding on.
 """
 
 from __future__ import annotations
@@ -18,14 +19,17 @@ from regfast._core.geometry import Window, map_limits, output_size
 class Axis(NamedTuple):
     """Rows or columns, at compile time. The first six fields are the window's.
 
-    A group is `outputs` outputs of a lane, and the `group` = stride*outputs elements that begin at a multiple of that. The
-    outputs read `maps` maxima. `windows` windows hold elements of the group, the first beginning kernel - 1 before it; they
-    are read by `readers` outputs, the first at `first` from the group's own. `reads` lists for each window which readers
-    read it, and by which tap: 0 where only through a border. `greatest` has the greatest of a window's taps.
+    A group is the `outputs` outputs of a lane with the `group` = stride*outputs elements that begin
+    at a multiple of `group`. The outputs read `maps` maxima. `windows` windows hold elements of the
+    group; the first begins kernel - 1 elements before it. `readers` outputs read these windows; the
+    first of them is `first`, counted from the group's first output. `reads` lists, for each window,
+    its readers and their taps; the tap is 0 where an output reads the window only through a border.
+    `greatest` is the greatest tap of each window.
 
-    `edge` says whether outputs read beyond the map's limits: "none", "low" or "high", which is that there is a high one.
-    Then what lies beyond is another window (`moves_windows`), a window of other elements, or zero; and an output's weight for
-    a window within `near` positions of a limit depends on where that is (`weighs_borders`).
+    `edge` says whether outputs read beyond the map's limits: "none", "low", or "high", which is
+    beyond the high limit and maybe the low one. Beyond a limit the border mode puts another window
+    (`moves_windows`), a window of other elements, or zero. If `weighs_borders`, an output's weight
+    for a window within `near` positions of a limit depends on where the limit is.
     """
 
     kernel: int
@@ -49,7 +53,10 @@ class Axis(NamedTuple):
 
 
 def axis_of(window: Window, axis: int, size: int, outputs: int) -> Axis:
-    """One axis of `window` over an image of a size, of which only `edge` depends on that: few sizes compile anew."""
+    """One axis of `window` over images of this size.
+
+    Only `edge` depends on the size, so few sizes compile anew.
+    """
     low, high = map_limits(window, axis, size)
     last = (
         (output_size(window, axis, size) - 1) * window.stride[axis]
@@ -65,7 +72,7 @@ def axis_of(window: Window, axis: int, size: int, outputs: int) -> Axis:
 def _axis(window: Window, axis: int, outputs: int, edge: str) -> Axis:
     k, s, p = window.kernel_size[axis], window.stride[axis], window.padding[axis]
     taps, lead, group = window.taps[axis], window.lead[axis], s * outputs
-    # Of each window of a group, the outputs that read it and their taps.
+    # For each window of a group: the outputs that read it, and their taps.
     tap_of: list[dict[int, float]] = [{} for _ in range(group + k - 1)]
     for e, readers in enumerate(tap_of):
         for j, tap in enumerate(taps):
@@ -81,22 +88,26 @@ def _axis(window: Window, axis: int, outputs: int, edge: str) -> Axis:
     )
     mode = window.padding_mode
     return Axis(
-        kernel=k, stride=s, padding=p, taps=taps, lead=lead, mode=mode, outputs=outputs, group=group,
-        maps=group - s + len(taps), windows=group + k - 1, first=min(every), readers=max(every) - min(every) + 1,
-        reads=reads, greatest=tuple(max((abs(tap) for _, tap in pairs), default=0.0) or 1.0 for pairs in reads),
+        kernel=k, stride=s, padding=p, taps=taps, lead=lead, mode=mode, outputs=outputs,
+        group=group, maps=group - s + len(taps), windows=group + k - 1, first=min(every),
+        readers=max(every) - min(every) + 1, reads=reads,
+        greatest=tuple(max((abs(tap) for _, tap in pairs), default=0.0) or 1.0 for pairs in reads),
         edge=edge, near=max(lead, window.trail[axis] + s - 1) + 1,
         moves_windows=edge != "none" and k > 1 and mode in ("reflect", "replicate"),
-        # (A blur's zeros are elements of no image.)
+        # With a kernel of 1 the zeros beyond the image are no element's: no weight depends on them.
         weighs_borders=edge != "none" and not (k == 1 and mode == "zeros"),
     )  # fmt: skip
 
 
 def _through_borders(window: Window, axis: int, outputs: int) -> set[tuple[int, int]]:
-    """Windows of a group that outputs read through a border, in images of whatever size, and these outputs."""
+    """Pairs (window, output) of a group where the output reads the window through a border.
+
+    The pairs cover images of all sizes.
+    """
     k, s, p = window.kernel_size[axis], window.stride[axis], window.padding[axis]
     lead, taps, group = window.lead[axis], len(window.taps[axis]), s * outputs
     found = set()
-    # Beyond these sizes, borders are seen from the same places again.
+    # Larger images repeat the pairs of these sizes.
     for size in range(1, 2 * (k + lead + taps + window.trail[axis]) + 2 * group):
         low, high = map_limits(window, axis, size)
         for o in range(output_size(window, axis, size)):
@@ -104,7 +115,7 @@ def _through_borders(window: Window, axis: int, outputs: int) -> set[tuple[int, 
                 q = place_within(place, low, high, window.padding_mode)
                 if q == place or q is None:
                     continue
-                # A lane may begin at any output, the last one of a row where the row ends.
+                # A lane may begin at any output: the last lane of a row ends where the row does.
                 last = q - p + k - 1
                 for own in range(max(-((group + k - 2 - last) // s), 0), last // s + 1):
                     found.add((last - own * s, o - own))
@@ -112,7 +123,7 @@ def _through_borders(window: Window, axis: int, outputs: int) -> set[tuple[int, 
 
 
 def place_within(place: int, low: int, high: int, mode: str) -> int | None:
-    """The position within the limits at which a border mode finds a position; None where that is zero."""
+    """The position within the limits that stands for `place`; None where zero does."""
     if mode == "zeros":
         return place if low <= place <= high else None
     if mode == "reflect":
@@ -123,7 +134,7 @@ def place_within(place: int, low: int, high: int, mode: str) -> int | None:
 
 @triton.jit
 def limits(size, AXIS: tl.constexpr):
-    """The first and the last position of the max map that is read without a border."""
+    """The first and the last position of the max map that outputs read without a border."""
     if AXIS.mode == "partial":
         return AXIS.padding - AXIS.kernel + 1, size - 1 + AXIS.padding
     else:
@@ -132,10 +143,10 @@ def limits(size, AXIS: tl.constexpr):
 
 @triton.jit
 def within(q, size, AXIS: tl.constexpr):
-    """The position within the limits at which the border mode finds position q."""
+    """The position within the limits that stands for position q in the border mode."""
     low, high = limits(size, AXIS)
     if AXIS.mode == "reflect":
-        # A map of one element, period 0, is constant.
+        # A map of one element would have period 0.
         period = tl.maximum(2 * high, 1)
         wave = tl.abs(q) % period
         return tl.minimum(wave, period - wave)
@@ -152,10 +163,12 @@ def is_within(q, size, AXIS: tl.constexpr):
 
 @triton.jit
 def element(i, size, AXIS: tl.constexpr):
-    """The element of the image that stands for element i, which may lie beyond it.
+    """The element of the image that stands for element i, which may lie beyond the image.
 
-    A window that holds an element of the image holds the nearest one to each that it has beyond: repeated, they change no
-    maximum. A window that is all beyond is so the border mode "partial"'s, and one of one element a blur's.
+    It is the nearest element, or, with a kernel of 1 in border mode "reflect", the reflected one. A
+    window that overlaps the image already holds the nearest element, so repeating it changes no
+    maximum. A window wholly beyond the image takes the nearest element's value, as border mode
+    "partial" defines, and "replicate" for a kernel of 1.
     """
     if AXIS.mode == "reflect" and AXIS.kernel == 1 and AXIS.edge != "none":
         return within(i, size, AXIS)

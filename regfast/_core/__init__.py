@@ -1,1 +1,1 @@
-"""What the rooms of regfast share: geometry, layouts, precision, checks, autograd's state, paths, random numbers."""
+"""Shared code: geometry, layouts, precision, checks, autograd state, paths and random numbers."""

@@ -1,4 +1,4 @@
-"""Checks of arguments that are no tensors. Each raises an error that names the value and what is allowed."""
+"""Checks of non-tensor arguments. Each raises an error that names the value and what is allowed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 class Traceable(nn.Module):
-    """A module that torch.jit.script refuses in one line, which names what serves instead."""
+    """A module that torch.jit.script refuses with one line that names the alternatives."""
 
     def __prepare_scriptable__(self) -> None:
         name = type(self).__name__
@@ -19,15 +19,15 @@ class Traceable(nn.Module):
 
 
 def as_python(value: Any) -> Any:
-    """NumPy's numbers and arrays as Python's; anything else as it is."""
-    # (A number first: of one that is a symbol a compiler knows no attributes.)
+    """Return NumPy's numbers and arrays as Python's, and anything else unchanged."""
+    # Test for numbers first: a compiler's symbolic number has no attributes.
     if isinstance(value, (int, float, Tensor)) or not hasattr(value, "tolist"):
         return value
     return value.tolist()
 
 
 def per_axis(name: str, value: Any, rank: int, minimum: int) -> tuple[int, ...]:
-    """`value` as one integer per axis: an integer stands for all of them, as in torch.nn."""
+    """Return `value` as one integer per axis; one integer stands for all axes, as in torch.nn."""
     value = as_python(value)
     entries = (
         tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
@@ -50,6 +50,6 @@ def per_axis(name: str, value: Any, rank: int, minimum: int) -> tuple[int, ...]:
 
 
 def check_bool(name: str, value: Any) -> None:
-    """Refuses what is neither True nor False."""
+    """Raise a TypeError unless `value` is True or False."""
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {value!r}")

@@ -1,4 +1,4 @@
-"""Choosing a path: Triton's kernels or the PyTorch reference. They are the same function."""
+"""Choose a path: the Triton kernels or the PyTorch reference. Both compute the same function."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 BACKENDS = ("auto", "reference", "triton")
 TRITON_DTYPES = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
 
-# Triton itself reads the variable when a kernel is defined, so it counts from the start of the process or not at all.
+# Triton reads the variable when it defines a kernel, so only its value at process start counts.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -53,10 +53,10 @@ _default = _check_name("REGFAST_BACKEND", os.environ.get("REGFAST_BACKEND", "aut
 
 
 class _Chosen(threading.local):
-    """The choices of the running thread. (Not a ContextVar: Dynamo cannot read one.)"""
+    """The choices of the running thread. Not a ContextVar: Dynamo cannot read one."""
 
     def __init__(self) -> None:
-        # On the instance: Dynamo's guard on a class attribute would not see the instance's appear.
+        # On the instance: a Dynamo guard on a class attribute would miss a later instance's.
         self.backend = _default
         self.debug = os.environ.get("REGFAST_DEBUG") == "1"
 
@@ -66,15 +66,18 @@ _chosen = _Chosen()
 
 @contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Within the block, operations take the path named: "auto" (the default), "reference" or "triton".
+    """Run the operations of the block on a path: "auto" (the default), "reference" or "triton".
 
-    "auto" takes Triton for CUDA tensors of float16, bfloat16, float32 and float64 where Triton is
-    installed and no functorch transform is under way, and the reference otherwise; a graph of
-    torch.export, torch.jit.trace or ONNX is the reference's, of PyTorch's operators alone. "triton"
-    raises a RuntimeError that names the reason where a kernel cannot run; in a process started with
-    TRITON_INTERPRET=1 it runs the kernels on CPU tensors. The environment's REGFAST_BACKEND sets the
-    choice outside any block. A backward takes the path of its forward; forward mode, and a backward
-    that is differentiated itself, are the reference's whatever is named.
+    "auto" takes Triton for CUDA tensors of float16, bfloat16, float32 and float64 if Triton is
+    installed and no functorch transform is active, and the reference otherwise. Graphs of
+    torch.export, torch.jit.trace and ONNX take the reference: they hold only PyTorch's operators.
+
+    "triton" raises a RuntimeError with the reason if a kernel cannot run. In a process started with
+    TRITON_INTERPRET=1 it runs the kernels on CPU tensors.
+
+    The environment variable REGFAST_BACKEND sets the path outside all blocks. A backward takes the
+    path of its forward. Forward mode, and a backward that is itself differentiated, always take the
+    reference.
 
     Raises:
         ValueError: for any other name.
@@ -88,10 +91,12 @@ def backend(name: str) -> Iterator[None]:
 
 @contextmanager
 def debug(enabled: bool = True) -> Iterator[None]:
-    """Within the block, the values of CUDA tensors are checked as those on the host are, at the price of a synchronisation each.
+    """Check the values of CUDA tensors in the block, as those of CPU tensors always are.
 
-    An index out of range, a lam outside [0, 1] or a label that is no class raises a ValueError; without the switch, which the
-    environment's REGFAST_DEBUG=1 sets from outside, nothing is read beyond a tensor, but nothing says why a result is wrong.
+    Each check synchronises the device. An index out of range, a lam outside [0, 1] or a label that
+    is no class raises a ValueError. Without the checks no kernel reads beyond a tensor, but a wrong
+    value gives a wrong result without an error. The environment variable REGFAST_DEBUG=1 enables
+    the checks outside all blocks.
     """
     before, _chosen.debug = _chosen.debug, enabled
     try:
@@ -101,20 +106,21 @@ def debug(enabled: bool = True) -> Iterator[None]:
 
 
 def may_read(t: Tensor) -> bool:
-    """Whether the values of t may be looked at: eagerly, and where they lie on the host or debugging is on."""
-    lies_here = t.is_cpu or (_chosen.debug and not t.is_meta)
-    return lies_here and not is_watched(t) and not _are_functorch_transforms_active()
+    """Return whether the host may read the values of t: eagerly, on the CPU or under `debug`."""
+    readable = t.is_cpu or (_chosen.debug and not t.is_meta)
+    return readable and not is_watched(t) and not _are_functorch_transforms_active()
 
 
 def is_watched(*arguments: Any) -> bool:
-    """Whether an operation must be one that PyTorch can see: for a compiler, an exporter, a tracer, a mode or a subclass.
+    """Return whether PyTorch must see the operation as an operator.
 
-    Where nothing watches, an operation calls its kernel itself, which spares the host most of a call's time.
+    A compiler, an exporter, a tracer, a mode or a tensor subclass needs the operator. Otherwise an
+    operation calls its kernel directly, which saves most of a call's time on the host.
     """
-    # (In this order: a compiler reads no further than the first.)
+    # A compiler stops at the first test.
     if is_compiling() or _len_torch_dispatch_stack() or _get_tracing_state() is not None:
         return True
-    for argument in arguments:  # noqa: SIM110 (a generator takes longer than the rest of a call's checks)
+    for argument in arguments:  # noqa: SIM110 (any() takes longer than all other checks)
         if type(argument) not in _PLAIN:
             return True
     return False
@@ -124,16 +130,16 @@ _PLAIN = frozenset((Tensor, Parameter, float, int, type(None)))
 
 
 def is_its_memory(t: Tensor) -> bool:
-    """Whether t is what lies in memory of its own.
+    """Return whether t's storage holds its values.
 
-    Within a vmap, or escaped from a transform of torch.func, a tensor has none; and the imaginary part of a conjugate has
-    the other sign.
+    A tensor within a vmap, or one that escaped from a transform of torch.func, has no storage. The
+    imaginary part of a conjugate is stored with the other sign.
     """
     return _has_storage(t) and not t.is_neg()
 
 
 def obstacle(device: torch.device, *dtypes: torch.dtype) -> str | None:
-    """Why Triton cannot run on tensors of this device and these dtypes, or None where it can."""
+    """Return why Triton cannot run on this device and these dtypes, or None if it can."""
     if device.type != "cuda" and not (INTERPRETED and device.type == "cpu"):
         return f"the device is {device.type}, not cuda"
     if not HAS_TRITON:
@@ -147,7 +153,7 @@ def obstacle(device: torch.device, *dtypes: torch.dtype) -> str | None:
 
 
 def outside_graphs(reason: str) -> Callable[[F], F]:
-    """`torch.compiler.disable`, without importing the compiler where nobody else has: it takes a second."""
+    """Apply `torch.compiler.disable` without importing the compiler: the import takes a second."""
 
     def decorate(function: F) -> F:
         disabled: list[Any] = []
@@ -160,7 +166,7 @@ def outside_graphs(reason: str) -> Callable[[F], F]:
                 disabled.append(torch.compiler.disable(function, reason=reason))
             return disabled[0](*args, **kwargs)
 
-        # What Dynamo looks for, so that a graph that must not break says why it would.
+        # Dynamo reads these: its error for a graph that must not break then gives the reason.
         call.__dict__.update(_torchdynamo_disable=True, _torchdynamo_disable_msg=reason)
         return cast(F, call)
 
@@ -168,9 +174,10 @@ def outside_graphs(reason: str) -> Callable[[F], F]:
 
 
 def on_device(t: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
-    """t on a device, sent without waiting for it; but the host waits for what it is to read itself.
+    """Return t on `device`, without waiting for a transfer to an accelerator.
 
-    What is sent, if anything is, has been cast to `dtype`: not every device has float64.
+    A transfer to the host does wait. Before a transfer t is cast to `dtype`: not every device has
+    float64.
     """
     if dtype is not None and t.device != device:
         t = t.to(dtype)
@@ -178,9 +185,9 @@ def on_device(t: Tensor, device: torch.device, dtype: torch.dtype | None = None)
 
 
 def check_recordable() -> None:
-    """Refuses the kernels in a graph that records PyTorch's operators alone.
+    """Raise a RuntimeError for kernels in a graph that records only PyTorch's operators.
 
-    An operator's fake asks too: what Dynamo traces is told that no ONNX export is under way.
+    The fake of an operator calls this too: code that Dynamo traces cannot see an ONNX export.
     """
     if is_exporting() and (not is_compiling() or torch.onnx.is_in_onnx_export()):
         reason = "torch.jit.trace and ONNX record PyTorch's operators alone; take backend 'auto'"
@@ -190,11 +197,15 @@ def check_recordable() -> None:
 def use_triton(
     x: Tensor, *dtypes: torch.dtype, elementwise: bool = False, **constants: Any
 ) -> bool:
-    """Whether the operation about to run on x takes Triton's path.
+    """Return whether the operation about to run on x takes Triton's path.
 
-    `dtypes` are the floating ones that it reads and writes. An elementwise operation is left to the compiler within
-    torch.compile, which fuses the reference into its neighbours. `constants` are the arguments by which the kernels do not
-    differentiate: where they are differentiated, and in forward mode, it is the reference's.
+    `dtypes` are the floating dtypes that it reads and writes. Within torch.compile an elementwise
+    operation takes the reference, which the compiler fuses with its neighbours. The kernels do not
+    differentiate by `constants`: if one of them is differentiated, and in forward mode, the
+    reference runs.
+
+    Raises:
+        RuntimeError: under backend "triton", with the reason, if a kernel cannot run.
     """
     choice = _chosen.backend
     if choice == "reference" or is_forward_mode():

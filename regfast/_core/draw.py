@@ -1,4 +1,4 @@
-"""The random numbers of mixing: who is mixed with whom, by how much, and where. Nothing here makes the host wait for a device."""
+"""Random numbers of mixing: partners, weights and boxes. The host never waits for a device."""
 
 from __future__ import annotations
 
@@ -17,35 +17,37 @@ __all__ = ["PAIRINGS", "Stream", "beta", "boxes", "check_alpha", "check_generato
 
 PAIRINGS = ("random", "pairs", "flip", "roll")
 
-_MAIN = -1  # where no DataLoader worker is; the seeds of workers are not negative
+_MAIN = -1  # outside a DataLoader worker; the seeds of workers are not negative
 
 
 class Stream:
     """The random numbers of one module.
 
-    A generator that was given is drawn from as it is. Otherwise the stream has a generator of its own on the host, seeded at its
-    first use (a draw, or a saving of its state) with one number of torch's global CPU generator and with the rank of
-    torch.distributed: reproducible from torch.manual_seed, distinct by rank.
+    A given generator is used as it is. Otherwise the stream owns a generator on the CPU. Its first
+    use (a draw or a save of its state) seeds it with one number of torch's global CPU generator and
+    with the rank of torch.distributed: torch.manual_seed makes it reproducible, and every rank
+    differs.
 
-    A DataLoader worker holds a copy of its parent's stream, and would repeat what the other workers draw. So there the copy is
-    seeded once, with a number of the worker's own global generator (and with the seed of the generator that was given).
+    Each DataLoader worker holds a copy of its parent's stream, which would repeat the draws of the
+    other workers. A worker therefore seeds its copy once, with a number of its own global generator
+    (plus the initial seed of a given generator).
 
     Raises:
-        TypeError: for a generator that is no torch.Generator.
+        TypeError: if `generator` is neither a torch.Generator nor None.
     """
 
     def __init__(self, generator: torch.Generator | None = None) -> None:
         check_generator(generator)
         self._given = generator is not None
         self._generator = torch.Generator() if generator is None else generator
-        # Where the generator was seeded: in which worker, in the main process, or nowhere yet.
+        # The seed of the worker that seeded the generator, `_MAIN`, or None before seeding.
         self._home = None if generator is None else _worker()
         self._rank: int | None = None
         self._seeded_rank: int | None = None
 
     @property
     def generator(self) -> torch.Generator:
-        """The generator to draw from, seeded."""
+        """The seeded generator to draw from."""
         if self._home != _worker():
             seed = int(torch.randint(2**63 - 1, (), device="cpu")) + (
                 self._generator.initial_seed() if self._given else 0
@@ -53,34 +55,32 @@ class Stream:
             self._generator.manual_seed(_for_rank(seed, self._own_rank()))
             self._home, self._seeded_rank = _worker(), self._own_rank()
         elif not self._given and self._seeded_rank != self._own_rank():
-            # Seeded before torch.distributed was: as every other rank was.
-            self._part()
+            # All ranks seeded alike, before torch.distributed was initialised.
+            self._reseed_for_rank()
         return self._generator
 
-    def _part(self) -> None:
-        """Goes on from a stream of this rank's own, which follows from the state so far."""
+    def _reseed_for_rank(self) -> None:
+        """Continue with a stream of this rank's own, derived from the current state."""
         seed = int(torch.randint(2**63 - 1, (), generator=self._generator, device="cpu"))
         self._generator.manual_seed(_for_rank(seed, self._own_rank()))
         self._seeded_rank = self._own_rank()
 
     def get_state(self) -> Tensor:
-        """The state of the stream, a uint8 tensor: the generator's, and of a generator of its own the rank too."""
+        """Return the state, a uint8 tensor; for a generator of its own it includes the rank."""
         state = self.generator.get_state()
-        return (
-            state
-            if self._given
-            else torch.cat(
-                (state, torch.tensor([self._own_rank()], device="cpu").view(torch.uint8))
-            )
-        )
+        if self._given:
+            return state
+        rank = torch.tensor([self._own_rank()], device="cpu").view(torch.uint8)
+        return torch.cat((state, rank))
 
     def set_state(self, state: Tensor) -> None:
-        """Goes on from a state that `get_state` returned.
+        """Continue from a state that `get_state` returned.
 
-        Where every rank loads the checkpoint of one, the others go on from streams that follow from it, and stay distinct.
+        If every rank loads the state of one rank, the others continue with streams derived from it,
+        and stay distinct.
 
         Raises:
-            ValueError, TypeError: for what is no state of this kind of generator.
+            ValueError, TypeError: if `state` is no state of this kind of generator.
         """
         rank_bytes = 0 if self._given else 8
         expected = self._generator.get_state().numel() + rank_bytes
@@ -89,9 +89,8 @@ class Stream:
                 f"state must be a uint8 Tensor, got {getattr(state, 'dtype', type(state).__name__)}"
             )
         if state.shape != (expected,):
-            kind = (
-                f"{'a given' if self._given else 'its own'} {self._generator.device.type} generator"
-            )
+            owner = "a given" if self._given else "its own"
+            kind = f"{owner} {self._generator.device.type} generator"
             raise ValueError(
                 f"state of {kind} must have shape {(expected,)}, got {tuple(state.shape)}"
             )
@@ -101,16 +100,17 @@ class Stream:
         if not self._given:
             self._seeded_rank = int(state[-8:].clone().view(torch.int64))
             if self._seeded_rank != self._own_rank():
-                self._part()
+                self._reseed_for_rank()
 
     def _own_rank(self) -> int:
         rank = _rank()
-        # A spawned DataLoader worker knows no process group: its parent's rank came with the pickle.
+        # A spawned DataLoader worker has no process group: its parent's rank came with the pickle.
         self._rank = self._rank if rank is None else rank
         return self._rank or 0
 
     def __getstate__(self) -> dict[str, Any]:
-        # As bytes: a spawned process is sent a tensor by its file descriptor, and a generator's state does not live so long.
+        # Bytes: a spawned process receives a tensor as a file descriptor, and this temporary tensor
+        # would be freed first.
         generator = (str(self._generator.device), self._generator.get_state().numpy().tobytes())
         return {**self.__dict__, "_generator": generator, "_rank": self._own_rank()}
 
@@ -122,13 +122,13 @@ class Stream:
 
 
 def _worker() -> int:
-    """Which DataLoader worker this process is, by its seed."""
+    """Return the seed of the DataLoader worker that this process is, or `_MAIN`."""
     info = get_worker_info()
     return _MAIN if info is None else info.seed
 
 
 def _rank() -> int | None:
-    """This process's rank, as torch.distributed knows it or as torchrun set it; None outside both."""
+    """Return this process's rank from torch.distributed or torchrun; None outside both."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank()
     rank = os.environ.get("RANK", "")
@@ -136,12 +136,15 @@ def _rank() -> int | None:
 
 
 def _for_rank(seed: int, rank: int) -> int:
-    """A seed of `rank`. An odd factor: the CPU's generator takes the lower 32 bits of a seed, and those must differ."""
+    """Return a seed for `rank`.
+
+    The CPU's generator takes the lower 32 bits of a seed. An odd factor makes them differ.
+    """
     return (seed + rank * 0x9E3779B97F4A7C15) % 2**64
 
 
 def check_generator(generator: Any) -> None:
-    """Refuses what is no generator, nor None."""
+    """Raise a TypeError unless `generator` is a torch.Generator or None."""
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(
             f"generator must be a torch.Generator or None, got {type(generator).__name__}"
@@ -149,7 +152,7 @@ def check_generator(generator: Any) -> None:
 
 
 def check_alpha(name: str, alpha: Any) -> float:
-    """A parameter of `beta`, checked."""
+    """Return a parameter of `beta`, checked."""
     alpha = as_python(alpha)
     if isinstance(alpha, bool) or not isinstance(alpha, Real):
         raise TypeError(f"{name} must be a number, got {alpha!r}")
@@ -159,10 +162,12 @@ def check_alpha(name: str, alpha: Any) -> float:
 
 
 def beta(alpha: float, size: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Draws from Beta(alpha, alpha), float32, on the generator's device; ones where alpha is 0, which mixes nothing.
+    """Draw from Beta(alpha, alpha), float32, on the generator's device.
 
-    A ratio of two gamma variables, each as Gamma(alpha + 1) * U^(1/alpha) and in logarithms: for a small alpha both are below the
-    smallest number, and their ratio is not. Source: Marsaglia and Tsang, "A Simple Method for Generating Gamma Variables" (2000).
+    At alpha = 0 the draws are ones, which mix nothing. A draw is a ratio of two gamma variables,
+    each computed as Gamma(alpha + 1) * U^(1/alpha) and in logarithms: for a small alpha both
+    underflow, but their ratio does not. Source: Marsaglia and Tsang, "A Simple Method for
+    Generating Gamma Variables" (2000).
     """
     if alpha == 0:
         return torch.ones(size, dtype=torch.float32, device=generator.device)
@@ -171,15 +176,15 @@ def beta(alpha: float, size: tuple[int, ...], generator: torch.Generator) -> Ten
         raised.shape, generator=generator, dtype=torch.float64, device=generator.device
     )
     gamma, power = torch._standard_gamma(raised, generator=generator).log(), (-uniform).log1p()
-    # Differences first: of the smallest alphas both quotients are infinite.
+    # Subtract first: for the smallest alphas both quotients are infinite.
     return torch.sigmoid(gamma[0] - gamma[1] + (power[0] - power[1]) / alpha).float()
 
 
 def pairing(name: str, batch: int, generator: torch.Generator) -> Tensor:
-    """The partner of every sample, (batch,) int64, on the generator's device.
+    """Return the partner of every sample, (batch,) int64, on the generator's device.
 
-    "random" is torch.randperm, "pairs" a random perfect matching (an odd batch leaves its last sample with itself), "flip" timm's
-    x.flip(0), "roll" torchvision's x.roll(1, 0).
+    "random" is torch.randperm, "pairs" a random perfect matching (the last sample of an odd batch
+    is its own partner), "flip" timm's x.flip(0), "roll" torchvision's x.roll(1, 0).
 
     Raises:
         ValueError: for any other name.
@@ -202,10 +207,11 @@ def pairing(name: str, batch: int, generator: torch.Generator) -> Tensor:
 def boxes(
     lam: Tensor, height: int, width: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """CutMix's boxes for lam, any shape, on the generator's device: (..., 4) int64 edges (y0, y1, x0, x1), and lam corrected.
+    """Draw CutMix's boxes for lam, of any shape, on the generator's device; also correct lam.
 
-    A box has the image's proportions and 1 - lam of its area, rounded down to whole pixels; its centre is uniform, and what lies
-    beyond the image is cut off. The corrected lam, float32, is the share of the image that is left to it. Source: Yun et al.,
+    The boxes are (..., 4) int64 edges (y0, y1, x0, x1). A box has the image's proportions and
+    1 - lam of its area, rounded down to whole pixels. Its centre is uniform, and the image clips
+    it. The corrected lam, float32, is the share of the image outside the box. Source: Yun et al.,
     "CutMix" (2019); the rounding is timm's.
     """
     side = (1 - lam.double()).sqrt()

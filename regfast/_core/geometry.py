@@ -1,8 +1,8 @@
-"""The arithmetic of a window, once: arguments, output size, padding, border, taps.
+"""The arithmetic of a window: arguments, output size, padding, border and taps.
 
-A `Window` holds everything about a pooling or blurring that does not depend on an image's size; the
-functions below it answer, for one axis and one size, the questions that the reference and the kernels share.
-They use nothing but `+ - * //` and comparisons, so that they accept torch's symbolic sizes.
+A `Window` holds everything about a pooling or a blur that does not depend on the image's size. The
+functions below it compute the rest for one axis and one size, for the reference and the kernels.
+They use only `+ - * //` and comparisons, so they accept torch's symbolic sizes.
 """
 
 from __future__ import annotations
@@ -21,20 +21,22 @@ MaxPaddingMode = Literal["partial", "replicate", "reflect", "zeros"]
 BlurPaddingMode = Literal["reflect", "replicate", "zeros"]
 Activation = Literal["relu"]
 
-# The size of a blur that takes a stride, as a multiple of that, where nobody says another: the book chapter's.
+# The default ratio of a strided blur's size to its stride; the book chapter's.
 RATIO = 1.7
 
-# The most taps of a blur. More are a number of channels, which other libraries' blurs take first.
+# The most taps of a blur. A larger number is meant as a number of channels, the first argument of
+# other libraries' blurs.
 LONGEST = 31
 
 
 class Window(NamedTuple):
-    """A max window followed by a strided blur, per spatial axis (a tuple has one entry an axis).
+    """A max window followed by a strided blur. Each tuple has one entry per spatial axis.
 
-    `kernel_size`, `padding` and `dilation` belong to the maximum, which is taken at every position; `stride` and
-    `taps` to the blur. Output `o` reads the maxima at `o * stride - lead + j`, `j < len(taps)`; `lead` and `trail` are the
-    positions that the blur is padded by before and after the map. A kernel_size of 1 without padding is a plain blur.
-    `activation` is applied to the maxima: as it never falls, that is the pooling of what was activated.
+    The maximum has `kernel_size`, `padding` and `dilation`, and is taken at every position. The
+    blur has `stride` and `taps`: output `o` reads the maxima at `o * stride - lead + j` for every
+    `j < len(taps)`. `lead` and `trail` are the positions of padding before and after the maxima.
+    A kernel_size of 1 without padding is a plain blur. `activation` is applied to the maxima; it
+    is monotonic, so this equals pooling the activated input.
     """
 
     kernel_size: tuple[int, ...]
@@ -54,22 +56,22 @@ class Window(NamedTuple):
 
     @property
     def takes_max(self) -> bool:
-        """Whether the window has a maximum to take; a plain blur has none."""
+        """Whether the window takes a maximum; a plain blur takes none."""
         return any(k > 1 for k in self.kernel_size) or any(self.padding)
 
     @property
     def is_identity(self) -> bool:
-        """Whether the window gives what it is given."""
+        """Whether the output is the input."""
         plain = not self.takes_max and self.activation is None
         return plain and all(s == 1 and taps == (1.0,) for s, taps in zip(self.stride, self.taps))
 
     @property
     def is_of_images(self) -> bool:
-        """Whether one kernel computes it: of images, or of signals, which are images of one row; without dilation."""
+        """Whether one kernel computes it: images, or signals as images of one row; no dilation."""
         return self.rank < 3 and all(d == 1 for d in self.dilation)
 
     def reach(self, axis: int) -> int:
-        """How many elements the max window covers from its first to its last, holes of a dilation included."""
+        """Return how many elements the max window spans on `axis`, dilation included."""
         return self.dilation[axis] * (self.kernel_size[axis] - 1) + 1
 
 
@@ -87,12 +89,11 @@ def max_blur_window(
     padding_mode: str,
     activation: str | None = None,
 ) -> Window:
-    """The `Window` of an anti-aliased max pooling, its arguments checked. See `regfast.MaxPool2dAA` for what they mean."""
+    """Return the checked `Window` of an anti-aliased max pooling; see `regfast.MaxPool2dAA`."""
     kernel = per_axis("kernel_size", kernel_size, rank, 1)
     if isinstance(stride, float):
-        raise TypeError(
-            f"stride must be an integer, got {stride!r}; if it is the blur's ratio, pass it as ratio={stride!r}"
-        )
+        hint = f"if it is the blur's ratio, pass it as ratio={stride!r}"
+        raise TypeError(f"stride must be an integer, got {stride!r}; {hint}")
     step = kernel if stride is None else per_axis("stride", stride, rank, 1)
     pad = per_axis("padding", padding, rank, 0)
     hole = per_axis("dilation", dilation, rank, 1)
@@ -100,9 +101,8 @@ def max_blur_window(
     check_bool("ceil_mode", ceil_mode)
     check_bool("return_indices", return_indices)
     if return_indices:
-        raise ValueError(
-            "return_indices must be False, got True: an output is a weighted sum of several maxima, so no one index belongs to it"
-        )
+        reason = "an output is a weighted sum of several maxima and has no index"
+        raise ValueError(f"return_indices must be False, got True: {reason}")
     _check_padding_mode(padding_mode, get_args(MaxPaddingMode))
     _check_activation(activation)
     taps, lead, trail = _decimating_taps(step, ratio, blur_size, filter)
@@ -118,7 +118,7 @@ def blur_window(
     padding_mode: str,
     activation: str | None = None,
 ) -> Window:
-    """The `Window` of a plain strided blur, its arguments checked. See `regfast.BlurPool2d` for what they mean."""
+    """Return the checked `Window` of a plain strided blur; see `regfast.BlurPool2d`."""
     size = per_axis("kernel_size", kernel_size, rank, 1)
     if max(size) > LONGEST:
         hint = "the number of taps; regfast's layers take no number of channels"
@@ -151,7 +151,7 @@ def decimating_window(
     padding_mode: str,
     activation: str | None = None,
 ) -> Window:
-    """The `Window` of a blur that takes a stride: as long as an anti-aliased max pooling's, its arguments checked."""
+    """Return the checked `Window` of a strided blur as long as an anti-aliased max pooling's."""
     step = per_axis("stride", stride, rank, 1)
     _check_padding_mode(padding_mode, get_args(BlurPaddingMode))
     _check_activation(activation)
@@ -168,7 +168,7 @@ def check_average(
     count_include_pad: Any,
     divisor_override: Any,
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The kernel size and padding of an average pooling, its arguments checked. They are nn.AvgPool's."""
+    """Check the arguments of nn.AvgPool; return its kernel size and padding per axis."""
     kernel = per_axis("kernel_size", kernel_size, rank, 1)
     pad = per_axis("padding", padding, rank, 0)
     _check_padding(pad, kernel, padding, kernel_size)
@@ -184,9 +184,10 @@ def check_average(
 
 
 def averaged(window: Window, kernel_size: tuple[int, ...], divisor: int | None) -> Window:
-    """A blur at stride 1 followed by averages of `kernel_size` elements at the stride, without padding: as one blur.
+    """Return one blur for `window`, a blur at stride 1, and an average at its stride after it.
 
-    Its taps are the convolution of the two. `divisor` is what sums are divided by, None for the number of their terms.
+    The average is over `kernel_size` elements, without padding. The taps are the convolution of
+    both. `divisor` divides the average's sums; None divides by the number of their terms.
     """
     scale = 1.0 if divisor is None else math.prod(kernel_size) / divisor
     taps = []
@@ -202,7 +203,7 @@ def averaged(window: Window, kernel_size: tuple[int, ...], divisor: int | None) 
 def _decimating_taps(
     stride: tuple[int, ...], ratio: Any, blur_size: Any, filter: Any
 ) -> tuple[Any, ...]:
-    """The taps of a blur that takes a stride, and what they read before an output's own position and after it."""
+    """Return the taps of a strided blur, its `lead` and its `trail`."""
     sizes = _blur_sizes(stride, ratio, blur_size)
     blurred = [b > 1 or s > 1 for b, s in zip(sizes, stride)]
     taps = taps_of(filter, sizes, where=blurred, resize=blur_size is None)
@@ -211,7 +212,7 @@ def _decimating_taps(
 
 
 def _blur_sizes(stride: tuple[int, ...], ratio: Any, blur_size: Any) -> tuple[int, ...]:
-    """The blur's size on each axis: `int(ratio * s)`, never less than s, and 1 where nothing is decimated."""
+    """Return the blur's size per axis: max(int(ratio * s), s), and 1 where the stride s is 1."""
     rank, ratio, blur_size = len(stride), as_python(ratio), as_python(blur_size)
     if blur_size is not None:
         sizes = per_axis("blur_size", blur_size, rank, 1)
@@ -228,7 +229,7 @@ def _blur_sizes(stride: tuple[int, ...], ratio: Any, blur_size: Any) -> tuple[in
         raise TypeError(f"ratio must be a number, got {ratio!r}")
     if not all(0 < r < math.inf for r in ratios):
         raise ValueError(f"ratio must be positive and finite, got {ratio!r}")
-    # operator.index makes it a constant where a compiler was tracing the ratio as a symbol: taps are as many as their number.
+    # operator.index makes a constant of a traced symbol: the number of taps must be one.
     return tuple(operator.index(max(int(r * s), s)) if s > 1 else 1 for r, s in zip(ratios, stride))
 
 
@@ -236,9 +237,8 @@ def _check_padding(
     pad: tuple[int, ...], kernel: tuple[int, ...], padding: Any, kernel_size: Any
 ) -> None:
     if any(2 * p > k for p, k in zip(pad, kernel)):
-        raise ValueError(
-            f"padding must be at most half of kernel_size, got padding={padding!r} and kernel_size={kernel_size!r}"
-        )
+        found = f"padding={padding!r} and kernel_size={kernel_size!r}"
+        raise ValueError(f"padding must be at most half of kernel_size, got {found}")
 
 
 def _check_padding_mode(padding_mode: Any, allowed: tuple[str, ...]) -> None:
@@ -250,15 +250,15 @@ def _check_padding_mode(padding_mode: Any, allowed: tuple[str, ...]) -> None:
 
 def _check_activation(activation: Any) -> None:
     if activation is not None and activation not in get_args(Activation):
-        raise ValueError(
-            f"activation must be None or one of {', '.join(map(repr, get_args(Activation)))}, got {activation!r}"
-        )
+        allowed = ", ".join(map(repr, get_args(Activation)))
+        raise ValueError(f"activation must be None or one of {allowed}, got {activation!r}")
 
 
 def as_image(window: Window, rows: int | None, columns: int | None) -> Window:
-    """The window of images whose rows and columns are these of `window`'s axes; None is an axis that passes as it is.
+    """Return the window of images whose rows and columns are these axes of `window`.
 
-    `as_image(window, None, 0)` is a signal's, as that of an image of one row: how PyTorch sees one whose channels are innermost.
+    None is an axis that passes unchanged: `as_image(window, None, 0)` pools a signal as an image of
+    one row.
     """
 
     def pick(values: tuple[Any, ...], passing: Any) -> tuple[Any, ...]:
@@ -276,33 +276,36 @@ def as_image(window: Window, rows: int | None, columns: int | None) -> Window:
 
 
 def output_size(window: Window, axis: int, size: int) -> int:
-    """How many outputs an axis of `size` elements gives: for a max window, exactly nn.MaxPool2d's."""
+    """Return the number of outputs along `axis`: for a max window, exactly nn.MaxPool2d's."""
     k_reach, s, p = window.reach(axis), window.stride[axis], window.padding[axis]
     positions = size + 2 * p - k_reach + 1
     room = positions + window.lead[axis] + window.trail[axis] - len(window.taps[axis])
     if not window.ceil_mode:
         return room // s + 1
     count = (room + s - 1) // s + 1
-    # PyTorch's rule of the last window: one that starts beyond the image and its left padding is left out.
+    # PyTorch drops a last window that starts beyond the image and its left padding.
     return count - 1 if (count - 1) * s >= size + p else count
 
 
 def output_shape(window: Window, shape: Sequence[int]) -> list[int]:
-    """The shape of the output for a batched input of `shape`, (N, C, *spatial).
+    """Return the output's shape for a batched input of `shape`, (N, C, *spatial).
 
     Raises:
-        ValueError: for an image too small for the window.
+        ValueError: if the image is too small for the window.
     """
     sizes = [output_size(window, axis, shape[axis + 2]) for axis in range(window.rank)]
     if any(size < 1 for size in sizes):
         operation = f"{'max_' if window.takes_max else ''}blur_pool{window.rank}d"
         found = f"{tuple(shape)} would be {tuple(sizes)}"
-        raise ValueError(f"{operation}: the output of {found} in space, and must be at least 1")
+        raise ValueError(f"{operation}: the spatial output size of {found}, must be at least 1")
     return [*shape[:2], *sizes]
 
 
 def map_limits(window: Window, axis: int, size: int) -> tuple[int, int]:
-    """The first and last position of the max map that the blur may read: beyond them the border mode answers."""
+    """Return the first and last position of the maxima that the blur reads as they are.
+
+    Beyond them the border mode supplies the values.
+    """
     k_reach, p = window.reach(axis), window.padding[axis]
     if window.padding_mode == "partial":
         return p - k_reach + 1, size - 1 + p

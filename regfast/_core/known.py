@@ -1,4 +1,4 @@
-"""What the layers of PyTorch and of other libraries are, by class. None is imported."""
+"""Classify the layers of PyTorch and of other libraries by class, without importing the latter."""
 
 from __future__ import annotations
 
@@ -9,15 +9,14 @@ from typing import Any
 
 from torch import nn
 
-# Element by element and without state: a blur may come after them.
+# Elementwise: a blur may follow them.
 ACTIVATIONS = (
     nn.CELU, nn.ELU, nn.GELU, nn.Hardshrink, nn.Hardsigmoid, nn.Hardswish, nn.Hardtanh,
     nn.LeakyReLU, nn.LogSigmoid, nn.Mish, nn.PReLU, nn.RReLU, nn.ReLU, nn.SELU, nn.SiLU,
     nn.Sigmoid, nn.Softplus, nn.Softshrink, nn.Softsign, nn.Tanh, nn.Tanhshrink, nn.Threshold,
 )  # fmt: skip
 
-# Normalisations of images of any size. Not nn.LayerNorm and nn.RMSNorm: they count the elements of
-# the last axes.
+# Normalisations of images of any size. nn.LayerNorm and nn.RMSNorm fix the sizes of the last axes.
 _NORMALISATIONS = (
     nn.modules.batchnorm._NormBase,
     nn.GroupNorm,
@@ -39,7 +38,7 @@ _OTHER_NORMALISATIONS = {
     "detectron2": ("FrozenBatchNorm2d",),
 }  # fmt: skip
 
-# Merges patches by moving pixels into channels.
+# These merge patches by moving pixels into channels.
 _SPACE_TO_CHANNELS = {"timm": ("PatchMerging",), "torchvision": ("PatchMerging", "PatchMergingV2")}
 _LP_POOLS = (nn.LPPool1d, nn.LPPool2d, nn.LPPool3d)
 _ADAPTIVE_POOLS = (
@@ -52,36 +51,39 @@ _FUNCTIONS |= {"conv1d", "conv2d", "fractional_max_pool2d", "pixel_unshuffle"}
 
 
 def library_class(kind: type[Any]) -> tuple[str, str]:
-    """The top-level package of a class and its name in its module: ("timm", "BlurPool2d")."""
+    """Return a class's top-level package and its qualified name: ("timm", "BlurPool2d")."""
     return kind.__module__.partition(".")[0], kind.__qualname__
 
 
 def is_one_of(module: nn.Module, classes: dict[str, tuple[str, ...]]) -> bool:
-    """Whether a module's class, or one that it derives from, is among these, by library."""
+    """Return whether a module's class, or a base of it, is among `classes`, listed by library."""
     found = map(library_class, type(module).__mro__)
     return any(name in classes.get(library, ()) for library, name in found)
 
 
 def is_normalisation(module: nn.Module) -> bool:
-    """Whether a module is a normalisation of images of any size: a known class, or it says so."""
+    """Return whether a module is a normalisation of images of any size.
+
+    It is of a known class, or its attribute `is_normalisation` is True.
+    """
     if getattr(module, "is_normalisation", False) is True:
         return True
     return isinstance(module, _NORMALISATIONS) or is_one_of(module, _OTHER_NORMALISATIONS)
 
 
 def is_norm_act(module: nn.Module) -> bool:
-    """Whether a module is one of timm's normalisations with an activation at its end, `act`."""
+    """Return whether a module is a timm normalisation that ends with an activation, `act`."""
     return is_one_of(module, {"timm": _NORM_ACTS})
 
 
 def stride_of(module: Any) -> tuple[int, ...]:
-    """The stride of a layer of torch.nn; a pooling without one has its kernel's size."""
+    """Return the stride of a torch.nn layer; the default of a pooling is its kernel_size."""
     stride = module.kernel_size if module.stride is None else module.stride
     return tuple(stride) if isinstance(stride, Sequence) else (stride,)
 
 
 def is_patch_embedding(convolution: Any, min_channels: int) -> bool:
-    """Whether a convolution takes patches side by side: of an image, or large ones anywhere."""
+    """Return whether a convolution takes adjacent patches: of an image, or 4 or more wide."""
     size, stride = convolution.kernel_size, stride_of(convolution)
     if tuple(size) != stride or min(stride) == 1:
         return False
@@ -89,7 +91,7 @@ def is_patch_embedding(convolution: Any, min_channels: int) -> bool:
 
 
 def otherwise_decimating(module: Any) -> str | None:
-    """Why a layer that decimates has no anti-aliased twin; None for one that has, or does not."""
+    """Return why a decimating layer has no anti-aliased twin; None for any other layer."""
     name = type(module).__name__
     if isinstance(module, _LP_POOLS) and max(stride_of(module)) > 1:
         return f"there is no anti-aliased {name}"
@@ -98,7 +100,7 @@ def otherwise_decimating(module: Any) -> str | None:
     if isinstance(module, _ADAPTIVE_POOLS):
         size: Any = module.output_size
         sizes = size if isinstance(size, Sequence) else (size,)
-        # One output for a whole axis summarises it, and None leaves the axis as it is.
+        # One output per axis is a summary of it, and None leaves the axis as it is.
         whole = all(n in (1, None) for n in sizes)
         return None if whole else "its stride depends on the image's size"
     if isinstance(module, nn.PixelUnshuffle) or is_one_of(module, _SPACE_TO_CHANNELS):
@@ -107,15 +109,15 @@ def otherwise_decimating(module: Any) -> str | None:
 
 
 def functional_calls(module: nn.Module) -> str | None:
-    """The functions that decimate and that a module's forward, or what it calls, names.
+    """Return a message that lists the decimating functions that a module's forward names, or None.
 
-    They are found in the code alone, as far as that shows them.
+    The search sees only the code of the forward and of the functions that it names.
     """
     kind = type(module)
     if kind.__module__.startswith(("torch.nn.", "regfast.")):
         return None
     codes = _codes(kind.forward)
-    for code in codes:  # which grows
+    for code in codes:  # the body extends the list
         called = [*code.co_consts, *(getattr(kind, name, None) for name in code.co_names)]
         codes += [found for item in called for found in _codes(item) if found not in codes]
     names = dict.fromkeys(name for code in codes for name in code.co_names)
@@ -124,6 +126,6 @@ def functional_calls(module: nn.Module) -> str | None:
 
 
 def _codes(item: Any) -> list[CodeType]:
-    """The code of a function or a method, or what is code itself: one, or none."""
+    """Return the code of a function or method, or a code object itself, in a list; else []."""
     code = item if inspect.iscode(item) else getattr(inspect.unwrap(item), "__code__", None)
     return [code] if inspect.iscode(code) else []

@@ -1,4 +1,4 @@
-"""How a tensor lies in memory, and how an output should."""
+"""The memory formats of tensors and of outputs."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ CHANNELS_LAST = {1: torch.channels_last, 2: torch.channels_last, 3: torch.channe
 
 
 def is_channels_last(x: Tensor) -> bool:
-    """Whether x, (N, C, *spatial), is laid out with the channels innermost.
+    """Return whether the channels of x, (N, C, *spatial), are innermost in memory.
 
-    The rule is the one by which nn.MaxPool2d chooses its output's format: by strides, so that a slice counts as what it was
-    cut from, and ambiguous shapes count as contiguous. A 1-d signal is judged as an image of one row.
+    The rule is nn.MaxPool2d's for the format of its output. It reads strides: a slice keeps the
+    format of its source, and ambiguous shapes count as contiguous. A 1-d signal counts as an image
+    of one row.
     """
-    # (What is contiguous is not, and is found the quickest.)
+    # The quickest test first.
     if x.is_contiguous() or x.stride(1) == 0:
         return False
     least = 0
@@ -29,7 +30,7 @@ def is_channels_last(x: Tensor) -> bool:
 
 
 def with_format(y: Tensor, channels_last: bool) -> Tensor:
-    """y in the format asked for, copied only where it is not."""
+    """Return y in the given format; copy only if the format differs."""
     if y.ndim == 3:
         return with_format(y.unsqueeze(2), channels_last).squeeze(2)
     return y.contiguous(
@@ -38,9 +39,10 @@ def with_format(y: Tensor, channels_last: bool) -> Tensor:
 
 
 def as_laid_out(y: Tensor, x: Tensor, memory_format: torch.memory_format) -> Tensor:
-    """y, a function of every element of x, laid out as `torch.empty_like(x, memory_format=...)` is; copied only where it is not.
+    """Return y with the layout of `torch.empty_like(x, memory_format=...)`.
 
-    Transforms of torch.func know no layouts.
+    y has x's shape, and is copied only if its layout differs. Transforms of torch.func have no
+    layouts: y then stays as it is.
     """
     if torch._C._are_functorch_transforms_active():
         return y
@@ -51,12 +53,12 @@ def as_laid_out(y: Tensor, x: Tensor, memory_format: torch.memory_format) -> Ten
 
 
 def empty_output(x: Tensor, window: Window) -> Tensor:
-    """An uninitialised output of `window` over x, in x's dtype, device and memory format."""
+    """Return an uninitialised output of `window` over x, with x's dtype, device and format."""
     return empty(output_shape(window, x.shape), x, is_channels_last(x))
 
 
 def empty(shape: list[int], like: Tensor, channels_last: bool) -> Tensor:
-    """An uninitialised tensor of `like`'s dtype and device in the memory format asked for."""
+    """Return an uninitialised tensor with `like`'s dtype and device in the given format."""
     if len(shape) == 3:
         return empty([*shape[:2], 1, shape[2]], like, channels_last).squeeze(2)
     memory_format = CHANNELS_LAST[len(shape) - 2] if channels_last else torch.contiguous_format
@@ -64,10 +66,10 @@ def empty(shape: list[int], like: Tensor, channels_last: bool) -> Tensor:
 
 
 def as_tensor(number: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A number as a 0-d tensor on a device; a tensor as it is."""
+    """Return a number as a 0-d tensor on a device, and a tensor unchanged."""
     if isinstance(number, Tensor):
         return number
     if torch.compiler.is_compiling():
-        # Of a fill the compiler makes a graph for each number.
+        # With torch.full the compiler makes a graph for each number.
         return torch.zeros((), dtype=dtype, device=device) + number
     return torch.full((), number, dtype=dtype, device=device)

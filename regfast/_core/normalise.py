@@ -1,4 +1,4 @@
-"""Normalisation, (v - mean)/std, in the form in which a blend takes it along: scale*v + shift."""
+"""Normalisation, (v - mean)/std, in the form that a blend applies: scale*v + shift."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ from .tensors import extremes
 def result_dtype(
     x_dtype: torch.dtype, dtype: torch.dtype | None, mean: Any, std: Any
 ) -> torch.dtype:
-    """The dtype of a blend of x: `dtype` where it is said, else that of x, and float32 for bytes that are normalised."""
+    """Return a blend's dtype: `dtype` if given, else x's, and float32 for normalised uint8."""
     if (mean is None) != (std is None):
-        raise ValueError(f"mixup: mean and std come together, got mean={mean!r} and std={std!r}")
+        found = f"mean={mean!r} and std={std!r}"
+        raise ValueError(f"mixup: mean and std must be given together, got {found}")
     if dtype is None:
         if x_dtype != torch.uint8:
             return x_dtype
@@ -35,16 +36,20 @@ def result_dtype(
 
 
 class Affine:
-    """A mean and a deviation, numbers or one per channel, as scale and shift: on each device once, as a kernel reads them."""
+    """The scale and shift of a mean and std, numbers or one per channel.
+
+    Each device receives them once, in the dtype that the kernel reads.
+    """
 
     def __init__(self, mean: Any, std: Any) -> None:
         mean, std = (_numbers(name, value) for name, value in (("mean", mean), ("std", std)))
-        # One of them may have been given in numbers.
+        # If one of them is a plain number, it goes to the other's device.
         like = std if mean.device.type == "cpu" else mean
         mean, std = (on_device(numbers, like.device, like.dtype) for numbers in (mean, std))
         if mean.ndim and std.ndim and 1 not in (len(mean), len(std)) and len(mean) != len(std):
+            found = f"{len(mean)} and {len(std)}"
             raise ValueError(
-                f"mixup: mean and std must be of the same channels, got {len(mean)} and {len(std)}"
+                f"mixup: mean and std must have the same number of channels, got {found}"
             )
         if may_read(std) and not (std > 0).all():
             raise ValueError(f"mixup: std must be positive, got {std.tolist()}")
@@ -53,11 +58,13 @@ class Affine:
         self._sent: dict[tuple[torch.device, torch.dtype, int], tuple[Tensor, Tensor]] = {}
 
     def of(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Scale and shift of x's channels, dimension 1, in the dtype in which x is blended to `dtype`: (C,) on x's device."""
+        """Return scale and shift, (C,) on x's device, for a blend of x to `dtype`.
+
+        The channels are dimension 1. The dtype is that of the blend's sums.
+        """
         if x.ndim < 2:
-            raise ValueError(
-                f"mixup: mean and std belong to channels, dimension 1, got x of shape {tuple(x.shape)}"
-            )
+            found = f"x of shape {tuple(x.shape)}"
+            raise ValueError(f"mixup: mean and std belong to channels, dimension 1, got {found}")
         channels, wide = x.shape[1], accumulator(x.dtype, dtype)
         for numbers in (self.scale, self.shift):
             if numbers.ndim and numbers.shape[0] not in (1, channels):
@@ -67,11 +74,11 @@ class Affine:
             found = f"of x/255, at most 1, for bytes; got a mean of {self._highest:g}"
             raise ValueError(f"mixup: mean and std must be {found}")
         if is_watched(x):
-            # What a tracer makes of a constant must not outlive the trace.
+            # A constant that a tracer made must not outlive the trace.
             return self._send(x.device, wide, channels)
         key = x.device, wide, channels
         if key not in self._sent:
-            # Tensors of inference mode could not be used in training.
+            # Training could not use tensors of inference mode.
             with torch.inference_mode(False):
                 self._sent[key] = self._send(*key)
         return self._sent[key]
@@ -79,7 +86,7 @@ class Affine:
     def _send(
         self, device: torch.device, dtype: torch.dtype, channels: int
     ) -> tuple[Tensor, Tensor]:
-        # Cast before it is sent: not every device has float64.
+        # Cast before the transfer: not every device has float64.
         scale, shift = (
             numbers.to(dtype).expand(channels).contiguous() for numbers in (self.scale, self.shift)
         )
@@ -87,7 +94,10 @@ class Affine:
 
 
 def _numbers(name: str, value: Any) -> Tensor:
-    """A number, or one per channel, as a constant: float64 on the host, elsewhere float32 if no wider."""
+    """Return a number, or one per channel, as a constant tensor.
+
+    On the host it is float64; on a device float64 stays, and any other dtype becomes float32.
+    """
     value = as_python(value)
     if isinstance(value, (bool, str)) or not isinstance(value, (Real, Sequence, Tensor)):
         raise TypeError(

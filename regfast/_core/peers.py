@@ -1,4 +1,4 @@
-"""The blurs of other libraries: what each computes, read off the layer. None is imported."""
+"""Read what the blurs of other libraries compute, without importing the libraries."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Taps = tuple[tuple[float, ...], ...]
 class PeerBlur(NamedTuple):
     """What a layer computes: maxima at stride 1 if there is a `pool`, then a blur.
 
-    `pads` are, for each axis, how many positions the blur reads before and after the image.
+    `pads` are, per axis, the positions that the blur reads before and after the image.
     """
 
     stride: Any
@@ -26,7 +26,7 @@ class PeerBlur(NamedTuple):
 
 
 def origin_of(module: nn.Module) -> str | None:
-    """The library and the class of a blur that is not regfast's: "timm's BlurPool2d"."""
+    """Return the library and class of another library's blur ("timm's BlurPool2d"), else None."""
     for kind in type(module).__mro__:
         if library_class(kind) in _READERS:
             library, name = library_class(kind)
@@ -35,15 +35,17 @@ def origin_of(module: nn.Module) -> str | None:
 
 
 def is_plain_blur(module: nn.Module) -> bool:
-    """Whether a module is another library's blur without a maximum or a convolution of its own."""
+    """Return whether a module is another library's blur without a maximum or a convolution."""
     return any(library_class(kind) in _PLAIN for kind in type(module).__mro__)
 
 
 def read(layer: Any) -> tuple[Taps, Sequence[PeerBlur]]:
-    """The taps on each axis of a layer with an origin, and what it computes, by its versions.
+    """Return a layer's taps per axis, and what each version of its library computes with it.
+
+    The layer has an origin (see `origin_of`).
 
     Raises:
-        ValueError: for one that is not like its class, or whose filter is no product of taps.
+        ValueError: if the layer differs from its class, or its filter is no product of taps.
     """
     reader = _READERS.get(library_class(type(layer)))
     if reader is None:
@@ -54,21 +56,21 @@ def read(layer: Any) -> tuple[Taps, Sequence[PeerBlur]]:
     try:
         return taps, reader(layer, tuple(map(len, taps)))
     except (AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"it has another {error} than regfast knows") from error
+        raise ValueError(f"regfast does not know its version of the class: {error}") from error
 
 
 def read_taps(layer: nn.Module, rank: int) -> Taps:
-    """The taps on each axis of the filter in a layer's one buffer, the same for every channel.
+    """Return the taps per axis of the filter in a layer's only buffer, equal for all channels.
 
     Raises:
-        ValueError: where that is no product of taps of unit sum, one axis each.
+        ValueError: if the filter is no product of taps per axis, each of unit sum.
     """
     if len(layer._buffers) != 1:
-        raise ValueError(f"it has the buffers {', '.join(layer._buffers)}, where one is its filter")
+        raise ValueError(f"it must have one buffer, its filter, got {', '.join(layer._buffers)}")
     (buffer,) = layer._buffers.values()
     if buffer is None or buffer.is_meta:
         raise ValueError("its taps are on the meta device, which holds no numbers")
-    # Of sums of some tens of numbers of at most one, each rounded once.
+    # A filter's sums have tens of terms of at most one, each rounded once.
     rounding = 8 * torch.finfo(buffer.dtype).eps
     filters = buffer.detach().to("cpu", torch.float64)
     filters = filters.reshape(-1, *filters.shape[-rank:])
@@ -83,12 +85,12 @@ def read_taps(layer: nn.Module, rank: int) -> Taps:
 
 
 def same_pads(sizes: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
-    """The pads of `padding="same"`: as many outputs at stride 1 as there are inputs."""
+    """Return the pads of `padding="same"`: at stride 1 as many outputs as inputs."""
     return tuple(((size - 1) // 2, size // 2) for size in sizes)
 
 
 def _pairs(padding: Sequence[int]) -> tuple[tuple[int, int], ...]:
-    """The pads of each axis, from those of F.pad, which has the last axis first."""
+    """Return the pads per axis; F.pad's amounts have the last axis first."""
     pairs = list(zip(padding[::2], padding[1::2]))
     return tuple(reversed(pairs))
 
@@ -108,7 +110,7 @@ def _kornia(layer: Any, sizes: tuple[int, ...]) -> list[PeerBlur]:
     pool = None
     if hasattr(layer, "max_pool_size"):
         pool = dict(kernel_size=layer.max_pool_size, padding=0, dilation=1)
-    # Before 0.9, a filter of an even size was padded alike on both sides.
+    # kornia before 0.9 padded a filter of an even size equally on both sides.
     alike = tuple(((size - 1) // 2,) * 2 for size in sizes)
     return [PeerBlur(layer.stride, pads, "zeros", pool) for pads in (same_pads(sizes), alike)]
 

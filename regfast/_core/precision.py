@@ -1,4 +1,4 @@
-"""What arithmetic is in: sums are float32 (float64 for float64), whatever autocast says."""
+"""The dtype of arithmetic: sums are float32 (float64 for float64), also under autocast."""
 
 from __future__ import annotations
 
@@ -9,32 +9,35 @@ from torch import Tensor
 
 from .autograd import is_differentiated
 
-# What sums are in.
+# The dtypes of sums.
 WIDE = (torch.float32, torch.float64)
 
 
 def accumulator(*dtypes: torch.dtype) -> torch.dtype:
-    """The dtype of sums over tensors of these."""
+    """Return the dtype of sums over tensors of these dtypes."""
     return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
 def gradient_dtype(x: Tensor, *dtypes: torch.dtype) -> torch.dtype:
-    """The dtype that x is cast to first: where it is differentiated, that of sums.
+    """Return the dtype to cast x to first: that of sums if x is differentiated, else its own.
 
-    Its gradient is a sum too, which the backward of the cast rounds once.
+    The gradient is a sum too, and the backward of the cast rounds it once.
     """
     differentiated = x.is_floating_point() and is_differentiated(x)
     return accumulator(x.dtype, *dtypes) if differentiated else x.dtype
 
 
 def is_autocast(x: Tensor) -> bool:
-    """Whether autocast is enabled where x is. (Torch refuses the question for meta tensors.)"""
+    """Return whether autocast is enabled on x's device.
+
+    PyTorch refuses the query for meta tensors.
+    """
     device = "cpu" if x.is_cpu else x.device.type
     return device != "meta" and torch.is_autocast_enabled(device)
 
 
 def outside_autocast(x: Tensor) -> contextlib.AbstractContextManager[object]:
-    """A context in which operations keep the dtypes they are given."""
-    return (
-        torch.autocast(x.device.type, enabled=False) if is_autocast(x) else contextlib.nullcontext()
-    )
+    """Return a context without autocast on x's device."""
+    if is_autocast(x):
+        return torch.autocast(x.device.type, enabled=False)
+    return contextlib.nullcontext()

@@ -1,4 +1,4 @@
-"""DTensors: an operation on each process's own part, where that part is all that it needs."""
+"""DTensors: compute an operation on each process's own part, where that part suffices."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from torch.nn import Parameter
 
 
 def is_sharded(*tensors: Any) -> bool:
-    """Whether one of them is a DTensor. (That torch.distributed.tensor has not been imported says no.)"""
+    """Return whether one of the tensors is a DTensor.
+
+    A process that has not imported torch.distributed.tensor has none.
+    """
     for t in tensors:
         if isinstance(t, Tensor) and type(t) not in (Tensor, Parameter):
             module = sys.modules.get("torch.distributed.tensor")
@@ -23,7 +26,7 @@ def is_sharded(*tensors: Any) -> bool:
 
 
 def whole(t: Any) -> Any:
-    """A DTensor as the tensor that it is a part of; anything else as it is."""
+    """Return the whole tensor of a DTensor, and anything else unchanged."""
     return t.full_tensor() if is_sharded(t) else t
 
 
@@ -35,11 +38,11 @@ def on_parts(
     keeps: int,
     partial: Sequence[Any] = (),
 ) -> Any:
-    """function(x, *others, *partial) of DTensors, each process computing with its own parts.
+    """Return function(x, *others, *partial) of DTensors; each process computes with its parts.
 
-    x may be sharded along `dims`, if evenly; otherwise it is gathered first. `others` have x's shape, and are laid out as it is.
-    `partial` are small and wanted whole by every process, which adds its part of their gradient. The result has x's first `keeps`
-    dimensions, and goes where x lay, if it can.
+    x may be sharded along `dims` if evenly; otherwise it is gathered first. `others` have x's shape
+    and take x's placements. Every process takes `partial` whole and adds its part of their
+    gradient. The result has x's first `keeps` dimensions, and x's placements if they fit.
     """
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
@@ -53,7 +56,7 @@ def on_parts(
     ]
     sharded = [p.dim for p in own if isinstance(p, Shard)]
     if len(set(sharded)) < len(sharded):
-        # One dimension over two axes of the mesh would have to be even over both.
+        # A dimension over two axes of the mesh would have to be even over both.
         own = [Replicate()] * len(own)
     parts = [_replicated(t, mesh).redistribute(mesh, own).to_local() for t in (x, *others)]
     sums = [Partial() if isinstance(p, Shard) else p for p in own]
@@ -66,11 +69,8 @@ def on_parts(
     shape = torch.Size([*x.shape[:keeps], *y.shape[keeps:]])
     stride = tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
     result = DTensor.from_local(y, mesh, own, run_check=False, shape=shape, stride=stride)
-    return (
-        result.redistribute(mesh, x.placements)
-        if all(_fits(p, shape) for p in x.placements)
-        else result
-    )
+    fits = all(_fits(p, shape) for p in x.placements)
+    return result.redistribute(mesh, x.placements) if fits else result
 
 
 def _fits(placement: Any, shape: torch.Size) -> bool:
@@ -78,11 +78,9 @@ def _fits(placement: Any, shape: torch.Size) -> bool:
 
 
 def _replicated(t: Any, mesh: Any) -> Any:
-    """A tensor that every process has, as a DTensor."""
+    """Return a tensor that every process has as a DTensor, and a DTensor unchanged."""
     from torch.distributed.tensor import DTensor, Replicate
 
-    return (
-        t
-        if isinstance(t, DTensor)
-        else DTensor.from_local(t, mesh, [Replicate()] * mesh.ndim, run_check=False)
-    )
+    if isinstance(t, DTensor):
+        return t
+    return DTensor.from_local(t, mesh, [Replicate()] * mesh.ndim, run_check=False)

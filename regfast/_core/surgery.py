@@ -1,4 +1,4 @@
-"""What `antialias` and `fuse` share: how a layer becomes another and back, and the report."""
+"""Shared by `antialias` and `fuse`: convert a layer, convert it back, and report."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-# Attributes, beside a module's own: its `Mark`; of what took a layer's place, that layer.
+# Attributes of modules: the `Mark` of a converted one; the original layer of a replacement.
 _MARK, _ORIGINAL = "_regfast_converted", "_regfast_original"
 
 
 class ReportRow(NamedTuple):
-    """A layer that decimates: what became of it, and why."""
+    """A layer that decimates, what was done to it, and why."""
 
     name: str
     type: str
@@ -23,7 +23,7 @@ class ReportRow(NamedTuple):
 
 
 class Report(list[ReportRow]):
-    """What `antialias` and `fuse` did to a model, or would do. Printed, a table."""
+    """What `antialias` and `fuse` did to a model, or would do. It prints as a table."""
 
     def __str__(self) -> str:
         if not self:
@@ -50,8 +50,10 @@ def _kind(row: ReportRow) -> str:
 class Mark(NamedTuple):
     """What a converted module keeps of its conversion.
 
-    Its class before and after, the attributes that it was given, those that were written over, the
-    report's words (where `done` is empty, another module has them), and its hook on loading.
+    `twin` is its class before and `into` its class after. `added` are the attributes that it
+    gained, and `replaced` the old values of those that were overwritten. `done` and `why` are the
+    words of the report; an empty `done` leaves them to another module. `on_load` is its hook on
+    loading.
     """
 
     twin: type[nn.Module]
@@ -64,7 +66,7 @@ class Mark(NamedTuple):
 
 
 def mark_of(module: nn.Module) -> Mark | None:
-    """The `Mark` of a converted module; None of another."""
+    """Return the `Mark` of a converted module, else None."""
     return module.__dict__.get(_MARK)
 
 
@@ -76,22 +78,23 @@ def become(
     why: str = "",
     on_load: Callable[[Any, Any], None] | None = None,
 ) -> None:
-    """Makes a module one of another class, with these attributes beside its own, and marks it.
+    """Change a module's class to `into`, set these attributes, and mark the module.
 
-    `on_load` is called after the module has loaded a state_dict, as a post hook of torch.nn's.
+    `on_load` is called after the module has loaded a state_dict, as a post hook of torch.nn.
 
     Raises:
-        ValueError, TypeError: for what the class refuses. The module is then neither; try a copy.
+        ValueError, TypeError: if the class refuses an argument. The module is then half
+            converted; try a copy.
     """
     twin, before = type(module), dict(module.__dict__)
-    # Past the setters of layers, which check one attribute at a time.
+    # Bypass the layers' setters, which check one attribute at a time.
     object.__setattr__(module, "__class__", into)
     module.__dict__.update(attributes)
     make: Any = getattr(module, "_make_window", None)
     if make is not None:
         module.__dict__["_window"] = make()
     added = tuple(name for name in module.__dict__ if name not in before)
-    # What was the same before is the layer's own still, and what surgery makes of it is to stay.
+    # An attribute with an equal value stays the layer's own, and later surgery on it stays too.
     replaced = {
         name: before[name]
         for name, value in attributes.items()
@@ -103,24 +106,24 @@ def become(
 
 
 def replace(container: nn.Module, key: str, replacement: nn.Module) -> None:
-    """Puts a layer without state in the place of another, which it keeps for `undo`."""
+    """Put a stateless layer in the place of another; it keeps the original for `undo`."""
     original: Any = container._modules[key]
-    # Not as a child: it has no state, and is no part of the model now.
+    # Not as a child: the original has no state and is no longer part of the model.
     replacement.__dict__[_ORIGINAL] = original
     container._modules[key] = replacement.train(original.training)
 
 
 def undo(model: nn.Module) -> None:
-    """Makes all modules what they were before `become` and `replace`.
+    """Undo every `become` and `replace` in a model.
 
     Raises:
-        ValueError: for a module that has become another since; nothing is undone then.
+        ValueError: if a module has since become another class; nothing is undone then.
     """
     for name, module in model.named_modules():
         mark = mark_of(module)
         if mark is not None and type(module) is not mark.into:
-            found = f"model.{name} is a {type(module).__name__} by now"
-            raise ValueError(f"{found}, no {mark.into.__name__}: undo that first")
+            found = f"model.{name} is now a {type(module).__name__}"
+            raise ValueError(f"{found}, not a {mark.into.__name__}: undo that first")
     for module in list(model.modules()):
         for key, child in list(module._modules.items()):
             if child is not None and _ORIGINAL in child.__dict__:
@@ -139,7 +142,7 @@ def undo(model: nn.Module) -> None:
 def own_sequentials(
     model: nn.Module,
 ) -> Iterator[tuple[nn.Sequential, list[tuple[str, nn.Module]]]]:
-    """Each nn.Sequential of a model that runs its children in order, and these with their keys."""
+    """Yield each nn.Sequential of a model that runs its children in order, and the children."""
     for module in model.modules():
         if not isinstance(module, nn.Sequential) or "forward" in module.__dict__:
             continue
@@ -149,12 +152,12 @@ def own_sequentials(
 
 
 def use_counts(model: nn.Module) -> Counter[int]:
-    """How many places of a model each of its modules is in, by id."""
+    """Count the places in a model of each module, by id."""
     return Counter(id(child) for parent in model.modules() for child in parent._modules.values())
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Whether a module has hooks, which a fused one would not call, or a forward of its own."""
+    """Return whether a module has hooks, which a fused one would not call, or its own forward."""
     hooks = (
         module._forward_hooks,
         module._forward_pre_hooks,
@@ -165,7 +168,7 @@ def is_hooked(module: nn.Module) -> bool:
 
 
 def check_model(model: Any) -> None:
-    """Refuses what is no module, and one that is wrapped, compiled or scripted.
+    """Raise unless `model` is a module that is not wrapped, compiled or scripted.
 
     Raises:
         TypeError, ValueError: with the module's name and what to do.
@@ -177,10 +180,10 @@ def check_model(model: Any) -> None:
         kinds = {base.__name__ for base in type(module).__mro__}
         where = f"model{'.' if name else ''}{name} is a {type(module).__name__}"
         if kinds & {*wrappers, "FSDPModule"}:
-            told = "convert a model before it is wrapped or sharded for several devices"
-            raise ValueError(f"{where}: {told}")
+            hint = "convert a model before it is wrapped or sharded for several devices"
+            raise ValueError(f"{where}: {hint}")
         if "OptimizedModule" in kinds or getattr(module, "_compiled_call_impl", None) is not None:
             raise ValueError(f"{where} that is compiled: convert a model before torch.compile")
         if isinstance(module, torch.jit.ScriptModule):
-            told = "convert a model before it is scripted or traced"
-            raise ValueError(f"{where}, whose layers are fixed: {told}")
+            hint = "convert a model before it is scripted or traced"
+            raise ValueError(f"{where} with fixed layers: {hint}")

@@ -1,4 +1,4 @@
-"""The taps of a blur: binomial by default, any window that SciPy knows, or the caller's own."""
+"""The taps of a blur: binomial by default, any window of SciPy, or the caller's own."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from .checks import as_python
 
 
 def binomial(size: int) -> tuple[float, ...]:
-    """The row of Pascal's triangle with `size` entries, divided by its sum: C(size-1, j) / 2^(size-1).
+    """Return the row of Pascal's triangle with `size` entries, divided by its sum.
 
-    The triangle filter (1, 2, 1)/4 of Zhang, "Making Convolutional Networks Shift-Invariant Again" (2019), is
-    `binomial(3)`. It sums to one exactly, and it is what `scipy.stats.binom.pmf(range(size), size - 1, 0.5)` gives.
+    The entries, C(size-1, j) / 2^(size-1), are those of
+    `scipy.stats.binom.pmf(range(size), size - 1, 0.5)` and sum to exactly one. `binomial(3)`
+    is the triangle filter (1, 2, 1)/4 of Zhang, "Making Convolutional Networks Shift-Invariant
+    Again" (2019).
     """
     size = as_python(size)
     if not isinstance(size, int) or isinstance(size, bool):
@@ -26,34 +28,38 @@ def binomial(size: int) -> tuple[float, ...]:
 
 
 def named(name: Any, size: int) -> tuple[float, ...]:
-    """Taps of unit sum by name: "binomial", or what `scipy.signal.get_window` takes (a string, or a tuple with parameters)."""
+    """Return taps of unit sum by name: "binomial", or an argument of `scipy.signal.get_window`.
+
+    The argument is a string, or a tuple of a name and parameters.
+    """
     if name == "binomial":
         return binomial(size)
     from scipy.signal import get_window
 
     try:
         window = get_window(name, size + 2, fftbins=False)
-        # A window that is zero at its ends (Hann's, Bartlett's) would waste two taps of every blur.
+        # Ends of zero (Hann's, Bartlett's) would waste two taps of every blur.
         zero_ends = max(abs(window[0]), abs(window[-1])) < 1e-9 * abs(window).max()
         window = window[1:-1] if zero_ends else get_window(name, size, fftbins=False)
     except (ValueError, TypeError) as error:
-        raise ValueError(
-            f"filter must be 'binomial', a window that scipy.signal.get_window knows or 1-d taps, got {name!r} ({error})"
-        ) from error
+        allowed = "'binomial', a window of scipy.signal.get_window or 1-d taps"
+        raise ValueError(f"filter must be {allowed}, got {name!r} ({error})") from error
     total = float(window.sum())
     if not math.isfinite(total) or abs(total) < 1e-12:
-        raise ValueError(f"filter {name!r} has no sum to divide by at size {size}")
+        raise ValueError(
+            f"filter {name!r} must have a finite nonzero sum, got {total} at size {size}"
+        )
     return tuple(float(tap) / total for tap in window)
 
 
 def taps_of(
     filter: Any, sizes: tuple[int, ...], where: list[bool], resize: bool
 ) -> tuple[tuple[float, ...], ...]:
-    """The taps on each axis: `filter` at the sizes asked for.
+    """Return the taps of `filter` per axis, at the given sizes.
 
-    `filter` is a name, 1-d taps, which are divided by their sum, or one of either per axis. 1-d taps
-    given for all axes stand on those that `where` marks, and their length is the size of the blur if
-    `resize`, else it must be the size asked for.
+    `filter` is a name, 1-d taps, or one of either per axis. Taps are divided by their sum. 1-d taps
+    for all axes apply to the axes that `where` marks. With `resize` their length is the size of the
+    blur; otherwise it must be the given size.
     """
     rank = len(sizes)
     filter = filter.tolist() if hasattr(filter, "tolist") else filter
@@ -71,14 +77,14 @@ def taps_of(
 
 
 def _is_name(filter: Any) -> bool:
-    """A window's name, or SciPy's tuple of a name and its parameters: ("kaiser", 8.0)."""
+    """Return whether `filter` is a window's name or SciPy's tuple of one: ("kaiser", 8.0)."""
     if isinstance(filter, tuple) and len(filter) > 1 and isinstance(filter[0], str):
         return all(isinstance(parameter, Real) for parameter in filter[1:])
     return isinstance(filter, str)
 
 
 def _entry_taps(entry: Any, size: int, resize: bool) -> tuple[float, ...]:
-    """One axis of `taps_of`."""
+    """Return the taps of one axis; see `taps_of`."""
     if _is_name(entry):
         return named(entry, size)
     if (
@@ -90,10 +96,8 @@ def _entry_taps(entry: Any, size: int, resize: bool) -> tuple[float, ...]:
     if not all(math.isfinite(tap) for tap in entry):
         raise ValueError(f"taps must be finite, got {entry!r}")
     if not resize and len(entry) != size:
-        raise ValueError(
-            f"the filter has {len(entry)} taps where a size of {size} is asked for: {entry!r}"
-        )
+        raise ValueError(f"filter must have {size} taps, got {len(entry)} taps: {entry!r}")
     total = math.fsum(entry)
     if abs(total) <= 1e-12 * math.fsum(map(abs, entry)):
-        raise ValueError(f"taps must have a sum to be divided by, got {entry!r}")
+        raise ValueError(f"taps must have a nonzero sum, got {entry!r}")
     return tuple(float(tap) / total for tap in entry)

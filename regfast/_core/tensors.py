@@ -1,4 +1,4 @@
-"""Checks of tensors. Each raises a ValueError or TypeError that names the value and what is allowed."""
+"""Checks of tensors. Each raises an error that names the value and what is allowed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .dispatch import may_read
 
 
 def check_image(operation: str, x: Any, rank: int) -> bool:
-    """Refuses what is no image; whether it is batched, (N, C, *spatial) rather than (C, *spatial)."""
+    """Raise unless x is an image; return whether it is batched, (N, C, *spatial)."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{operation}{rank}d: x must be a Tensor, got {type(x).__name__}")
     if not x.is_floating_point():
@@ -23,7 +23,7 @@ def check_image(operation: str, x: Any, rank: int) -> bool:
     if ndim - rank not in (1, 2):
         allowed = f"{rank + 1}-d or {rank + 2}-d (batched)"
         raise ValueError(f"{operation}{rank}d: x must be {allowed}, got shape {tuple(x.shape)}")
-    # (A compiler may not know whether a batch is empty.)
+    # A compiler may not know whether a batch is empty.
     if (torch.compiler.is_compiling() or not x.numel()) and 0 in x.shape[-rank - 1 :]:
         raise ValueError(
             f"{operation}{rank}d: only the batch may be empty, got shape {tuple(x.shape)}"
@@ -32,7 +32,7 @@ def check_image(operation: str, x: Any, rank: int) -> bool:
 
 
 def check_batch(x: Any) -> None:
-    """Refuses what is no batch of numbers."""
+    """Raise unless x is a batch of floating-point or uint8 numbers."""
     if not isinstance(x, Tensor):
         raise TypeError(f"mixup: x must be a Tensor, got {type(x).__name__}")
     if not x.is_floating_point() and x.dtype != torch.uint8:
@@ -42,14 +42,14 @@ def check_batch(x: Any) -> None:
 
 
 def check_like(name: str, t: Tensor, shape: Sequence[int], x: Tensor) -> None:
-    """Refuses a gradient that does not belong to x: a kernel would read beyond it, or misread it."""
+    """Raise unless t has this shape and x's dtype and device: a kernel would misread it."""
     expected, found = (tuple(shape), x.dtype, x.device), (tuple(t.shape), t.dtype, t.device)
     if found != expected:
         raise ValueError(f"{name} must have the shape, dtype and device {expected}, got {found}")
 
 
 def extremes(t: Tensor) -> tuple[float, float]:
-    """The least and the greatest element of a tensor that may be read."""
+    """Return the least and the greatest element of a tensor that may be read."""
     if t.ndim == 0:
         return t.item(), t.item()
     low, high = t.detach().aminmax()
@@ -57,7 +57,10 @@ def extremes(t: Tensor) -> tuple[float, float]:
 
 
 def check_lam(lam: Any, x: Any) -> Any:
-    """lam, checked: a weight, or one of each sample of x. NumPy's become numbers and tensors."""
+    """Return lam checked: one weight, or one per sample of x.
+
+    NumPy's numbers become Python's, and its arrays tensors.
+    """
     given, lam = lam, as_python(lam)
     if isinstance(lam, list) and lam is not given:
         lam = torch.tensor(lam, dtype=torch.float64, device="cpu")
@@ -65,18 +68,16 @@ def check_lam(lam: Any, x: Any) -> Any:
         if not lam.is_floating_point():
             raise TypeError(f"lam must be floating-point, got {lam.dtype}")
         if lam.ndim and lam.shape != x.shape[:1]:
-            raise ValueError(
-                f"lam must be a number, 0-d or of shape {tuple(x.shape[:1])}, got {tuple(lam.shape)}"
-            )
+            allowed = f"a number, 0-d or of shape {tuple(x.shape[:1])}"
+            raise ValueError(f"lam must be {allowed}, got {tuple(lam.shape)}")
         if not may_read(lam) or not lam.numel():
             return lam
         low, high = extremes(lam)
-        # (Of one that is NaN, both are.)
+        # If one element is NaN, so are both.
         if not (low >= 0 and high <= 1):
             lam = lam.detach().flatten()
-            raise ValueError(
-                f"lam must be in [0, 1], got {lam[~((lam >= 0) & (lam <= 1))][0].item()}"
-            )
+            wrong = lam[~((lam >= 0) & (lam <= 1))]
+            raise ValueError(f"lam must be in [0, 1], got {wrong[0].item()}")
     elif isinstance(lam, bool) or not isinstance(lam, (Real, torch.SymFloat)):
         raise TypeError(f"lam must be a number or a Tensor, got {type(lam).__name__}")
     elif not torch.compiler.is_compiling() and not 0 <= float(lam) <= 1:

@@ -28,7 +28,7 @@ def _forward_op(x: Tensor, *window: Any) -> Tensor:
 def _backward_op(grad: Tensor, size: list[int], stride: list[int], *args: Any) -> Tensor:
     window = unflatten(*args)
     if window.activation is not None:
-        found = f"{window.activation!r}; max_blur_pool_backward's may"
+        found = f"{window.activation!r}; call max_blur_pool_backward"
         raise ValueError(f"blur_pool_backward: activation must be None, got {found}")
     check_like("blur_pool_backward: grad", grad, output_shape(window, size), grad)
     return kernels_of("blur_pool").blur_pool_backward(grad, torch.Size(size), tuple(stride), window)
@@ -65,7 +65,7 @@ def _backward(grad: Tensor, size: torch.Size, stride: tuple[int, ...], window: W
 
 
 class _BlurPool(torch.autograd.Function):
-    """Saves nothing: the blur is linear, and its gradient needs x's shape and strides alone."""
+    """Saves no tensor: the blur is linear, and its gradient needs only x's shape and strides."""
 
     @staticmethod
     def forward(ctx, x, window, watched):
@@ -76,7 +76,7 @@ class _BlurPool(torch.autograd.Function):
     def backward(ctx, grad):
         size, stride, window = ctx.arguments
         if is_differentiated_again():
-            # Any image of the shape has the gradient.
+            # The blur is linear: every image of this shape has the same gradient.
             zeros = grad.new_zeros(()).expand(size).requires_grad_()
             return *gradients(lambda x: reference(x, window), (zeros,), (True,), grad), None, None
         return _backward(grad, size, stride, window), None, None
@@ -86,11 +86,12 @@ _apply = unwatched_apply(_BlurPool)
 
 
 def fused(x: Tensor, window: Window) -> Tensor:
-    """The kernels' blur of x, (N, C, *spatial), differentiable."""
+    """Return the kernels' blur of x, (N, C, *spatial), differentiable."""
     if window.activation is not None and window.rank == 3:
         return fused(torch.relu(x), window._replace(activation=None))
     if window.activation is not None:
-        # Activated, the blur is not linear: it is the pooling of windows of one element, whose backward reads x.
+        # With an activation the blur is not linear. It is the pooling of windows of one element,
+        # and its backward reads x.
         return max_blur_pool.fused(x, window)
     watched = is_watched(x) or not is_its_memory(x)
     if needs_graph(x):
@@ -99,7 +100,7 @@ def fused(x: Tensor, window: Window) -> Tensor:
 
 
 def blur_pool(x: Tensor, window: Window) -> Tensor:
-    """Blurs x, (C, *spatial) or (N, C, *spatial), with arguments already checked: what the modules call."""
+    """Blur x, (C, *spatial) or (N, C, *spatial); the modules call this with a checked window."""
     if has_torch_function_unary(x):
         return handle_torch_function(blur_pool, (x,), x, window)
     if not check_image("blur_pool", x, len(window.kernel_size)):
@@ -121,7 +122,10 @@ def blur_pool1d(
     padding_mode: BlurPaddingMode = "reflect",
     activation: Activation | None = None,
 ) -> Tensor:
-    """A strided blur of a signal, (N, C, L) or (C, L). The arguments are those of `regfast.BlurPool1d`."""
+    """Blur and subsample a signal, (N, C, L) or (C, L).
+
+    The arguments are those of `regfast.BlurPool1d`.
+    """
     return blur_pool(
         x, blur_window(1, kernel_size, stride, padding, filter, padding_mode, activation)
     )
@@ -137,7 +141,10 @@ def blur_pool2d(
     padding_mode: BlurPaddingMode = "reflect",
     activation: Activation | None = None,
 ) -> Tensor:
-    """A strided blur of an image, (N, C, H, W) or (C, H, W). The arguments are those of `regfast.BlurPool2d`."""
+    """Blur and subsample an image, (N, C, H, W) or (C, H, W).
+
+    The arguments are those of `regfast.BlurPool2d`.
+    """
     return blur_pool(
         x, blur_window(2, kernel_size, stride, padding, filter, padding_mode, activation)
     )
@@ -153,7 +160,10 @@ def blur_pool3d(
     padding_mode: BlurPaddingMode = "reflect",
     activation: Activation | None = None,
 ) -> Tensor:
-    """A strided blur of a volume, (N, C, D, H, W) or (C, D, H, W). The arguments are those of `regfast.BlurPool3d`."""
+    """Blur and subsample a volume, (N, C, D, H, W) or (C, D, H, W).
+
+    The arguments are those of `regfast.BlurPool3d`.
+    """
     return blur_pool(
         x, blur_window(3, kernel_size, stride, padding, filter, padding_mode, activation)
     )

@@ -74,7 +74,7 @@ def _backward(grad: Tensor, x: Tensor, window: Window, watched: bool) -> Tensor:
 
 
 class _MaxBlurPool(torch.autograd.Function):
-    """Saves x alone: where each maximum came from is found again."""
+    """Saves only x: the backward finds the position of each maximum again."""
 
     @staticmethod
     def forward(ctx, x, window, watched):
@@ -94,7 +94,7 @@ _apply = unwatched_apply(_MaxBlurPool)
 
 
 def fused(x: Tensor, window: Window) -> Tensor:
-    """The kernels' pooling of x, (N, C, *spatial), differentiable."""
+    """Return the kernels' pooling of x, (N, C, *spatial), differentiable."""
     if not window.is_of_images:
         return _by_maxima(x, window)
     watched = is_watched(x) or not is_its_memory(x)
@@ -104,9 +104,10 @@ def fused(x: Tensor, window: Window) -> Tensor:
 
 
 def _by_maxima(x: Tensor, window: Window) -> Tensor:
-    """The pooling of volumes, or with a dilation: all maxima, then their blur by its kernel.
+    """Pool volumes, or with a dilation: compute all maxima, then blur them with a kernel.
 
-    A volume's maxima are those down its slices of those of each slice, as images; of windows with a dilation they are PyTorch's.
+    Without dilation, image kernels compute the maxima of a volume: within each slice, then across
+    slices. With a dilation PyTorch computes them.
     """
     output_shape(window, x.shape)
     before, after, blur = split(window, x.shape[2:])
@@ -126,7 +127,7 @@ def _by_maxima(x: Tensor, window: Window) -> Tensor:
 def _volume_maxima(
     x: Tensor, window: Window, before: tuple[int, ...], after: tuple[int, ...]
 ) -> Tensor:
-    """The maximum of every window that fits in volumes extended by `before` and `after` positions."""
+    """Return the maximum of every window that fits in volumes extended by `before` and `after`."""
     lead, trail = (tuple(n - p for n, p in zip(ends, window.padding)) for ends in (before, after))
     ones = (1,) * window.rank
     every = window._replace(
@@ -149,7 +150,7 @@ def _volume_maxima(
 
 
 def max_blur_pool(x: Tensor, window: Window) -> Tensor:
-    """Pools x, (C, *spatial) or (N, C, *spatial), with arguments already checked: what the modules call."""
+    """Pool x, (C, *spatial) or (N, C, *spatial); the modules call this with a checked window."""
     if has_torch_function_unary(x):
         return handle_torch_function(max_blur_pool, (x,), x, window)
     if not check_image("max_blur_pool", x, len(window.kernel_size)):
@@ -176,7 +177,10 @@ def max_blur_pool1d(
     padding_mode: MaxPaddingMode = "partial",
     activation: Activation | None = None,
 ) -> Tensor:
-    """Anti-aliased max pooling of a signal, (N, C, L) or (C, L). The arguments are those of `regfast.MaxPool1dAA`."""
+    """Max-pool a signal, (N, C, L) or (C, L), with anti-aliasing.
+
+    The arguments are those of `regfast.MaxPool1dAA`.
+    """
     blur = ratio, blur_size, filter, padding_mode, activation
     window = max_blur_window(
         1, kernel_size, stride, padding, dilation, return_indices, ceil_mode, *blur
@@ -199,7 +203,10 @@ def max_blur_pool2d(
     padding_mode: MaxPaddingMode = "partial",
     activation: Activation | None = None,
 ) -> Tensor:
-    """Anti-aliased max pooling of an image, (N, C, H, W) or (C, H, W). The arguments are those of `regfast.MaxPool2dAA`."""
+    """Max-pool an image, (N, C, H, W) or (C, H, W), with anti-aliasing.
+
+    The arguments are those of `regfast.MaxPool2dAA`.
+    """
     blur = ratio, blur_size, filter, padding_mode, activation
     window = max_blur_window(
         2, kernel_size, stride, padding, dilation, return_indices, ceil_mode, *blur
@@ -222,7 +229,10 @@ def max_blur_pool3d(
     padding_mode: MaxPaddingMode = "partial",
     activation: Activation | None = None,
 ) -> Tensor:
-    """Anti-aliased max pooling of a volume, (N, C, D, H, W) or (C, D, H, W). The arguments are those of `regfast.MaxPool3dAA`."""
+    """Max-pool a volume, (N, C, D, H, W) or (C, D, H, W), with anti-aliasing.
+
+    The arguments are those of `regfast.MaxPool3dAA`.
+    """
     blur = ratio, blur_size, filter, padding_mode, activation
     window = max_blur_window(
         3, kernel_size, stride, padding, dilation, return_indices, ceil_mode, *blur

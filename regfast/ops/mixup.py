@@ -1,4 +1,4 @@
-"""mixup: every sample of a batch blended with another one, or a box of it pasted, and normalised, in one pass."""
+"""mixup: blend each sample with its partner, or paste a box of it, and normalise, in one pass."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def _check_op(
     scale: Tensor | None,
     shift: Tensor | None,
 ) -> None:
-    """Refuses what a kernel would read beyond, if an op is called by hand."""
+    """Raise if a kernel would read beyond an operand. Direct calls of the operators need this."""
     check_like("mixup: index", index, x.shape[:1], index)
     if lam.ndim:
         check_like("mixup: lam", lam, x.shape[:1], lam)
@@ -87,7 +87,8 @@ def _check_op(
 
 _MIX = "Tensor index, Tensor lam, Tensor? box, Tensor? scale"
 define(
-    f"mixup(Tensor x, {_MIX}, Tensor? shift, ScalarType dtype, MemoryFormat memory_format) -> Tensor",
+    f"mixup(Tensor x, {_MIX}, Tensor? shift, ScalarType dtype, "
+    "MemoryFormat memory_format) -> Tensor",
     _forward_op,
     lambda x, *args: torch.empty_like(x, dtype=args[-2], memory_format=args[-1]),
 )
@@ -115,7 +116,7 @@ def _backward(grad, index, lam, box, scale, stride, dtype, watched):
 
 
 class _Mixup(torch.autograd.Function):
-    """The blend is affine in x, and nothing of x is saved but its strides and dtype."""
+    """Saves x's strides and dtype, not its data: the blend is affine in x."""
 
     @staticmethod
     def forward(ctx, x, index, lam, box, scale, shift, result, watched):
@@ -132,7 +133,7 @@ class _Mixup(torch.autograd.Function):
         )
         lam = number if tensor is None else tensor
         if is_differentiated_again():
-            # Any batch of the shape has the gradient.
+            # The blend is affine: every batch of this shape has the same gradient.
             zeros = grad.new_zeros((), dtype=x_dtype).expand(grad.shape).requires_grad_()
             shift = None if scale is None else torch.zeros_like(scale)
             (dx,) = gradients(
@@ -161,28 +162,33 @@ def mixup(
     memory_format: torch.memory_format = torch.preserve_format,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Blends every sample with its partner: lam*x + (1 - lam)*x[index]. Or pastes a box of the partner, as CutMix does.
+    """Blend each sample with its partner, lam*x + (1 - lam)*x[index], or paste a box as CutMix
+    does.
 
-    One read and one write of the batch, for any index. Differentiable in x and lam, any number of times. The host never waits for
-    the device: what a CUDA tensor holds is checked under `regfast.debug` alone.
+    One read and one write of the batch, for any index. Differentiable in x and lam, any number of
+    times. The host never waits for the device: the values of CUDA tensors are checked only under
+    `regfast.debug`.
 
     Args:
-        x: (B, ...), float16, bfloat16, float32 or float64, in any memory format; or uint8, which is divided by 255.
-        index: (B,), the integer number of each sample's partner; any map, a permutation or not.
+        x: (B, ...), float16, bfloat16, float32 or float64, in any memory format; or uint8, which is
+            divided by 255.
+        index: (B,), the index of each sample's partner; any map, a permutation or not.
         lam: the weight of x in [0, 1]: a number, a 0-d or a (B,) tensor, on any device.
-        box: four integers (y0, y1, x0, x1), (4,) or (B, 4), half-open, of the last two dimensions: the partner's pixels within
-            it, x's around it, and lam is the weight of the labels alone. A sample whose box is (-1, -1, -1, -1) is blended.
-        mean, std: what is subtracted from the blend, and what it is then divided by: a number or one a channel (dimension 1).
-        dtype: the result's, floating; x's where it is floating, else float32 where mean and std are given.
-        memory_format: the result's, `torch.preserve_format` being x's.
-        out: a tensor to write to, of the result's shape, dtype and device; x itself for an index that is an involution
-            (index[index[i]] = i), which is then blended in place. Neither x nor lam may require grad.
+        box: four integers (y0, y1, x0, x1), or a tensor of them, (4,) or (B, 4): a half-open box in
+            the last two dimensions. The result has the partner's pixels inside the box and x's
+            outside it, and lam is the weight of the labels alone. A sample with the box
+            (-1, -1, -1, -1) is blended.
+        mean, std: the result is (blend - mean)/std; a number or one per channel (dimension 1).
+        dtype: the result's, floating; x's by default, or float32 for uint8 with mean and std.
+        memory_format: the result's; `torch.preserve_format` keeps x's.
+        out: a tensor to write to, of the result's shape, dtype and device. Neither x nor lam may
+            require grad. `out` may be x if index is an involution (index[index[i]] = i).
 
     Raises:
-        ValueError, TypeError: for an argument that is not allowed; the message names it and what is.
+        ValueError, TypeError: for an invalid argument; the message names it and what is allowed.
 
-    Source: Zhang et al., "mixup: Beyond Empirical Risk Minimization" (2018); Yun et al., "CutMix" (2019); the book chapter's
-    MixupCollator.
+    Source: Zhang et al., "mixup: Beyond Empirical Risk Minimization" (2018); Yun et al., "CutMix"
+    (2019); the book chapter's MixupCollator.
 
     Example:
         >>> x = torch.randn(64, 3, 224, 224)
@@ -215,7 +221,7 @@ def blend(
     memory_format: torch.memory_format = torch.preserve_format,
     out: Tensor | None = None,
 ) -> Tensor:
-    """`mixup` with arguments already checked, and pairings that are trusted: what the modules call."""
+    """Blend like `mixup`, with checked arguments and a trusted index; the modules call this."""
     dtype = x.dtype if dtype is None else dtype
     watched = is_watched(x, index, lam, box) or not is_its_memory(x)
     if watched and is_sharded(x, index, lam):
@@ -240,11 +246,11 @@ def blend(
 
 
 def _blend_parts(x, index, lam, box, scale, shift, dtype, memory_format, out) -> Tensor:
-    """`blend` of DTensors."""
+    """Blend DTensors; see `blend`."""
     if out is not None:
         raise ValueError("mixup: out must be None for a DTensor")
     index, box, scale, shift = (whole(t) for t in (index, box, scale, shift))
-    # Every process needs all samples; and all of a sample, where it has a box or its channels have numbers of their own.
+    # Every process needs all samples, and whole samples if there are boxes or numbers per channel.
     dims = range(1, x.ndim) if box is None and scale is None else ()
 
     def own(x: Tensor, lam: float | Tensor = lam) -> Tensor:
@@ -263,21 +269,20 @@ def _blend_into(out, x, index, lam, box, scale, shift, watched) -> Tensor:
             x, index, lam, box, scale, shift, out.dtype, torch.preserve_format, out
         )
     if not torch.compiler.is_compiling() and not out.is_inference():
-        # For autograd: a graph that has saved what was there must not use it.
+        # A graph that saved the old values must not use the new ones.
         torch.autograd.graph.increment_version(out)
     return out
 
 
 def check_index(index: Any, x: Tensor) -> None:
-    """Refuses an index that does not belong to the batch."""
+    """Raise unless `index` has one entry per sample of x, all in range."""
     if not isinstance(index, Tensor):
         raise TypeError(f"mixup: index must be a Tensor, got {type(index).__name__}")
     if index.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"mixup: index must be int64 or int32, got {index.dtype}")
     if index.shape != x.shape[:1]:
-        raise ValueError(
-            f"mixup: index must have shape {tuple(x.shape[:1])}, an entry a sample of x, got {tuple(index.shape)}"
-        )
+        expected = f"{tuple(x.shape[:1])}, one entry per sample of x"
+        raise ValueError(f"mixup: index must have shape {expected}, got {tuple(index.shape)}")
     if may_read(index) and index.numel():
         low, high = extremes(index)
         if low < 0 or high >= x.shape[0]:
@@ -287,7 +292,7 @@ def check_index(index: Any, x: Tensor) -> None:
 
 
 def _box_of(box: Any, x: Tensor) -> Tensor:
-    """A box as a tensor, checked."""
+    """Return a box as a tensor, checked."""
     box = as_python(box)
     if not isinstance(box, Tensor):
         if not isinstance(box, Sequence) or not all(isinstance(edge, Integral) for edge in box):
@@ -321,20 +326,19 @@ def _box_of(box: Any, x: Tensor) -> Tensor:
         )
         wrong = box.view(-1, 4)[~(fits | (box.view(-1, 4) == -1).all(1))]
         if len(wrong):
-            allowed = f"0 <= y0 <= y1 <= {x.shape[-2]} and 0 <= x0 <= x1 <= {x.shape[-1]}, or (-1, -1, -1, -1)"
+            rows, columns = f"0 <= y0 <= y1 <= {x.shape[-2]}", f"0 <= x0 <= x1 <= {x.shape[-1]}"
+            allowed = f"{rows} and {columns}, or (-1, -1, -1, -1)"
             raise ValueError(f"mixup: box must be {allowed}, got {tuple(wrong[0].tolist())}")
     return box
 
 
 def _check_format(memory_format: Any, x: Tensor) -> None:
     if memory_format not in _FORMATS:
-        raise TypeError(
-            f"mixup: memory_format must be one of {', '.join(map(str, _FORMATS))}, got {memory_format!r}"
-        )
+        allowed = ", ".join(map(str, _FORMATS))
+        raise TypeError(f"mixup: memory_format must be one of {allowed}, got {memory_format!r}")
     if _FORMATS[memory_format] not in (None, x.ndim):
-        raise ValueError(
-            f"mixup: {memory_format} is for {_FORMATS[memory_format]}-d tensors, got shape {tuple(x.shape)}"
-        )
+        allowed = f"{_FORMATS[memory_format]}-d tensors"
+        raise ValueError(f"mixup: {memory_format} is for {allowed}, got shape {tuple(x.shape)}")
 
 
 def _check_out(
@@ -345,7 +349,7 @@ def _check_out(
     dtype: torch.dtype,
     memory_format: torch.memory_format,
 ) -> None:
-    """Refuses an `out` that cannot hold the result, or that autograd could not follow."""
+    """Raise for an `out` that cannot hold the result, or that autograd could not follow."""
     if not isinstance(out, Tensor):
         raise TypeError(f"mixup: out must be a Tensor, got {type(out).__name__}")
     expected, found = (tuple(x.shape), dtype, x.device), (tuple(out.shape), out.dtype, out.device)
@@ -370,15 +374,14 @@ def _check_out(
         if may_read(index) and not torch.equal(
             index[index.long()], torch.arange(len(index)).to(index)
         ):
-            raise ValueError(
-                f"mixup: out=x needs an involution, index[index[i]] = i for every i, got {index.tolist()}"
-            )
+            needed = "an involution, index[index[i]] = i for every i"
+            raise ValueError(f"mixup: out=x needs {needed}, got {index.tolist()}")
     elif _may_overlap(out, x):
         raise ValueError("mixup: out must be x itself or share no memory with it")
 
 
 def _may_overlap(a: Tensor, b: Tensor) -> bool:
-    """Whether the memory from the first to the last element of one meets that of the other."""
+    """Return whether the memory of a, from its first to its last element, meets that of b."""
     if not {type(a), type(b)} <= {Tensor, Parameter} or a.numel() == 0:
         return False
     (start_a, end_a), (start_b, end_b) = (_extent(t) for t in (a, b))

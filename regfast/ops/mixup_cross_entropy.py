@@ -1,4 +1,4 @@
-"""mixup_cross_entropy: the cross entropy of blended labels, which stay indices, reading the logits once."""
+"""mixup_cross_entropy: the cross entropy of blended labels, which stay indices, in one pass."""
 
 from __future__ import annotations
 
@@ -57,20 +57,20 @@ def _fake_outputs(z, a, b, lam, weight, ignore_index, reduction, label_smoothing
 
 
 def _statistics_shape(a: Tensor, reduction: str) -> tuple[int]:
-    """Two of each row, and the two denominators of a mean."""
+    """Return the shape: two statistics per row, and the two denominators of a mean."""
     return (2 * a.numel() + (2 if reduction == "mean" else 0),)
 
 
 TERMS = "Tensor z, Tensor a, Tensor b, Tensor lam, Tensor? weight"
 define(
-    f"mixup_cross_entropy({TERMS}, int ignore_index, str reduction, float label_smoothing, ScalarType dtype)"
-    " -> (Tensor loss, Tensor statistics)",
+    f"mixup_cross_entropy({TERMS}, int ignore_index, str reduction, float label_smoothing, "
+    "ScalarType dtype) -> (Tensor loss, Tensor statistics)",
     _forward_op,
     _fake_outputs,
 )
 define(
-    f"mixup_cross_entropy_backward(Tensor grad, {TERMS}, Tensor statistics, int ignore_index, str reduction,"
-    " float label_smoothing) -> Tensor",
+    f"mixup_cross_entropy_backward(Tensor grad, {TERMS}, Tensor statistics, int ignore_index, "
+    "str reduction, float label_smoothing) -> Tensor",
     _backward_op,
     lambda grad, z, *others: torch.empty_like(z),
 )
@@ -93,7 +93,7 @@ def _backward(grad, z, a, b, lam, weight, statistics, arguments, watched):
 
 
 class _MixupCrossEntropy(torch.autograd.Function):
-    """Saves the logits and, for their gradient, each row's two statistics and the denominators of a mean."""
+    """Saves the logits and, for their gradient, each row's statistics and a mean's denominators."""
 
     @staticmethod
     def forward(ctx, z, a, b, lam, weight, arguments, watched):
@@ -126,29 +126,35 @@ def mixup_cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """lam*cross_entropy(input, a) + (1 - lam)*cross_entropy(input, b) for a target (a, b, lam), as from `regfast.MixUp`.
+    """Return lam*cross_entropy(input, a) + (1 - lam)*cross_entropy(input, b).
 
-    The logits are read once, and once more for their gradient. Differentiable any number of times. The host never waits for the
-    device: what CUDA tensors hold is checked under `regfast.debug` alone; without it a label that is no class makes the loss NaN.
+    The target is (a, b, lam), as from `regfast.MixUp`. The forward reads the logits once, and so
+    does the backward. Differentiable any number of times. The host never waits for the device: the
+    values of CUDA tensors are checked only under `regfast.debug`. Without it a label that is no
+    class makes the loss NaN.
 
     Args:
         input: logits, (N, C), (N, C, d1, ...) or (C,), floating, in any memory format.
-        target: (a, b, lam): integer labels a and b, of shape (N,), (N, d1, ...) or (), and lam, the weight of a, in [0, 1]: a
-            number, a 0-d or an (N,) tensor. Labels may be probabilities of the classes, floating and of the shape of input. Or a
-            plain Tensor, of either kind: the result is then F.cross_entropy's.
+        target: (a, b, lam): integer labels a and b, of shape (N,), (N, d1, ...) or (), and lam, the
+            weight of a, in [0, 1]: a number, a 0-d or an (N,) tensor. Labels may be class
+            probabilities, floating and of the shape of input. A plain Tensor of either kind gives
+            F.cross_entropy.
         weight: the classes' weights, (C,), or None.
-        ignore_index: the label whose rows contribute nothing.
-        reduction: "mean", "sum" or "none". With "mean" each term is divided by its own denominator, the sum of the weights of its
-            labels that are not ignored; with an (N,) lam too, which weighs the rows within the sums.
+        ignore_index: rows with this label contribute nothing.
+        reduction: "mean", "sum" or "none". "mean" divides each term by its own denominator, the sum
+            of the weights of its labels that are not ignored. This holds for an (N,) lam too, which
+            weights the rows within the sums.
         label_smoothing: the share, in [0, 1], of a target that is spread evenly over the classes.
 
     Returns:
-        The loss, 0-d, or with "none" of the shape of a; in input's dtype, or as torch's cross_entropy in float32 under autocast.
+        The loss, 0-d, or with "none" of the shape of a. It has input's dtype, or is float32 under
+        autocast, as torch's cross_entropy.
 
     Raises:
-        ValueError, TypeError: for an argument that is not allowed; the message names it and what is.
+        ValueError, TypeError: for an invalid argument; the message names it and what is allowed.
 
-    Source: Zhang et al., "mixup: Beyond Empirical Risk Minimization" (2018); the book chapter's MixupLoss.
+    Source: Zhang et al., "mixup: Beyond Empirical Risk Minimization" (2018); the book chapter's
+    MixupLoss.
 
     Example:
         >>> input, a, b = torch.randn(64, 10), torch.randint(10, (64,)), torch.randint(10, (64,))
@@ -177,11 +183,11 @@ def mixup_cross_entropy(
     lam = check_lam(lam, input)
     watched = is_watched(input, a, b, lam, weight) or not is_its_memory(input)
     if watched and is_sharded(input, a, b, lam):
-        # A mean is over all rows.
+        # A mean needs all rows.
         terms, weight = (whole(a), whole(b), whole(lam)), whole(weight)
         function = partial(
-            mixup_cross_entropy, target=terms, weight=weight, ignore_index=ignore_index, reduction=reduction,
-            label_smoothing=label_smoothing,
+            mixup_cross_entropy, target=terms, weight=weight, ignore_index=ignore_index,
+            reduction=reduction, label_smoothing=label_smoothing,
         )  # fmt: skip
         return on_parts(function, input, dims=(), keeps=0)
     if isinstance(lam, Tensor):
@@ -213,7 +219,10 @@ def mixup_cross_entropy(
 
 
 def _loss_dtype(input: Tensor) -> torch.dtype:
-    """input's dtype, or under autocast float32 in the place of half precision: torch's rule for a cross entropy."""
+    """Return the loss's dtype: input's, but under autocast float32 for half precision.
+
+    This is the rule of torch's cross entropy.
+    """
     wide = accumulator(input.dtype)
     return wide if wide != input.dtype and is_autocast(input) else input.dtype
 
@@ -229,16 +238,15 @@ def _check_logits(input: Any) -> None:
             "mixup_cross_entropy: input must be (C,), (N, C) or (N, C, d1, ...), got a 0-d tensor"
         )
     if input.size(1 if ndim > 1 else 0) == 0:
-        raise ValueError(
-            f"mixup_cross_entropy: input must have one class at least, got shape {tuple(input.shape)}"
-        )
+        found = f"shape {tuple(input.shape)}"
+        raise ValueError(f"mixup_cross_entropy: input must have at least one class, got {found}")
 
 
 def _check_options(
     input: Tensor, weight: Any, ignore_index: Any, reduction: Any, label_smoothing: Any
 ) -> None:
     _check_weight(input, weight)
-    # (What it usually is, is the quickest to ask for.)
+    # The usual type is the quickest to test.
     if type(ignore_index) is not int and (
         isinstance(ignore_index, bool) or not isinstance(ignore_index, (int, torch.SymInt))
     ):
@@ -266,7 +274,7 @@ def check_smoothing(label_smoothing: Any) -> None:
 
 
 def _check_weight(input: Tensor, weight: Any) -> None:
-    """Refuses weights that are not one a class."""
+    """Raise unless `weight` is None or has one entry per class."""
     if weight is None:
         return
     if not isinstance(weight, Tensor) or not weight.is_floating_point():
@@ -280,21 +288,19 @@ def _check_weight(input: Tensor, weight: Any) -> None:
             f"mixup_cross_entropy: weight must have shape {(classes,)}, got {tuple(weight.shape)}"
         )
     if weight.device != input.device:
-        raise ValueError(
-            f"mixup_cross_entropy: weight must be on {input.device}, as input is, got {weight.device}"
-        )
+        expected = f"{input.device}, the device of input"
+        raise ValueError(f"mixup_cross_entropy: weight must be on {expected}, got {weight.device}")
 
 
 def _terms(target: Any) -> tuple[Tensor, Tensor, Any]:
-    """The three of a target (a, b, lam)."""
+    """Return the three entries of a target (a, b, lam)."""
+    allowed = "a Tensor or a tuple (a, b, lam)"
     if not isinstance(target, (tuple, list)):
-        raise TypeError(
-            f"mixup_cross_entropy: target must be a Tensor or a tuple (a, b, lam), got {type(target).__name__}"
-        )
+        found = type(target).__name__
+        raise TypeError(f"mixup_cross_entropy: target must be {allowed}, got {found}")
     if len(target) != 3:
-        raise ValueError(
-            f"mixup_cross_entropy: target must be a Tensor or a tuple (a, b, lam), got {len(target)} entries"
-        )
+        found = f"{len(target)} entries"
+        raise ValueError(f"mixup_cross_entropy: target must be {allowed}, got {found}")
     a, b, lam = target
     if not isinstance(a, Tensor) or not isinstance(b, Tensor):
         name, labels = ("b", b) if isinstance(a, Tensor) else ("a", a)
@@ -305,7 +311,7 @@ def _terms(target: Any) -> tuple[Tensor, Tensor, Any]:
 
 
 def _check_labels(input: Tensor, a: Tensor, b: Tensor) -> None:
-    """Refuses labels that are not one class index a row."""
+    """Raise unless a and b hold one class index per row."""
     for name, labels in (("a", a), ("b", b)):
         if labels.dtype not in LABELS:
             allowed = f"{', '.join(map(str, LABELS))}, or both floating-point (probabilities)"
@@ -321,27 +327,23 @@ def _check_labels(input: Tensor, a: Tensor, b: Tensor) -> None:
 def _check_shapes(input: Tensor, a: Tensor, b: Tensor, shape: tuple[int, ...]) -> None:
     device = input.device
     for name, labels in (("a", a), ("b", b)):
+        which = f"mixup_cross_entropy: the labels {name}"
         if labels.shape != shape:
-            found = f"{tuple(labels.shape)} for input of shape {tuple(input.shape)} {_hint(labels)}"
-            raise ValueError(
-                f"mixup_cross_entropy: the labels {name} must have shape {tuple(shape)}, got {found}"
-            )
+            found = f"{tuple(labels.shape)} for input of shape {tuple(input.shape)}{_hint(labels)}"
+            raise ValueError(f"{which} must have shape {tuple(shape)}, got {found}")
         if labels.device != device:
-            raise ValueError(
-                f"mixup_cross_entropy: the labels {name} must be on {device}, as input is, got {labels.device}"
-            )
+            expected = f"{device}, the device of input"
+            raise ValueError(f"{which} must be on {expected}, got {labels.device}")
 
 
 def _hint(labels: Tensor) -> str:
-    return (
-        " (floating-point labels are probabilities; class indices are integers)"
-        if labels.is_floating_point()
-        else ""
-    )
+    if labels.is_floating_point():
+        return " (floating-point labels are probabilities; class indices are integers)"
+    return ""
 
 
 def _check_op(z: Tensor, a: Tensor, b: Tensor, lam: Tensor, weight: Tensor | None) -> None:
-    """Refuses what the kernels would misread, or read beyond, if an op is called by hand."""
+    """Raise if the kernels would misread an operand. Direct calls of the operators need this."""
     _check_labels(z, a, b)
     _check_weight(z, weight)
     if tuple(lam.shape) not in ((), (z.shape[0],)) or lam.device != z.device:
@@ -352,7 +354,7 @@ def _check_op(z: Tensor, a: Tensor, b: Tensor, lam: Tensor, weight: Tensor | Non
 
 
 def _check_range(input: Tensor, a: Tensor, b: Tensor, ignore_index: int) -> bool:
-    """Refuses a label that is no class, where labels may be read; whether any may be ignored."""
+    """Raise for a label that is no class, if labels may be read; return whether to ignore any."""
     classes, ignores = input.shape[1], False
     for name, labels in (("a", a), ("b", b)):
         if not may_read(labels):
@@ -364,8 +366,9 @@ def _check_range(input: Tensor, a: Tensor, b: Tensor, ignore_index: int) -> bool
             wrong = labels[(labels != ignore_index) & ((labels < 0) | (labels >= classes))]
             if wrong.numel():
                 allowed = f"in [0, {classes}) or ignore_index={ignore_index}"
+                found = wrong[0].item()
                 raise ValueError(
-                    f"mixup_cross_entropy: the labels {name} must be {allowed}, got {wrong[0].item()}"
+                    f"mixup_cross_entropy: the labels {name} must be {allowed}, got {found}"
                 )
         ignores = ignores or low <= ignore_index <= high
     return ignores

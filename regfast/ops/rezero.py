@@ -1,4 +1,4 @@
-"""rezero: a residual connection whose branch is scaled by a learnable number that starts at zero."""
+"""rezero: a residual connection; a learnable number that starts at zero scales its branch."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ __all__ = ["ACTIVATIONS", "FORMS", "rezero"]
 
 FORMS = ("gate", "post")
 _NAMES = tuple(ACTIVATIONS)
+_ONE_NUMBER = "a number or a tensor of one element"
 
 
 def _forward_op(x, f, alpha, activation, form):
@@ -38,12 +39,12 @@ def _backward_op(grad, x, f, alpha, activation, form, wants_x, wants_f, wants_al
     check_like("rezero_backward: grad", grad, f.shape, grad)
     wanted = wants_x and x is not None, wants_f, wants_alpha
     found = kernels_of("rezero").rezero_backward(grad, x, f, alpha, activation, form, *wanted)
-    # An op returns tensors: what is not wanted is empty.
+    # An op returns tensors: an unwanted gradient is empty.
     return tuple(f.new_empty(0) if t is None else t for t in found)
 
 
 def _check_op(x: Tensor, f: Tensor, alpha: Tensor) -> None:
-    """Refuses what a kernel would read beyond, if an op is called by hand."""
+    """Raise if a kernel would read beyond an operand. Direct calls of the operators need this."""
     check_like("rezero: f", f, x.shape, f)
     if alpha.numel() != 1 or f.device != x.device or alpha.device != x.device:
         found = f"f on {f.device} and alpha of shape {tuple(alpha.shape)} on {alpha.device}"
@@ -80,7 +81,7 @@ def _forward(x, f, alpha, modes, watched):
 
 
 def _backward(grad, x, f, alpha, modes, wanted, watched):
-    """The gradients of x, unless that is None, of f and of alpha; of what is not wanted, whatever."""
+    """Return the gradients of x, f and alpha; an unwanted one is unspecified."""
     if watched or is_watched(grad) or not is_its_memory(grad):
         alpha = as_tensor(alpha, accumulator(grad.dtype), grad.device)
         return torch.ops.regfast.rezero_backward(grad, x, f, alpha, *modes, *wanted)
@@ -88,7 +89,7 @@ def _backward(grad, x, f, alpha, modes, wanted, watched):
 
 
 class _ReZero(torch.autograd.Function):
-    """With the gate's form the gradient of x is that of the output, and x is not saved."""
+    """With form "gate" the gradient of x is that of the output, and x is not saved."""
 
     @staticmethod
     def forward(ctx, x, f, alpha, modes, watched):
@@ -129,24 +130,25 @@ _apply = unwatched_apply(_ReZero)
 def rezero(
     x: Tensor, f: Tensor, alpha: float | Tensor, activation: str = "relu", form: str = "gate"
 ) -> Tensor:
-    """A residual connection with a gate: x + alpha*act(f), or with form "post" act(x + alpha*f).
+    """Return a residual with a gate, x + alpha*act(f), or with form "post" act(x + alpha*f).
 
-    One read of x and f and one write; backward, of the output's gradient and f, and one write. Differentiable in x, f and alpha,
-    any number of times; the gradient of alpha is summed in float32, in the same order every time. At alpha = 0 and finite f the
-    gate's form gives x itself.
+    The forward reads x and f once and writes once. With form "gate" the backward reads the output's
+    gradient and f once and writes once. Differentiable in x, f and alpha, any number of times; the
+    gradient of alpha is summed in float32, always in the same order. At alpha = 0 and finite f form
+    "gate" gives x itself.
 
     Args:
         x: the residual stream, of any shape; float16, bfloat16, float32 or float64.
-        f: the branch, of x's shape; of a dtype of its own, as under autocast.
+        f: the branch, of x's shape. Its dtype may differ, as under autocast.
         alpha: the gate, a number or a tensor of one element.
         activation: "identity", "relu", "leaky_relu" (slope 0.01), "gelu" (exact) or "silu".
-        form: "gate", the book chapter's; or "post", the author's.
+        form: "gate", the book chapter's; or "post", the paper's.
 
     Returns:
         A tensor of x's shape and memory format, in the wider of the dtypes of x and f.
 
     Raises:
-        ValueError, TypeError: for an argument that is not allowed; the message names it and what is.
+        ValueError, TypeError: for an invalid argument; the message names it and what is allowed.
 
     Source: Bachlechner et al., "ReZero is All You Need" (2020); the book chapter's ResidualBlock.
 
@@ -182,7 +184,7 @@ def rezero(
 
 
 def _check(x: Any, f: Any, alpha: Any) -> tuple[torch.dtype, ...]:
-    """Refuses what does not go together; the dtypes of what does."""
+    """Raise unless x, f and alpha go together; return their dtypes."""
     if not isinstance(x, Tensor) or not isinstance(f, Tensor):
         name, t = ("f", f) if isinstance(x, Tensor) else ("x", x)
         raise TypeError(f"rezero: {name} must be a Tensor, got {type(t).__name__}")
@@ -201,18 +203,15 @@ def _check(x: Any, f: Any, alpha: Any) -> tuple[torch.dtype, ...]:
         if not dtypes[2].is_floating_point:
             raise TypeError(f"rezero: alpha must be floating-point, got {dtypes[2]}")
         if alpha.numel() != 1:
-            raise ValueError(
-                f"rezero: alpha must be a number or a tensor of one element, got shape {tuple(alpha.shape)}"
-            )
+            found = f"shape {tuple(alpha.shape)}"
+            raise ValueError(f"rezero: alpha must be {_ONE_NUMBER}, got {found}")
     elif isinstance(alpha, bool) or not isinstance(alpha, (Real, torch.SymFloat)):
-        raise TypeError(
-            f"rezero: alpha must be a number or a tensor of one element, got {type(alpha).__name__}"
-        )
+        raise TypeError(f"rezero: alpha must be {_ONE_NUMBER}, got {type(alpha).__name__}")
     return dtypes
 
 
 def check_activation(activation: Any) -> None:
-    # Not in the dictionary itself, which would have to hash whatever it is.
+    # Not in the dictionary: it would have to hash a value of any type.
     if activation not in _NAMES:
         raise ValueError(
             f"activation must be one of {', '.join(map(repr, ACTIVATIONS))}, got {activation!r}"

@@ -1,4 +1,4 @@
-"""What the operations share: the library they are defined in, a `Window` as a schema can carry it, and the kernels' modules."""
+"""Shared by the operations: their library, a `Window` in a schema, and the kernels' modules."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WINDOW = (
 
 
 def define(schema: str, implementation: Any, fake: Any) -> None:
-    """Defines `regfast::<schema>` with its CUDA implementation and its fake; under Triton's interpreter, a CPU one too."""
+    """Define `regfast::<schema>` and its fake, for CUDA and under the interpreter for the CPU."""
     name = schema.split("(", 1)[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, implementation, "CUDA")
@@ -36,12 +36,12 @@ def define(schema: str, implementation: Any, fake: Any) -> None:
 
 @functools.cache
 def kernels_of(operation: str) -> Any:
-    """The operation's kernels, imported when the first is about to run: regfast works where Triton is not installed."""
+    """Import an operation's kernels when the first one runs: regfast works without Triton."""
     return importlib.import_module(f"regfast.kernels.{operation}")
 
 
 def flatten(window: Window) -> tuple[Any, ...]:
-    """`window` as the arguments of `WINDOW`."""
+    """Return `window` as the arguments of `WINDOW`."""
     kernel_size, stride, padding, dilation, ceil_mode, taps, *rest = window
     flat = [tap for axis in taps for tap in axis]
     return (
@@ -59,7 +59,7 @@ def flatten(window: Window) -> tuple[Any, ...]:
 def unflatten(
     kernel_size, stride, padding, dilation, ceil_mode, taps, blur_size, lead, trail, *modes
 ) -> Window:
-    """The inverse of `flatten`."""
+    """Return the `Window` of these arguments: the inverse of `flatten`."""
     axes, start = [], 0
     for size in blur_size:
         axes.append(tuple(taps[start : start + size]))

@@ -1,1 +1,1 @@
-"""Plain PyTorch: what every operation computes, exactly and differentiably, and how it runs where no kernel does."""
+"""Plain PyTorch: the exact, differentiable specification of every operation, and the fallback."""

@@ -1,6 +1,7 @@
-"""The strided depthwise blur in plain PyTorch: the specification, and the path of the CPU.
+"""The strided depthwise blur in plain PyTorch: the specification and the path of the CPU.
 
-Tensors are batched, (N, C, *spatial), and a `Window` whose kernel is 1 without padding says what to compute.
+Tensors are batched, (N, C, *spatial). A `Window` with a kernel_size of 1 and no padding says what
+to compute.
 """
 
 from __future__ import annotations
@@ -27,9 +28,10 @@ from .._core.taps import binomial
 def blur_pool(x: Tensor, window: Window) -> Tensor:
     """Extend x by its border, correlate each channel with the taps, keep every `stride`-th output.
 
-    x is (N, C, *spatial) in float16, bfloat16, float32 or float64; so is the result, in x's memory format.
-    Sums are float32 (float64 for float64) and are rounded once. Where the window has an activation, x is activated
-    first. Source: Zhang, "Making Convolutional Networks Shift-Invariant Again" (2019).
+    x is (N, C, *spatial) in float16, bfloat16, float32 or float64; the result has x's dtype and
+    memory format. Sums are float32 (float64 for float64) and are rounded once. An activation of the
+    window is applied to x first. Source: Zhang, "Making Convolutional Networks Shift-Invariant
+    Again" (2019).
     """
     output_shape(window, x.shape)
     if window.rank == 1:
@@ -45,35 +47,39 @@ def blur_pool(x: Tensor, window: Window) -> Tensor:
 
 
 def prefers_convolution(x: Tensor) -> bool:
-    """Whether the blur is a grouped convolution, or else strided slices: whichever is faster.
+    """Return whether a grouped convolution blurs x faster than strided slices.
 
-    Slices are for a compiler to fuse, and only forwards: their backward writes an image of zeros for each tap. Other
-    devices than the CPU may take convolutions in TF32, which is no float32 sum. And a convolution's tangent is NaN wherever
-    its input is infinite, because PyTorch adds the input times the weight's tangent, zero. Of volumes whose sizes are symbols,
-    Inductor (2.13) cannot lower one.
+    A compiler fuses slices, but only in a forward: their backward writes an image of zeros per tap.
+    Devices other than the CPU may compute convolutions in TF32, which is no float32 sum. The
+    tangent of a convolution is NaN wherever its input is infinite, because PyTorch adds the input
+    times the weight's tangent, zero. Inductor (2.13) cannot lower a convolution of volumes with
+    symbolic sizes.
     """
     fused = is_compiled() and (x.ndim == 5 or not is_differentiated(x))
     return x.device.type == "cpu" and not is_forward_mode() and not fused
 
 
-# Elements of an image that is small: what it takes is the calls of operators, and a convolution's is the longest.
+# Elements of a small image: calls of operators take most of its time, a convolution's above all.
 SMALL = 2**14
 
 
 def is_small(x: Tensor) -> bool:
-    """Whether x is small, and is computed with as it comes: eagerly on a CPU. A traced graph is not made for one size."""
+    """Return whether x is small and computed eagerly on a CPU.
+
+    A traced graph must serve every size.
+    """
     return x.is_cpu and not is_watched(x) and not is_transformed() and x.numel() <= SMALL
 
 
-# Of each, the kernel and the stride.
+# Per average, the kernel_size and the stride.
 Averages = tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
 
 
 @functools.lru_cache(maxsize=256)
 def averages(window: Window) -> Averages:
-    """The blur of images by binomial taps as averages of two, over and over, which are their factors.
+    """Return a blur of images by binomial taps as repeated averages of two, which are its factors.
 
-    None at all for other taps, and for more than it pays for.
+    Other taps, and more taps than this pays for, give an empty tuple.
     """
     sizes = [len(taps) for taps in window.taps]
     if (
@@ -87,12 +93,15 @@ def averages(window: Window) -> Averages:
 
 
 def in_format_of(x: Tensor, y: Tensor) -> Tensor:
-    """y in x's memory format, which a few operations lose. Transforms of torch.func know no formats."""
+    """Return y in x's memory format, which a few operations lose.
+
+    Transforms of torch.func have no memory formats.
+    """
     return y if torch._C._are_functorch_transforms_active() else with_format(y, is_channels_last(x))
 
 
 def _extend(x: Tensor, window: Window) -> Tensor:
-    """x with `lead` and `trail` more positions on each axis, as the border mode answers for them."""
+    """Return x with `lead` and `trail` more positions per axis, filled by the border mode."""
     amounts = pad_amounts(window.lead, window.trail)
     if not any(amounts):
         return x
@@ -103,7 +112,10 @@ def _extend(x: Tensor, window: Window) -> Tensor:
 
 
 def _replicate(x: Tensor, lead: Sequence[int], trail: Sequence[int]) -> Tensor:
-    """x with its ends repeated. Inductor assumes a wrong layout of the gradient of F.pad(mode="replicate")."""
+    """Return x with its ends repeated.
+
+    F.pad(mode="replicate") does not serve: Inductor assumes a wrong layout for its gradient.
+    """
     for dim, before, after in zip(range(2, x.ndim), lead, trail):
         ends = x.narrow(dim, 0, 1), x.narrow(dim, x.shape[dim] - 1, 1)
         first, last = (end.repeat_interleave(n, dim) for end, n in zip(ends, (before, after)))
@@ -112,10 +124,13 @@ def _replicate(x: Tensor, lead: Sequence[int], trail: Sequence[int]) -> Tensor:
 
 
 def _reflect(x: Tensor, lead: Sequence[int], trail: Sequence[int]) -> Tensor:
-    """x between mirrors. F.pad looks into each once; what a look adds is there for the next one to see."""
+    """Return x extended by reflection at its ends.
+
+    F.pad reflects each element once. The loop extends x until every position is filled.
+    """
     single = [size == 1 for size in x.shape[2:]]
     if any(single):
-        # One element sees nothing but itself.
+        # A single element can only be repeated.
         x = _replicate(
             x, *([n if alone else 0 for n, alone in zip(pads, single)] for pads in (lead, trail))
         )
@@ -134,19 +149,19 @@ def _reflect(x: Tensor, lead: Sequence[int], trail: Sequence[int]) -> Tensor:
 
 
 def pad_amounts(before: Sequence[int], after: Sequence[int]) -> list[int]:
-    """F.pad's argument: pairs, the last axis first."""
+    """Return F.pad's argument: pairs, the last axis first."""
     return [amount for pair in zip(reversed(before), reversed(after)) for amount in pair]
 
 
 def average(x: Tensor, steps: Averages) -> Tensor:
-    """The blur by its `averages`."""
+    """Compute a blur by its `averages`."""
     for kernel, stride in steps:
         x = F.avg_pool2d(x, kernel, stride)
     return x
 
 
 def _convolve(x: Tensor, window: Window) -> Tensor:
-    """The blur as one grouped convolution."""
+    """Compute the blur as one grouped convolution."""
     channels = _constant(x.shape[1])
     products = [math.prod(taps) for taps in itertools.product(*window.taps)]
     kernel = torch.tensor(products, dtype=x.dtype, device=x.device).view(
@@ -159,17 +174,23 @@ def _convolve(x: Tensor, window: Window) -> Tensor:
 
 
 def _constant(size: Any) -> int:
-    """A size as a number: torch.jit.trace records it as a tensor, and ONNX convolves by constants."""
+    """Return a size as an int.
+
+    torch.jit.trace records it as a tensor, and ONNX convolves with constants.
+    """
     if not isinstance(size, Tensor):
         return size
     with warnings.catch_warnings():
-        # The warning is that the trace is of one number of channels, and a network has one.
+        # The warning says that the trace fixes the number of channels; a network fixes it too.
         warnings.simplefilter("ignore")
         return int(size)
 
 
 def _sum_slices(x: Tensor, window: Window) -> Tensor:
-    """The blur as weighted sums of strided slices, the outermost axis first: slices of rows are the cheapest to take."""
+    """Compute the blur as weighted sums of strided slices.
+
+    The outermost axis is first: slices of rows are the cheapest.
+    """
     for axis, (taps, stride) in enumerate(zip(window.taps, window.stride)):
         dim = axis - window.rank
         outputs = (x.shape[dim] - len(taps)) // stride + 1
@@ -179,7 +200,7 @@ def _sum_slices(x: Tensor, window: Window) -> Tensor:
 
 
 def _every(x: Tensor, dim: int, start: int, stride: int, count: int) -> Tensor:
-    """`count` elements of one axis, `stride` apart."""
+    """Return `count` elements of one axis, `stride` apart."""
     every: list[Any] = [slice(None)] * x.ndim
     every[dim] = slice(start, start + stride * (count - 1) + 1, stride)
     return x[tuple(every)]

@@ -1,7 +1,7 @@
-"""Max-blur pooling in plain PyTorch: the specification, and the path of the CPU.
+"""Max-blur pooling in plain PyTorch: the specification and the path of the CPU.
 
-The maximum at every position, then the strided blur of those maxima. Two composites of ordinary operations compute
-each, library calls and shifted slices: `prefers_max_pool` and `prefers_convolution` choose.
+It computes the maximum at every position, then the strided blur of those maxima. Each step is a
+library call or a composite of shifted slices: `prefers_max_pool` and `prefers_convolution` choose.
 """
 
 from __future__ import annotations
@@ -23,12 +23,14 @@ from .small import Small
 
 
 def max_blur_pool(x: Tensor, window: Window) -> Tensor:
-    """Anti-aliased max pooling of x, (N, C, *spatial), to nn.MaxPool2d's output size.
+    """Max-pool x, (N, C, *spatial), with anti-aliasing, to nn.MaxPool2d's output size.
 
-    float16, bfloat16, float32 or float64 in and out, in x's memory format. The maximum is exact, sums are float32
-    (float64 for float64) and are rounded once. Of equal maxima the first in row-major order takes the gradient,
-    and a NaN wins, as in PyTorch. The window's activation is applied to the maxima. Source: Zhang, "Making Convolutional
-    Networks Shift-Invariant Again" (2019), with windows that the image's border cuts, instead of padding, by default.
+    x is float16, bfloat16, float32 or float64; the result has x's dtype and memory format. The
+    maximum is exact. Sums are float32 (float64 for float64) and are rounded once. As in PyTorch,
+    the first of equal maxima in row-major order takes the gradient, and a NaN wins. The window's
+    activation is applied to the maxima. Source: Zhang, "Making Convolutional Networks
+    Shift-Invariant Again" (2019); by default the image's border cuts the windows, instead of
+    padding.
     """
     if window.rank == 1:
         output_shape(window, x.shape)
@@ -46,7 +48,7 @@ def max_blur_pool(x: Tensor, window: Window) -> Tensor:
 
 @functools.lru_cache(maxsize=1024)
 def _prepare_small(window: Window, shape: torch.Size) -> Small | None:
-    """How small images of a shape are pooled; None where that takes more than `Small` can."""
+    """Return how to pool small images of a shape, or None if `Small` cannot."""
     output_shape(window, shape)
     before, after, blur = split(window, shape[2:])
     undilated = all(d == 1 for d in window.dilation)
@@ -55,15 +57,16 @@ def _prepare_small(window: Window, shape: torch.Size) -> Small | None:
     return Small.of(window, before, after)
 
 
-# Elements of a part: its maxima, their places and their gradients stay in a core's cache, and in memory that is used again.
+# Elements of a part: its maxima, their positions and their gradients stay in a core's cache and in
+# reused memory.
 _PART = 2**21
 
 
 def _in_parts(x: Tensor, window: Window) -> Tensor:
-    """`_in_its_format` for eager calls: some images at a time.
+    """Run `_in_its_format` on some images at a time, for eager calls.
 
-    For PyTorch's max pooling with their channels innermost, if there are a vector of them: it is vectorised over those alone, by
-    far enough to pay for the copies.
+    With enough channels to fill a vector, PyTorch's max pooling takes channels_last images: it is
+    vectorised only over innermost channels, and that gains more than the copies cost.
     """
     parts, innermost = [], x.shape[1] >= 8 and prefers_max_pool(x)
     for part in x.split(max(_PART // x.shape[1:].numel(), 1)) if x.numel() > _PART else (x,):
@@ -74,30 +77,30 @@ def _in_parts(x: Tensor, window: Window) -> Tensor:
 
 
 def _in_its_format(x: Tensor, window: Window) -> Tensor:
-    """`max_blur_pool` of images and volumes, in the format that they come in."""
+    """Compute `max_blur_pool` of images and volumes in their own memory format."""
     before, after, blur = split(window, x.shape[2:])
     with outside_autocast(x):
         maxima = all_maxima(x, window, before, after, prefers_max_pool(x), gradient_dtype(x))
         if window.activation == "relu":
-            # Maxima that were taken are seen by nothing else.
+            # In place: nothing else reads maxima that were computed here.
             maxima = F.relu(maxima, inplace=maxima is not x)
-        # The result is a tensor of its own, whatever is done to it later.
+        # The result must not share x's memory.
         y = maxima.clone() if maxima is x and blur.is_identity else maxima
         y = (y if blur.is_identity else blur_pool(y, blur)).to(x.dtype)
     if window.ceil_mode:
         for axis, size in enumerate(x.shape[2:]):
             y = y.narrow(axis - window.rank, 0, output_size(window, axis, size))
-    # Padding and slices lose x's format, on some devices.
+    # Padding and slices lose x's format on some devices.
     return in_format_of(x, y)
 
 
 def split(
     window: Window, sizes: tuple[int, ...]
 ) -> tuple[tuple[int, ...], tuple[int, ...], Window]:
-    """How far beyond each end of x the maxima reach, and the blur of these maxima.
+    """Return how far the maxima reach beyond each end of x, and the blur of these maxima.
 
-    What the blur reads depends on `size % stride`. Here it may read up to `stride - 1` positions more than it needs, so that
-    paddings are constants, which export asks for: in floor mode these do not make another output.
+    The positions that the blur needs depend on `size % stride`. Export needs constant paddings: the
+    blur may therefore read up to `stride - 1` positions more. In floor mode these add no output.
     """
     before, after, lead, trail = [], [], [], []
     for axis, size in enumerate(sizes):
@@ -110,7 +113,7 @@ def split(
             trail.append(p + more - after[-1])
         else:
             before.append(p)
-            # The inner map has one position at least, even where no window fits.
+            # Keep at least one maximum, even if no window fits.
             after.append(map_limits(window, axis, size)[1] - size + last_hole + 1 - p)
             lead.append(window.lead[axis])
             trail.append(more)
@@ -140,9 +143,10 @@ def all_maxima(
     by_library: bool,
     dtype: torch.dtype,
 ) -> Tensor:
-    """The maximum of every window that fits in x extended by `before` and `after` positions that never win.
+    """Return the maximum of every window in x extended by `before` and `after` positions.
 
-    `by_library`, of PyTorch's max pooling where that has such windows. In `dtype`, as is their gradient's sum.
+    The added positions never win. With `by_library`, PyTorch's max pooling computes the maxima if
+    it has such windows. The result is in `dtype`, and so is the sum of its gradient.
     """
     if not window.takes_max:
         return x
@@ -158,7 +162,7 @@ def all_maxima(
     x = x.to(dtype)
     if by_library:
         max_pool = (F.max_pool1d, F.max_pool2d, F.max_pool3d)[window.rank - 1]
-        # A window with holes may hold padding alone, and PyTorch's max pooling then points outside the image.
+        # PyTorch's max pooling points outside the image if a dilated window holds only padding.
         holds_something = undilated or not any(before)
         if (
             holds_something
@@ -169,22 +173,26 @@ def all_maxima(
         if undilated:
             return max_pool(_repeat_ends(x, before, after), window.kernel_size, 1)
     if not is_differentiated(x):
-        # Eager F.pad is faster at repeating the ends than at filling with a constant, and a compiler is slower at it.
+        # Repeating the ends is faster than a constant in eager F.pad, and slower compiled.
         pad = _repeat_ends if undilated and not is_compiled() else _pad_lowest
         return _slide(pad(x, before, after), window)
     return _slide(_pad_lowest(x, before, after), window, before)
 
 
 def prefers_max_pool(x: Tensor) -> bool:
-    """Whether the maxima are PyTorch's max pooling, or else shifted slices: whichever is faster.
+    """Return whether PyTorch's max pooling of x is faster than shifted slices.
 
-    A compiler fuses slices, and without one they win where no arg-max is needed, which max pooling finds in any case.
+    A compiler fuses slices. Eager slices win where no arg-max is needed: max pooling always finds
+    it.
     """
     return x.is_cpu and not is_compiled() and is_differentiated(x)
 
 
 def _repeat_ends(x: Tensor, before: tuple[int, ...], after: tuple[int, ...]) -> Tensor:
-    """x extended such that no maximum changes: a window without holes holds whatever its positions outside repeat."""
+    """Return x with its ends repeated, which changes no maximum.
+
+    An undilated window that holds an added position also holds the end that it repeats.
+    """
     amounts = pad_amounts(before, after)
     return F.pad(x, amounts, mode="replicate") if any(amounts) else x
 
@@ -195,9 +203,10 @@ def _pad_lowest(x: Tensor, before: tuple[int, ...], after: tuple[int, ...]) -> T
 
 
 def _slide(x: Tensor, window: Window, before: tuple[int, ...] | None = None) -> Tensor:
-    """The maxima of all windows in x; differentiable if told how many positions `before` the image are padding.
+    """Return the maxima of all windows in x; differentiable if `before` is given.
 
-    Axis by axis, the innermost first, which finds the first maximum in row-major order.
+    `before` is the number of padding positions before the image, per axis. The innermost axis is
+    first, which finds the first maximum in row-major order.
     """
     for axis in reversed(range(window.rank)):
         samples = _samples(x, window, axis)
@@ -206,7 +215,7 @@ def _slide(x: Tensor, window: Window, before: tuple[int, ...] | None = None) -> 
             if before is None:
                 best = torch.maximum(best, value)
             else:
-                # No gradient may go to padding: it is replaced even by an equal.
+                # An equal value replaces padding too: padding must not take a gradient.
                 padding_until = before[axis] - (i - 1) * window.dilation[axis]
                 best = torch.where(
                     _wins(value, best) | (_positions(x, window, axis) < padding_until), value, best
@@ -216,27 +225,31 @@ def _slide(x: Tensor, window: Window, before: tuple[int, ...] | None = None) -> 
 
 
 def _samples(x: Tensor, window: Window, axis: int) -> list[Tensor]:
-    """What the windows along one axis hold: their first samples, their second, and so on."""
+    """Return what the windows along one axis hold: the first samples, the second, and so on."""
     dim, step = axis - window.rank, window.dilation[axis]
     windows = x.shape[dim] - window.reach(axis) + 1
     return [x.narrow(dim, i * step, windows) for i in range(window.kernel_size[axis])]
 
 
 def _positions(x: Tensor, window: Window, axis: int) -> Tensor:
-    """The windows along one axis, counted."""
+    """Return the numbers of the windows along one axis."""
     windows = x.shape[axis - window.rank] - window.reach(axis) + 1
     return torch.arange(windows, device=x.device).view(-1, *(1,) * (window.rank - 1 - axis))
 
 
 def _wins(value: Tensor, best: Tensor) -> Tensor:
-    """PyTorch's rule; torch.maximum would share its gradient among equals. Compilers vectorise `!=`, and not isnan."""
+    """Return where `value` replaces `best`, by PyTorch's rule.
+
+    torch.maximum would share its gradient among equals. Compilers vectorise `!=`, but not isnan.
+    """
     return (value > best) | (value != value)
 
 
 class _CompiledMaxima(torch.autograd.Function):
-    """`all_maxima` of undilated windows with a backward that a compiler fuses: each element gathers from its windows.
+    """`all_maxima` of undilated windows, with a backward that a compiler fuses.
 
-    Autograd's own backward of slices would have it write one image a slice.
+    Each element gathers from its windows. Autograd's backward of slices would write one image per
+    slice.
     """
 
     @staticmethod
@@ -255,7 +268,7 @@ class _CompiledMaxima(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
-        # With all windows that touch the image, every element has as many.
+        # Take every window that touches the image: each element is then in equally many.
         before, after = (
             [k - 1 - p for k, p in zip(ctx.window.kernel_size, pads)]
             for pads in (ctx.before, ctx.after)
@@ -266,18 +279,18 @@ class _CompiledMaxima(torch.autograd.Function):
 
 
 def _gather(x: Tensor, grad: Tensor, window: Window, axis: int) -> Tensor:
-    """The gradient of x, given that of the maxima along `axis` and all axes before it."""
+    """Return the gradient of x, given that of the maxima along `axis` and all axes before it."""
     if axis < 0:
         return grad
     dim, size, last = axis - window.rank, x.shape[axis - window.rank], window.kernel_size[axis] - 1
     reach = tuple(last if a == axis else 0 for a in range(window.rank))
-    # Clamped reads, which a compiler shares among samples; a masked read is repeated wherever it is used.
+    # Clamped reads: a compiler shares them among samples, but repeats a masked read at each use.
     x = _repeat_ends(x, reach, reach)
     position = _positions(x, window, axis)
     best, *values = _samples(x, window, axis)
     wins = []
     for i, value in enumerate(values, start=1):
-        # Any sample wins over padding before the image, and padding behind it over none.
+        # A sample wins over padding before the image, and padding behind the image never wins.
         wins.append((_wins(value, best) | (position <= last - i)) & (position < size + last - i))
         best = torch.where(wins[-1], value, best)
     grad = _gather(best, grad, window, axis - 1)
@@ -285,7 +298,8 @@ def _gather(x: Tensor, grad: Tensor, window: Window, axis: int) -> Tensor:
     for win in reversed(wins):
         shares.append(torch.where(win, grad, 0))
         grad = torch.where(win, 0, grad)
-    # The windows that an element is the last sample of start `last` positions before those that it is the first of.
+    # An element is sample j of the window that starts j positions before it: the last sample,
+    # which `shares` has first, is that of the earliest window.
     return functools.reduce(
         torch.add, [share.narrow(dim, i, size) for i, share in enumerate([*shares, grad])]
     )

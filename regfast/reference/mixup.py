@@ -1,4 +1,4 @@
-"""The blend of MixUp in plain PyTorch: the specification, and the path of the CPU."""
+"""The blend of MixUp in plain PyTorch: the specification and the path of the CPU."""
 
 from __future__ import annotations
 
@@ -21,14 +21,17 @@ def mixup(
     dtype: torch.dtype,
     memory_format: torch.memory_format,
 ) -> Tensor:
-    """lam*x + (1 - lam)*x[index], with a box x[index] within it and x around it; of uint8 images by 255; then scale*v + shift.
+    """Return scale*v + shift, where v is lam*x + (1 - lam)*x[index], divided by 255 for uint8.
 
-    x is (B, ...), floating or uint8; index (B,); lam a number, () or (B,); box None, (4,) or (B, 4), and where its first entry is
-    negative the sample is blended all the same; scale and shift None or (C,), of dimension 1. The result has x's shape.
-    What has a weight of zero is not read, be it infinite or NaN. (Where lam is differentiated it is:
-    the derivative by lam is the difference of both.)
-    Sums are float32 (float64 where x or the result is) and are rounded once. Source: Zhang et al., "mixup: Beyond Empirical Risk
-    Minimization" (2018); the box: Yun et al., "CutMix" (2019).
+    With a box, v is x[index] inside it and x outside it. x is (B, ...), floating or uint8; index
+    (B,); lam a number, () or (B,); box None, (4,) or (B, 4); scale and shift None or (C,), for
+    dimension 1. A sample is blended if the first entry of its box is negative. The result has x's
+    shape.
+
+    A value with a weight of zero has no effect, even if it is infinite or NaN. If lam is
+    differentiated it counts: the derivative by lam is the difference of both values. Sums are
+    float32 (float64 if x or the result is) and are rounded once. Source: Zhang et al., "mixup:
+    Beyond Empirical Risk Minimization" (2018); the box: Yun et al., "CutMix" (2019).
     """
     with outside_autocast(x):
         arguments = scale, shift, dtype
@@ -50,7 +53,10 @@ def mixup(
 
 
 def _weight(lam: float | Tensor, x: Tensor, dtype: torch.dtype) -> float | Tensor:
-    """lam as it meets x, in `dtype`. A compiler makes no graph for each number."""
+    """Return lam in `dtype`, in a shape that broadcasts over x.
+
+    A compiler gets a tensor: it would make a graph for each number.
+    """
     if torch.compiler.is_compiling():
         lam = as_tensor(lam, dtype, x.device)
     if not isinstance(lam, Tensor):
@@ -59,13 +65,13 @@ def _weight(lam: float | Tensor, x: Tensor, dtype: torch.dtype) -> float | Tenso
 
 
 def _prefers_parts(x: Tensor, index: Tensor, lam: float | Tensor, box: Tensor | None) -> bool:
-    """Whether to mix some samples at a time: on a CPU, where nothing watches or differentiates."""
+    """Return whether to mix some samples at a time: eagerly on a CPU, without derivatives."""
     if x.device.type != "cpu" or is_watched(x, index, lam, box) or is_differentiated(x):
         return False
     return not isinstance(lam, Tensor) or not is_differentiated(lam)
 
 
-# Elements of a part: what it needs stays in a core's cache, and in memory that is used again.
+# Elements of a part: what it needs stays in a core's cache and in reused memory.
 _PART = 2**18
 
 
@@ -79,7 +85,7 @@ def _in_parts(
     dtype: torch.dtype,
     y: Tensor,
 ) -> Tensor:
-    """Fills y, some samples at a time."""
+    """Fill y, some samples at a time."""
     count = max(_PART // max(x.shape[1:].numel(), 1), 1)
     plain = (
         box is None
@@ -87,7 +93,7 @@ def _in_parts(
         and x.dtype == dtype == accumulator(dtype)
         and not _leaves_out(lam)
     )
-    # (A CPU's tensor, which is there already.)
+    # lam is on the CPU, so that item() does not wait.
     lam = lam.item() if isinstance(lam, Tensor) and lam.ndim == 0 else lam
     for first in range(0, x.shape[0], count):
         part = slice(first, first + count)
@@ -103,7 +109,7 @@ def _in_parts(
 
 
 def _blend_into(y: Tensor, own: Tensor, partner: Tensor, lam: float | Tensor) -> None:
-    """Fills y with `_blend`, and makes no other tensor: `partner` is spent."""
+    """Write `_blend` to y without another tensor. This overwrites `partner`."""
     partner.mul_(1 - lam)
     if isinstance(lam, Tensor):
         torch.addcmul(partner, own, lam, out=y)
@@ -120,7 +126,7 @@ def _mixed(
     shift: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Samples mixed with as many partners, one box each."""
+    """Mix samples with as many partners, one box per sample."""
     wide = accumulator(x.dtype, dtype)
     own, partner = x.to(wide), partner.to(wide)
     y = _blend(own, partner, lam)
@@ -136,19 +142,21 @@ def _mixed(
 
 
 def _take(x: Tensor, index: Tensor) -> Tensor:
-    """x[index] in x's memory format. (index_select's gradient is several times faster; its output, contiguous.)"""
+    """Return x[index] in x's memory format.
+
+    index_select has the faster gradient, by several times, but its output is contiguous.
+    """
     if x.ndim >= 4 and not torch._C._are_functorch_transforms_active() and is_channels_last(x):
         return x.movedim(1, -1).index_select(0, index).movedim(-1, 1)
     return x.index_select(0, index)
 
 
 def _blend(own: Tensor, partner: Tensor, lam: float | Tensor) -> Tensor:
-    """lam*own + (1 - lam)*partner, the second product and the sum in one pass."""
+    """Return lam*own + (1 - lam)*partner; the second product and the sum take one pass."""
     if not isinstance(lam, Tensor):
         if lam in (0, 1):
             return own.clone() if lam else partner
         return torch.add(own * lam, partner, alpha=1 - lam)
-    # (A compiler fuses it by itself.)
     y = torch.addcmul(own * lam, partner, 1 - lam)
     if is_variable(lam) or not _leaves_out(lam):
         return y
@@ -156,14 +164,14 @@ def _blend(own: Tensor, partner: Tensor, lam: float | Tensor) -> Tensor:
 
 
 def _leaves_out(lam: float | Tensor) -> bool:
-    """Whether a sample or a partner may have no weight: zero times an infinity is not zero."""
+    """Return whether a weight may be zero: zero times infinity is not zero."""
     if not isinstance(lam, Tensor):
         return lam in (0, 1)
     return not may_read(lam) or bool(((lam == 0) | (lam == 1)).any())
 
 
 def _inside(box: Tensor, shape: torch.Size) -> Tensor:
-    """Where the last two dimensions lie within their sample's box: (B, 1, ..., H, W)."""
+    """Return where the last two dimensions lie in their sample's box: (B, 1, ..., H, W)."""
     y0, y1, x0, x1 = (edge.view(-1, *(1,) * (len(shape) - 1)) for edge in box.unbind(1))
     row = torch.arange(shape[-2], device=box.device).view(-1, 1)
     column = torch.arange(shape[-1], device=box.device)

@@ -1,4 +1,4 @@
-"""The cross entropy of blended labels in plain PyTorch: the specification, and the path of the CPU."""
+"""The cross entropy of blended labels in plain PyTorch: the specification and the CPU's path."""
 
 from __future__ import annotations
 
@@ -19,17 +19,18 @@ def mixup_cross_entropy(
     label_smoothing: float,
     dtype: torch.dtype,
 ) -> Tensor:
-    """lam*CE(z, a) + (1 - lam)*CE(z, b), CE being F.cross_entropy with the arguments given.
+    """Return lam*CE(z, a) + (1 - lam)*CE(z, b), with F.cross_entropy for CE.
 
-    z is (N, C, ...), floating; a and b (N, ...), integer; lam () or (N,); weight None or (C,); ignore_index None where no label
-    is ignored; reduction "mean", "sum" or "none". The result is () or (N, ...), of `dtype`. Sums are float32 (float64 for
-    float64). With "mean" each term is divided by its own denominator, the sum of the weights of its labels, whatever lam.
-    Source: Zhang et al., "mixup: Beyond Empirical Risk Minimization" (2018); label smoothing: Szegedy et al., "Rethinking the
-    Inception Architecture for Computer Vision" (2016).
+    z is (N, C, ...), floating; a and b (N, ...), integer; lam () or (N,); weight None or (C,);
+    ignore_index None if no label is ignored; reduction "mean", "sum" or "none". The result is () or
+    (N, ...), of `dtype`. Sums are float32 (float64 for float64). "mean" divides each term by its
+    own denominator, the sum of the weights of its labels, for every lam. Source: Zhang et al.,
+    "mixup: Beyond Empirical Risk Minimization" (2018); label smoothing: Szegedy et al., "Rethinking
+    the Inception Architecture for Computer Vision" (2016).
     """
     with outside_autocast(z):
         wide = accumulator(z.dtype)
-        # Both labels at once: one gather, whose gradient is one scatter.
+        # Both labels at once: one gather, and one scatter for its gradient.
         labels = torch.stack([a, b], 1).long()
         ignored = None if ignore_index is None else labels == ignore_index
         labels = _without(labels, ignored)
@@ -39,13 +40,12 @@ def mixup_cross_entropy(
         if label_weight is not None:
             scores = scores * label_weight
         if label_smoothing:
-            scores = (1 - label_smoothing) * scores + label_smoothing / z.shape[
-                1
-            ] * _of_all_classes(log_p, weight)
-        # Not a product with zero, which would let an infinity through.
+            spread = label_smoothing / z.shape[1] * _of_all_classes(log_p, weight)
+            scores = (1 - label_smoothing) * scores + spread
+        # Not a product with zero: zero times infinity is NaN.
         scores = _without(scores, ignored)
         lam = lam.to(wide)
-        # The sign is the shares', so that no pass is the sign's alone.
+        # The shares carry the sign: a negation of its own would cost a pass.
         shares = torch.stack([-lam, lam - 1], -1)
         rows = [dim for dim in range(z.ndim) if dim != 1]
         if reduction == "mean":
@@ -57,24 +57,24 @@ def mixup_cross_entropy(
 
 
 def _without(t: Tensor, ignored: Tensor | None) -> Tensor:
-    """t with zeros in the place of what is ignored."""
+    """Return t with zeros where labels are ignored."""
     return t if ignored is None else t.masked_fill(ignored, 0)
 
 
 def _of_all_classes(log_p: Tensor, weight: Tensor | None) -> Tensor:
-    """The scores of each row's classes, weighted and added up, (N, 1, ...)."""
-    weighted = (
-        log_p
-        if weight is None
-        else log_p * weight.to(log_p.dtype).view(-1, *(1,) * (log_p.ndim - 2))
-    )
-    return weighted.sum(1, keepdim=True)
+    """Return the weighted sum of each row's scores over all classes, (N, 1, ...)."""
+    if weight is not None:
+        log_p = log_p * weight.to(log_p.dtype).view(-1, *(1,) * (log_p.ndim - 2))
+    return log_p.sum(1, keepdim=True)
 
 
 def _denominators(
     labels: Tensor, label_weight: Tensor | None, ignored: Tensor | None, rows: list[int]
 ) -> Tensor | int:
-    """What the mean divides each term by: the sum of the weights, or else the number, of its labels that are not ignored."""
+    """Return what a mean divides each term by.
+
+    It is the sum of the weights of the labels that are not ignored; without weights, their number.
+    """
     if label_weight is not None:
         return _without(label_weight, ignored).sum(rows)
     return labels.numel() // 2 if ignored is None else (~ignored).sum(rows)

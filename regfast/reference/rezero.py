@@ -1,4 +1,4 @@
-"""The gated residual in plain PyTorch: the specification, and the path of the CPU and of compiled code."""
+"""The gated residual in plain PyTorch: the specification, and the path of CPU and compiled code."""
 
 from __future__ import annotations
 
@@ -21,11 +21,12 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def rezero(x: Tensor, f: Tensor, alpha: Tensor, activation: str, form: str) -> Tensor:
-    """x + alpha*act(f), or with form "post" act(x + alpha*f); in x's memory format.
+    """Return x + alpha*act(f), or with form "post" act(x + alpha*f), in x's memory format.
 
-    x and f are of one shape, floating; alpha has one element. Arithmetic is in float32 (float64 where one of them is) and is
-    rounded once, to the wider of the dtypes of x and f. Source: Bachlechner et al., "ReZero is All You Need" (2020), the second
-    form; the book chapter, the first.
+    x and f have one shape and are floating; alpha has one element. Arithmetic is in float32
+    (float64 if one of them is) and is rounded once, to the wider of the dtypes of x and f. Source:
+    Bachlechner et al., "ReZero is All You Need" (2020), the second form; the book chapter, the
+    first.
     """
     with outside_autocast(x):
         wide, act = accumulator(x.dtype, f.dtype, alpha.dtype), ACTIVATIONS[activation]

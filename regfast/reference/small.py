@@ -1,4 +1,4 @@
-"""Max-blur pooling of small images on the CPU: it takes what the calls of PyTorch's operators take, so they are few."""
+"""Max-blur pooling of small images on the CPU, in few calls: their calls take most of the time."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from .blur_pool import Averages, average, averages, pad_amounts
 
 
 class Small(NamedTuple):
-    """How images of a shape are pooled, (N, C, H, W), float32 or float64: all that is the same for each of them.
+    """How to pool images of one shape, (N, C, H, W), in float32 or float64.
 
-    They are extended by `amounts`, if there are any; `padding` is max pooling's own.
+    The images are extended by `amounts`, if not None; `padding` is max pooling's own.
     """
 
     amounts: list[int] | None
@@ -28,20 +28,24 @@ class Small(NamedTuple):
 
     @classmethod
     def of(cls, window: Window, before: Sequence[int], after: Sequence[int]) -> Small:
-        """For an undilated window, binomial taps, and maxima that reach so far beyond the ends of an image."""
+        """Return the pooling by an undilated window with binomial taps.
+
+        The maxima reach `before` and `after` positions beyond the ends of an image.
+        """
         k, rectified = window.kernel_size, window.activation is not None
         if tuple(before) == tuple(after) and all(2 * p <= size for p, size in zip(before, k)):
             return cls(None, k, tuple(before), rectified, averages(window))
         return cls(pad_amounts(before, after), k, (0, 0), rectified, averages(window))
 
     def pool(self, x: Tensor) -> Tensor:
-        """x pooled by PyTorch's poolings, with its channels innermost where they are a vector, and back in its own format.
+        """Return x pooled by PyTorch's poolings, in x's memory format.
 
-        (An average is a sum that is then divided, as nn.AvgPool2d's: from a quarter of the greatest number on it is inf.)
+        It runs in channels_last if the channels fill a vector. An average divides a sum, as
+        nn.AvgPool2d does: from a quarter of the largest number on, the result is inf.
         """
         y = x.contiguous(memory_format=torch.channels_last) if x.shape[1] >= 8 else x
         if self.amounts is not None:
-            # A window holds what its positions outside repeat.
+            # Repeated ends change no maximum: a window that holds one also holds the end.
             y = F.pad(y, self.amounts, mode="replicate")
         y = torch.max_pool2d(y, self.kernel_size, 1, self.padding)
         if self.rectified:
