@@ -31,6 +31,11 @@ class ShiftConsistency(NamedTuple):
     probability: Tensor
     prediction: Tensor
 
+    def __repr__(self) -> str:
+        shifts = f"{len(self.prediction)} images at {self.prediction.shape[1]} shifts"
+        scores = f"deviation={self.deviation:.4f}, consistency={self.consistency:.4f}"
+        return f"ShiftConsistency({scores}, {shifts})"
+
 
 def shift_consistency(
     model: nn.Module,

@@ -248,10 +248,9 @@ def _shortcut(
     """Return a 1x1 convolution and a normalisation if the shape changes, otherwise None."""
     if in_channels == channels and stride == (1, 1):
         return None
-    convolution = Conv2dAA if antialias else nn.Conv2d
-    layers: list[nn.Module] = [
-        convolution(in_channels, channels, 1, stride, bias=norm_layer is None, **factory)
-    ]  # type: ignore[arg-type]
+    convolution: type[nn.Module] = Conv2dAA if antialias else nn.Conv2d
+    bias = norm_layer is None
+    layers = [convolution(in_channels, channels, 1, stride, bias=bias, **factory)]
     return nn.Sequential(
         *layers, *([] if norm_layer is None else [_normalisation(norm_layer, channels, factory)])
     )

@@ -328,3 +328,9 @@ def test_numpy_s_numbers_and_arrays_are_taken():
         torch.testing.assert_close(bce(logits, (*one_hot, lam)), bce(logits, (*one_hot, 0.75)))
         each = MixupLoss(nn.CrossEntropyLoss(reduction="none"))
         torch.testing.assert_close(each(logits, (a, b, lam)), each(logits, (a, b, 0.75)))
+
+
+def test_one_hot_labels_of_integers_are_refused_with_what_to_do():
+    y = torch.nn.functional.one_hot(torch.arange(4), 6)
+    with pytest.raises(ValueError, match=r"got \(4, 6\) .*one-hot labels must be floating-point"):
+        regfast.MixupCrossEntropyLoss()(torch.randn(4, 6), (y, y, 0.5))

@@ -193,3 +193,12 @@ def test_a_blur_makes_a_network_more_consistent():
         ).deviation
 
     assert deviation(nn.AvgPool2d(1, 2)) > 0.1 > 10 * deviation(BlurPool2d(3, 2))
+
+
+def test_the_result_prints_on_one_line():
+    images, labels = torch.rand(2, 3, 12, 12), torch.tensor([0, 1])
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 4))
+    found = shift_consistency(model, images, labels, crop=8, progress=False)
+    scores = f"deviation={found.deviation:.4f}, consistency={found.consistency:.4f}"
+    shifts = found.probability.shape[1]
+    assert repr(found) == f"ShiftConsistency({scores}, 2 images at {shifts} shifts)"

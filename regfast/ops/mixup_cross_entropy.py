@@ -329,16 +329,19 @@ def _check_shapes(input: Tensor, a: Tensor, b: Tensor, shape: tuple[int, ...]) -
     for name, labels in (("a", a), ("b", b)):
         which = f"mixup_cross_entropy: the labels {name}"
         if labels.shape != shape:
-            found = f"{tuple(labels.shape)} for input of shape {tuple(input.shape)}{_hint(labels)}"
+            found = f"{tuple(labels.shape)} for input of shape {tuple(input.shape)}"
+            found += _hint(labels, input)
             raise ValueError(f"{which} must have shape {tuple(shape)}, got {found}")
         if labels.device != device:
             expected = f"{device}, the device of input"
             raise ValueError(f"{which} must be on {expected}, got {labels.device}")
 
 
-def _hint(labels: Tensor) -> str:
+def _hint(labels: Tensor, input: Tensor) -> str:
     if labels.is_floating_point():
         return " (floating-point labels are probabilities; class indices are integers)"
+    if labels.shape == input.shape:
+        return " (one-hot labels must be floating-point)"
     return ""
 
 
