@@ -333,4 +333,4 @@ def test_numpy_s_numbers_and_arrays_are_taken():
 def test_one_hot_labels_of_integers_are_refused_with_what_to_do():
     y = torch.nn.functional.one_hot(torch.arange(4), 6)
     with pytest.raises(ValueError, match=r"got \(4, 6\) .*one-hot labels must be floating-point"):
-        regfast.MixupCrossEntropyLoss()(torch.randn(4, 6), (y, y, 0.5))
+        MixupCrossEntropyLoss()(torch.randn(4, 6), (y, y, 0.5))
