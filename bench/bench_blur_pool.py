@@ -19,14 +19,13 @@ def composite(channels, taps, stride):
 
 
 # A layer of the channels, the taps and the stride. The baseline is torch.nn's cheapest decimation,
-# because none of its layers blurs. Composer's filter has three taps.
+# because none of its layers blurs.
 CONTESTANTS = {
     "nn.AvgPool2d": lambda _, taps, stride: nn.AvgPool2d(stride, ceil_mode=True),
     "regfast": lambda _, *window: regfast.BlurPool2d(*window),
     "kornia": lambda _, *window: load("kornia").filters.BlurPool2D(*window),
     "timm": lambda *window: load("timm").layers.BlurPool2d(*window),
     "antialiased-cnns": lambda c, *ts: load("antialiased_cnns").BlurPool(c, "reflect", *ts),
-    "composer": lambda _, taps, stride: load("composer.algorithms.blurpool").BlurPool2d(stride),
     "composite": composite,
 }
 CONTESTANTS |= compiled(CONTESTANTS, "regfast", "composite")

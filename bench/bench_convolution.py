@@ -26,7 +26,6 @@ CONTESTANTS = {
     "regfast": partial(regfast.Conv2dAA, bias=False, blur="after"),
     "regfast before": partial(regfast.Conv2dAA, bias=False, blur="before"),
     "timm": timm,
-    "composer": lambda *w: load("composer.algorithms.blurpool").BlurConv2d.from_conv2d(plain(*w)),
 }
 CONTESTANTS |= compiled(CONTESTANTS, "regfast")
 

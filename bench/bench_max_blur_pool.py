@@ -5,7 +5,6 @@ from torch import nn
 
 import bench_blur_pool
 import regfast
-from peers import load
 from timing import AXES, IMAGES, compiled, images
 
 
@@ -27,7 +26,6 @@ CONTESTANTS = {
     "kornia": after_max("kornia"),
     "timm": after_max("timm"),
     "antialiased-cnns": after_max("antialiased-cnns"),
-    "composer": lambda _, *window: load("composer.algorithms.blurpool").BlurMaxPool2d(*window),
     "composite": after_max("composite"),
 }
 CONTESTANTS |= compiled(CONTESTANTS, "regfast", "composite")

@@ -67,7 +67,7 @@ def ready(benchmark: Any, request: pytest.FixtureRequest) -> Iterator[Callable]:
 
 @cache
 def provenance(config: pytest.Config) -> dict[str, str]:
-    peers = ("kornia", "timm", "torchvision", "antialiased-cnns", "mosaicml")
+    peers = ("kornia", "timm", "torchvision", "antialiased-cnns")
     found = versions() | {one.name: one.version for one in distributions() if one.name in peers}
     commit = config.hook.pytest_benchmark_generate_commit_info(config=config)
     return {

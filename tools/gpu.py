@@ -7,9 +7,9 @@ found. host: the host's time of a call. steps: training steps of networks beside
 and compiled. sanitize: memcheck and racecheck over a launch of every kernel.
 
 Without a PART those run that DIR has no whole result of, for this commit and device. What fails or
-hangs costs no other part its results: DIR/gpu.json and gpu.md, of all parts so far, are written
-anew after each part. The exit status is 1 if a step failed or was cut. Without CUDA everything is a
-toy, which tests this code. Needs pytest, -xdist, -benchmark, hypothesis, tabulate, and timm.
+hangs costs no other part its results: DIR/gpu.json and gpu.md are written after each part. The exit
+status is 1 if a step failed or was cut. Without CUDA everything is a toy, which tests this code.
+Needs pytest, -xdist, -benchmark, hypothesis, tabulate, and timm.
 """
 
 from __future__ import annotations
@@ -23,28 +23,27 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
 from tabulate import tabulate
 
 from regfast.info import devices, versions
 
-from .kernels import COUNTED, COUNTERS, PROCESSES, counted
+from .kernels import COUNTED, COUNTERS, CUDA, PROCESSES, Row, counted
 
-Row = dict[str, Any]
 # A step: its name, which begins with its part's, about its seconds on an H200, and its command. In
 # it "{seconds}" becomes the time after which it should end by itself.
 Step = tuple[str, float, list[Any]]
-CUDA = torch.cuda.is_available()
 # Seconds for an interrupted command to write what it has: pytest-xdist waits ten for its processes.
 GRACE = 15
+table = partial(tabulate, headers="keys", tablefmt="github", floatfmt=".4g")
 NOT_RUN = {"status": "cut", "seconds": 0.0, "ending": [], "rows": []}
-# A command begins with env's variables. PATH has the profiler and the sanitizer of a usual setup.
-PATH = f"PATH={os.environ.get('PATH', os.defpath)}:/usr/local/cuda/bin"
+# What every command begins with. PATH has the profiler and the sanitizer of a usual setup.
+ENV = ["env", "PYTHONUNBUFFERED=1", f"PATH={os.getenv('PATH', os.defpath)}:/usr/local/cuda/bin"]
 PYTEST = [sys.executable, "-m", "pytest", "-q", "--tb=short"]
 KERNELS = [sys.executable, "-m", "tools.kernels"]
 FILES = (
@@ -80,8 +79,8 @@ def kernels(raw: Path) -> Iterator[Step]:
     options = "--profile-from-start off --clock-control none --csv --page raw --print-units base"
     metrics = ["--kernel-name", f"regex:{COUNTED}", "--metrics", ",".join(COUNTERS.values())]
     profiler = ["ncu", *options.split(), *metrics, "--log-file", raw / "kernels.csv"]
-    command = [*KERNELS, "counters", "--seconds", "{seconds}"]
-    yield "kernels-counters", 20, [*(profiler if CUDA else []), *command]
+    counters = [*KERNELS, "counters", "--seconds", "{seconds}"]
+    yield "kernels-counters", 20, [*profiler, *counters] if CUDA else counters
 
 
 def host(raw: Path) -> Iterator[Step]:
@@ -118,16 +117,12 @@ def sanitize(raw: Path) -> Iterator[Step]:
 
 
 def run(title: str, command: list[Any], limit: float, out: Path) -> Row:
-    """Runs a step in its own group of processes. Its status is "ok", "failed", "absent" (the
-    program) or "cut" (after `limit` seconds); its rows are the JSON that it printed.
-    """
+    """Runs a step for at most `limit` seconds. Its rows are the JSON that it printed."""
     start, log = time.monotonic(), out / f"{title}.log"
     seconds = f"{max(limit - GRACE / 2, 1):.0f}"
-    words = [str(word).replace("{seconds}", seconds) for word in command]
-    words = ["env", PATH, "PYTHONUNBUFFERED=1", *words]
+    words = [str(word).replace("{seconds}", seconds) for word in (*ENV, *command)]
     with log.open("w") as output:
-        streams = dict(stdout=output, stderr=subprocess.STDOUT)
-        process = subprocess.Popen(words, start_new_session=True, **streams)
+        process = subprocess.Popen(words, stdout=output, stderr=output, start_new_session=True)
     try:
         # env's own exit status where it finds no such program is 127.
         status = {0: "ok", 127: "absent"}.get(process.wait(limit), "failed")
@@ -146,12 +141,7 @@ def run(title: str, command: list[Any], limit: float, out: Path) -> Row:
     lines = log.read_text(errors="replace").splitlines(keepends=True)
     rows = [json.loads(line) for line in lines if line.startswith('{"') and line.endswith("\n")]
     ending = "".join(line for line in lines if not line.startswith('{"')).splitlines()[-60:]
-    spent = time.monotonic() - start
-    return {"status": status, "seconds": spent, "ending": ending, "rows": rows}
-
-
-def table(rows: Iterable[Row]) -> str:
-    return tabulate(list(rows), "keys", "github", floatfmt=".4g")
+    return {"status": status, "seconds": time.monotonic() - start, "ending": ending, "rows": rows}
 
 
 def show_kernels(part: Row) -> Iterator[str]:
@@ -193,8 +183,7 @@ def report(parts: Row) -> Iterator[str]:
     """The paragraphs of gpu.md: all steps, what each part found, and the last lines of others."""
     yield "# What a GPU said"
     steps = [step for part in parts.values() for step in part["steps"].items()]
-    shown = ("status", "seconds")
-    yield table({"step": title} | {name: step[name] for name in shown} for title, step in steps)
+    yield table({"step": t, "status": s["status"], "seconds": s["seconds"]} for t, s in steps)
     for name, part in parts.items():
         yield f"## {name}"
         yield ", ".join(f"{key} {value}" for key, value in part["setting"].items())

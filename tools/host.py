@@ -82,9 +82,8 @@ def calls() -> dict[str, tuple]:
 @contextlib.contextmanager
 def as_on_cuda() -> Iterator[None]:
     """The kernels' path; on a CPU without launches, and without looks at values."""
-    with contextlib.ExitStack() as stack:
+    with regfast.backend("triton"), contextlib.ExitStack() as stack:
         enter = stack.enter_context
-        enter(regfast.backend("triton"))
         if not CUDA:
             handle = launch.CompiledKernel.__new__(launch.CompiledKernel)
             enter(patch.object(type(handle), "__getitem__", lambda *_: lambda *args: None))
@@ -111,11 +110,10 @@ def measure(calls: dict[str, tuple], state: str, rounds: int) -> dict[str, float
     """The median microseconds of each call in a state."""
     timed = {name: once(state, *each) for name, (_, *each) in calls.items()}
     times: dict[str, list[float]] = {name: [] for name in calls}
+    setup = torch.cuda.synchronize if CUDA else "pass"
     with torch.set_grad_enabled(state != "no grad"):
         for name, call in list(timed.items()) * (rounds + 2):
-            if CUDA:
-                torch.cuda.synchronize()
-            times[name].append(1e6 * timeit(call, number=CALLS) / CALLS)
+            times[name].append(1e6 * timeit(call, setup, number=CALLS) / CALLS)
     # The first two rounds warm up.
     return {name: median(each[2:]) for name, each in times.items()}
 

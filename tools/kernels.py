@@ -6,7 +6,6 @@ compile fills Triton's cache in many processes. launch makes each call once, for
 times gives the device's time of a call, beside what is foretold. counters makes each call between a
 start and a stop of ncu, which writes nothing before its program ends: so after S seconds a command
 ends by itself. All print a row of JSON a call. The exit status is 1 if a call failed.
-
 Without CUDA a toy runs in Triton's interpreter, which tests this program and says nothing.
 """
 
@@ -32,11 +31,13 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+from tests.interpreter import mended
+
 from .compiled import ENTRIES, Entry, foretold, read_table
-from .interpreter import mended
 from .problems import Call
 
 Row = dict[str, Any]
+Job = tuple[Entry, torch.dtype]
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -64,9 +65,6 @@ COUNTERS = {
 } | {reason: STALL.format(reason) for reason in REASONS}
 
 
-Job = tuple[Entry, torch.dtype]
-
-
 def jobs(toy: bool, dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float32)) -> list[Job]:
     """Both directions of what is timed, or of all toys; without CUDA of the last."""
     both = [entry for entry in ENTRIES if entry.direction in ("forward", "backward")]
@@ -75,10 +73,7 @@ def jobs(toy: bool, dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.flo
 
 
 def row_of(job: Job, use: Callable[[Call], Row], toy: bool) -> Row:
-    """What is known of a call beforehand, with what `use` says of it, or its error.
-
-    The tensors are freed before the next call's are drawn.
-    """
+    """What is known of a call, and what `use` says of it, or its error. No tensor is kept."""
     (entry, dtype), toy = job, toy or not CUDA
     key = entry.key(dtype, "sm_90")
     row: Row = {
@@ -118,8 +113,7 @@ def measure(call: Call) -> Row:
         for _ in range(5):
             call()
         synchronize()
-    on_device = torch.autograd.DeviceType.CUDA
-    events = [event for event in profile.events() if event.device_type == on_device]
+    events = [event for event in profile.events() if event.device_type.name == "CUDA"]
     return {"us": sum(event.time_range.elapsed_us() for event in events) / 5}
 
 
@@ -133,9 +127,7 @@ USES = {"compile": launch, "launch": launch, "times": measure, "counters": count
 
 
 def rows_of(command: str, toy: bool) -> Iterator[Row]:
-    """The rows of all jobs. Before those of `times` come the bytes a second that a copy of 1 GiB
-    reads and writes.
-    """
+    """The rows of all jobs. The first of `times` is the bytes a second of a copy, both ways."""
     if command == "times":
         x, y = torch.zeros((2, 2**30 if CUDA else 1), dtype=torch.uint8, device=DEVICE)
         yield {"copy": 2e6 * x.nbytes / measure(lambda: y.copy_(x))["us"]}
@@ -149,12 +141,11 @@ def rows_of(command: str, toy: bool) -> Iterator[Row]:
 def counted(rows: list[Row], text: str, copy: float) -> list[Row]:
     """A table of what the raw page of ncu's CSV says of the launches of `counters`.
 
-    Its rows are in the order of launch, as the CSV is. ValueError if a launch is not of its row's
-    direction. `copy` is the bytes a second of a device copy.
+    Both are in the order of launch: ValueError if a direction differs. `copy` is in bytes a second.
     """
-    # ncu's messages are in between, and the first line has the units.
-    lines = list(csv.DictReader(line for line in text.splitlines() if line.startswith('"')))[1:]
-    lines = [line for line in lines if re.search(COUNTED, line["Kernel Name"])]
+    # ncu's messages are in between. The line of units has no kernel.
+    page = csv.DictReader(line for line in text.splitlines() if line.startswith('"'))
+    lines = [line for line in page if re.search(COUNTED, line["Kernel Name"])]
     found = []
     for row, line in zip((row for row in rows if "error" not in row), lines):
         if row["kernel"].split()[-1] not in line["Kernel Name"]:

@@ -2,11 +2,11 @@
 
     python -m tools.traffic OP [OP ...] [--only CASE ...]
 
-Triton's interpreter runs the launchers of a case on its toy of tools/problems.py, or on --shape.
-Counted is what loads and stores touch where their mask is true, but no atomics, and whole lines of
-128 bytes, where a GPU moves sectors of 32. (Lanes of a pooling beyond the image read too: where
-they are many, elements and L1 say little.) The columns are elements per element of the input, and
-then bytes as multiples of what the operation must move:
+Triton's interpreter runs the launchers of a case in bfloat16, on its toy of tools/problems.py or on
+--shape. Counted is what loads and stores touch where their mask is true, but no atomics, and whole
+lines of 128 bytes, where a GPU moves sectors of 32. (Lanes of a pooling beyond the image read too:
+where they are many, elements and L1 say little.) The columns are elements per element of the input,
+and then bytes as multiples of what the operation must move:
 
     loads    the elements asked for; and stores
     L1       what loads and stores ask for
@@ -43,8 +43,8 @@ from tabulate import tabulate
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
 
 from regfast.ops import OPERATIONS
+from tests.interpreter import mended
 
-from .interpreter import mended
 from .problems import PROBLEMS, Calls
 
 Row = dict[str, Any]
@@ -175,7 +175,7 @@ def rows_of(options: argparse.Namespace) -> Iterator[Row]:
             for channels_last in problem.formats:
                 torch.manual_seed(0)
                 with mended():
-                    calls = problem.make(shape, getattr(torch, options.dtype), channels_last, "cpu")
+                    calls = problem.make(shape, torch.bfloat16, channels_last, "cpu")
                 key = {"operation": operation, "case": case, "format": FORMATS[channels_last]}
                 for direction, floor in zip(("forward", "backward"), calls.floor):
                     if getattr(calls, direction) is not None:
@@ -190,7 +190,6 @@ def main() -> None:
     add("operations", nargs="+", choices=OPERATIONS, metavar="OP", help=", ".join(OPERATIONS))
     add("--only", nargs="+", default=[], metavar="CASE", help="cases or patterns, rare ones too")
     add("--shape", nargs="+", type=int, metavar="SIZE", help="for the cases of so many axes")
-    add("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     add("--l2", type=float, default=1, metavar="SAMPLES", help="for how many it is (default: 1)")
     add("--out", type=Path, metavar="FILE", help="the rows in JSON")
     options = parser.parse_args()

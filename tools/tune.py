@@ -7,9 +7,9 @@ All combinations of the fields are compiled first, without the GPU; one that spi
 is never launched. The others are timed, and the best six and the pinned cut of kernels/cuts.py,
 which is changed by hand, again for longer.
 
-Images have 100 MB or more, about twice an H200's L2, so that a call finds little there from the one
-before. Signals of 16 bits (34 MB) fit: their times only rank cuts. On a CPU one cut is compiled for
-sm_90 and interpreted on the case's toy.
+Images have 100 MB or more, about twice an H200's L2: a call finds little of the one before there.
+Signals of 16 bits (34 MB) fit: their times only rank cuts. On a CPU one cut is compiled for sm_90
+and interpreted on the case's toy.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ import triton
 
 from regfast.kernels.cuts import CUTS, Cut
 from regfast.kernels.launch import LAUNCHES
+from tests.interpreter import mended
 
 from .compiled import ENTRIES, Entry, figures, record
-from .interpreter import mended
 from .problems import Call
 
 CUDA = torch.cuda.is_available()
@@ -53,10 +53,9 @@ SWEEPS = {
     if entry.operation in ("max_blur_pool", "blur_pool") and not entry.problem.launch
 }
 # Rows vary slowest: a kernel that is compiled for some is found in Triton's cache for others.
-SPACE = {
-    "rows": (8, 16, 32), "columns": (4, 8, 14, 22), "vector": (2, 4, 8), "unroll": (1, 2),
-    "num_warps": (4, 8),
-}  # fmt: skip
+SPACE = dict(
+    rows=(8, 16, 32), columns=(4, 8, 14, 22), vector=(2, 4, 8), unroll=(1, 2), num_warps=(4, 8)
+)
 
 
 def candidates_of(entry: Entry, options: argparse.Namespace) -> list[Cut]:
