@@ -48,7 +48,7 @@ def interpreter():
     if importlib.util.find_spec("triton") is None:
         yield
         return
-    from tools.interpreter import mended
+    from tests.interpreter import mended
 
     with mended():
         yield

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,9 +33,7 @@ import regfast
 BENCH = Path(compare.__file__).parent
 
 
-def outputs_of(
-    contestants: dict, arguments: tuple, inputs: tuple, module: Callable | None = None
-) -> dict:
+def outputs_of(contestants: dict, arguments: tuple, inputs: tuple, module: Callable | None = None) -> dict:
     """What each contestant that needs no compiler gives for the same inputs, and then its gradients.
 
     The arguments are the makers'; `module` makes a contestant's own network, which is an argument too.
@@ -51,14 +50,9 @@ def outputs_of(
             continue
         torch.manual_seed(1)
         y = step(*own)
-        leaves = [t for t in own if t.requires_grad] + [
-            p for network in networks for p in network.parameters()
-        ]
+        leaves = [t for t in own if t.requires_grad] + [p for network in networks for p in network.parameters()]
         torch.manual_seed(1)
-        found[name] = [
-            y.detach(),
-            *(torch.autograd.grad(y, leaves, torch.randn_like(y)) if y.requires_grad else ()),
-        ]
+        found[name] = [y.detach(), *(torch.autograd.grad(y, leaves, torch.randn_like(y)) if y.requires_grad else ())]
     assert {"regfast"} < found.keys()
     return found
 
@@ -71,32 +65,24 @@ def test_poolings_compute_the_same(bench, window) -> None:
     """But for the baseline, which does not blur, and for the border, where each has its own mode."""
     baseline, *names = bench.CONTESTANTS
     contestants = {name: bench.CONTESTANTS[name] for name in names}
-    found = outputs_of(
-        contestants, (3, *window), (timing.images((2, 3, 17, 16), "NCHW", "float32").cpu(),)
-    )
+    found = outputs_of(contestants, (3, *window), (timing.images((2, 3, 17, 16), "NCHW", "float32").cpu(),))
     assert baseline.startswith("nn.")
     for name, (y, _) in found.items():
         assert y.shape == found["regfast"][0].shape, name
-        assert torch.allclose(
-            y[..., 1:-1, 1:-1], found["regfast"][0][..., 1:-1, 1:-1], atol=1e-6
-        ), name
+        assert torch.allclose(y[..., 1:-1, 1:-1], found["regfast"][0][..., 1:-1, 1:-1], atol=1e-6), name
 
 
 @pytest.fixture
 def swapped(monkeypatch: pytest.MonkeyPatch) -> None:
     """Random partners in a batch of two are swapped, as a flip and a roll swap them; every lam drawn is `LAM`."""
     monkeypatch.setattr(torch, "randperm", lambda n, **_: torch.arange(n).flip(0))
-    monkeypatch.setattr(
-        regfast.manifold, "beta", lambda alpha, size, generator: torch.full(size, bench_mixup.LAM)
-    )
+    monkeypatch.setattr(regfast.manifold, "beta", lambda alpha, size, generator: torch.full(size, bench_mixup.LAM))
     monkeypatch.setattr("numpy.random.beta", lambda a, b: bench_mixup.LAM)
     try:
         transforms = load("torchvision.transforms.v2")
     except AbsentError:
         return
-    monkeypatch.setattr(
-        transforms.MixUp, "make_params", lambda self, inputs: dict(lam=bench_mixup.LAM)
-    )
+    monkeypatch.setattr(transforms.MixUp, "make_params", lambda self, inputs: dict(lam=bench_mixup.LAM))
 
 
 @pytest.mark.parametrize("format", ["NCHW", "NHWC"])
@@ -105,11 +91,9 @@ def test_blends_compute_the_same(bytes_in: bool, format: str, swapped: None) -> 
     """To rounding, which comes in another order where the images are normalised."""
     shape = (2, 3, 13, 12)
     if bytes_in:
-        found = outputs_of(
-            bench_mixup.BYTES_CONTESTANTS, ("float32",), bench_mixup.draw_bytes(shape, format)
-        )
+        found = outputs_of(bench_mixup.BYTES_CONTESTANTS, (torch.float32,), bench_mixup.draw_bytes(shape, format))
     else:
-        inputs = timing.images(shape, format, "float32"), *bench_mixup.partners(2)
+        inputs = bench_mixup.draw(timing.images(shape, format, "float32"))
         found = outputs_of(bench_mixup.CONTESTANTS, (), inputs)
     assert not torch.allclose(found["regfast"][0], found["regfast"][0].flip(0))
     for name, outputs in found.items():
@@ -117,9 +101,7 @@ def test_blends_compute_the_same(bytes_in: bool, format: str, swapped: None) -> 
             assert torch.allclose(y, expected, atol=2e-6), name
 
 
-@pytest.mark.parametrize(
-    ("shape", "format"), [((6, 10), "NC"), ((2, 5, 4, 3), "NCHW"), ((2, 5, 4, 3), "NHWC")]
-)
+@pytest.mark.parametrize(("shape", "format"), [((6, 10), "NC"), ((2, 5, 4, 3), "NCHW"), ((2, 5, 4, 3), "NHWC")])
 def test_losses_compute_the_same(shape: tuple[int, ...], format: str) -> None:
     contestants = dict(bench_mixup_cross_entropy.CONTESTANTS)
     if len(shape) > 2:
@@ -163,9 +145,7 @@ def test_networks_are_those_they_are_named_after() -> None:
     assert torch.allclose(found["timm"], found["timm with regfast's blur"])
     assert not torch.allclose(found["plain"], found["regfast"])
     for name in ("regfast", "regfast before", "timm"):
-        assert all(
-            torch.equal(weights[name][key], value) for key, value in weights["plain"].items()
-        )
+        assert all(torch.equal(weights[name][key], value) for key, value in weights["plain"].items())
 
 
 def test_training_steps_compute_the_same(swapped: None) -> None:
@@ -183,26 +163,22 @@ def test_training_steps_compute_the_same(swapped: None) -> None:
     for name, (loss, *gradients) in found.items():
         assert torch.allclose(loss, found["regfast"][0], rtol=1e-5), name
         for gradient, expected in zip(gradients, found["regfast"][1:], strict=True):
-            assert torch.allclose(
-                gradient, expected, rtol=1e-3, atol=1e-5 * expected.abs().max()
-            ), name
+            assert torch.allclose(gradient, expected, rtol=1e-3, atol=1e-5 * expected.abs().max()), name
 
 
 def test_every_operation_has_its_file() -> None:
-    assert {f"bench_{name}.py" for name in regfast.ops.OPERATIONS} <= {
-        file.name for file in BENCH.glob("bench_*.py")
-    }
+    assert {f"bench_{name}.py" for name in regfast.ops.OPERATIONS} <= {file.name for file in BENCH.glob("bench_*.py")}
 
 
 def test_bytes_are_those_that_must_move() -> None:
-    x, y = 4 * 2 * 4 * 13 * 12, 4 * 2 * 4 * 6 * 6
+    x, y, layer = 4 * 2 * 4 * 13 * 12, 4 * 2 * 4 * 6 * 6, regfast.MaxPool2dAA(2)
 
     def draw() -> tuple:
         return (timing.images((2, 4, 13, 12), "NCHW", "float32"),)
 
-    for direction, expected in (("forward", x + y), ("forward+backward", (x + y) + (x + y + x))):
-        layer = bench_max_blur_pool.CONTESTANTS["regfast"](4, 2, 2, 0)
-        assert timing.Call(layer, draw, direction, bench_max_blur_pool.floor).bytes == expected
+    for rereads, forward, backward in ((None, 0, 0), (False, x + y, y + x), (True, x + y, x + y + x)):
+        assert timing.Call(layer, draw, "forward", rereads).bytes == forward
+        assert timing.Call(layer, draw, "forward+backward", rereads).bytes == forward + backward
 
 
 def test_what_autograd_keeps_is_counted() -> None:
@@ -215,83 +191,61 @@ def test_what_autograd_keeps_is_counted() -> None:
         parameters=[weight],
     )
     assert call.saved_bytes() == 4 * 3 * 5
-    assert [tuple(gradient.shape) for gradient in call(call.sets[0])] == [(3, 5), ()]
+    assert [tuple(gradient.shape) for gradient in call()] == [(3, 5), ()]
 
 
-def test_a_graph_goes_through_more_inputs_than_the_l2_holds() -> None:
-    l2 = 50 * 2**20
-    for nbytes in (1, 2**20, 10 * 2**20, l2, 10 * l2):
-        sets = timing.input_sets(nbytes, l2)
-        assert 2 <= sets <= timing.CALLS
-        assert sets * nbytes > l2 or sets == timing.CALLS
-    assert timing.input_sets(10 * 2**20, l2) == 6
+@pytest.mark.parametrize(("l2_bytes", "sets"), [(0, 1), (3 * 15 * 4, 7), (2**20, timing.CALLS)])
+def test_calls_go_through_inputs_of_twice_the_l2(l2_bytes: int, sets: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "L2_BYTES", l2_bytes)
+    seen = []
+    call = timing.Call(lambda x: seen.append(x) or x, lambda: (torch.ones(3, 5),), "forward")
+    call.several()
+    assert len({x.data_ptr() for x in seen}) == sets
 
 
-def test_what_cannot_be_captured_is_timed_with_its_host() -> None:
-    call = timing.Call(torch.relu, lambda: (torch.ones(2),), "forward")
-
-    def refuses(batch: Callable) -> Callable:
+def test_what_cannot_be_captured_is_timed_with_its_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(call: Callable) -> Callable:
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    assert timing.choose(call, refuses) == (call.batch, "eager")
-    assert timing.choose(call, lambda batch: print) == (print, "graph")
+    call = timing.Call(torch.relu, lambda: (torch.ones(2),), "forward")
+    monkeypatch.setattr(timing, "capture", refuses)
+    assert timing.choose(call) == (call.several, "eager")
+    monkeypatch.setattr(timing, "capture", lambda call: print)
+    assert timing.choose(call) == (print, "graph")
 
 
-def run(*command: str | Path) -> str:
+def run(*command: str | Path, status: int = 0) -> str:
     """What a command prints, run as a user runs it: a pytest-xdist worker's variables switch pytest-benchmark off."""
     env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    path = os.pathsep.join(filter(None, (str(BENCH), env.get("PYTHONPATH"))))
+    path = os.pathsep.join(filter(None, (str(BENCH), str(BENCH.parent / "examples"), env.get("PYTHONPATH"))))
     done = subprocess.run(
         [sys.executable, *map(str, command)],
         env=env | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         cwd=BENCH.parent, capture_output=True, text=True,
     )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.returncode == status, done.stdout + done.stderr
     return done.stdout
 
 
 def test_a_file_runs_with_the_options_of_pytest_benchmark(tmp_path: Path) -> None:
-    file, few = (
-        "bench/bench_mixup_cross_entropy.py",
-        ["-k", "(two-term or regfast) and not compiled"],
-    )
-    short = [
-        "--benchmark-max-time=0.01",
-        "--benchmark-min-rounds=2",
-        f"--benchmark-storage={tmp_path}",
-    ]
-    run(
-        "-m",
-        "pytest",
-        file,
-        *few,
-        *short,
-        "--benchmark-autosave",
-        f"--benchmark-json={tmp_path / 'now.json'}",
-    )
+    file, few = "bench/bench_mixup_cross_entropy.py", ["-k", "(two-term or regfast) and not compiled"]
+    short = ["--benchmark-max-time=0.01", "--benchmark-min-rounds=2", f"--benchmark-storage={tmp_path}"]
+    run("-m", "pytest", file, *few, *short, "--benchmark-autosave", f"--benchmark-json={tmp_path / 'now.json'}")
     recorded = json.loads((tmp_path / "now.json").read_text())
-    assert [(b["group"], b["params"]["contestant"]) for b in recorded["benchmarks"]] == [
-        (f"test_mixup_cross_entropy[1024x1000-NC-float32-{direction}]", contestant)
-        for direction in timing.DIRECTIONS
-        for contestant in ("two-term loss", "regfast")
-    ]
-    assert {"device", "versions"} <= recorded["machine_info"].keys()
+    # In an order of its own within a group.
+    groups = [f"test_mixup_cross_entropy[(1024, 1000)-NC-float32-{direction}]" for direction in timing.DIRECTIONS]
+    assert [b["group"] for b in recorded["benchmarks"]] == [groups[0], groups[0], groups[1], groups[1]]
     for benchmark in recorded["benchmarks"]:
         info, seconds = benchmark["extra_info"], benchmark["stats"]["median"]
-        assert {"device", "torch", "triton", "regfast", "commit"} <= info.keys()
+        assert all(f"{name} " in info["versions"] for name in ("torch", "triton", "regfast"))
+        assert {"device", "commit", "check", "of_copy"} <= info.keys()
         assert (info["how"], info["baseline"]) == ("cpu", "two-term loss")
-        assert info["gb_per_s"] == pytest.approx(1e-9 * info["bytes"] / seconds)
+        forward = 4 * 1024 * 1000 + 2 * 8 * 1024 + 4 + 4
+        moved = forward if benchmark["params"]["direction"] == "forward" else 2 * forward + 4 * 1024 * 1000
+        assert info["gb_per_s"] == pytest.approx(1e-9 * moved / seconds)
         assert ("saved_bytes" in info) == (benchmark["params"]["direction"] != "forward")
         assert len(benchmark["stats"]["data"]) >= 2
-    printed = run(
-        "-m",
-        "pytest",
-        file,
-        *few,
-        *short,
-        "--benchmark-compare",
-        "--benchmark-group-by=param:direction",
-    )
+    printed = run("-m", "pytest", file, *few, *short, "--benchmark-compare", "--benchmark-group-by=param:direction")
     assert "benchmark 'direction=forward': 4 tests" in printed
     assert "(0001_" in printed and "(NOW)" in printed
 
@@ -329,116 +283,71 @@ def test_absent_and_failing_contestants_are_named_and_the_others_go_on(tmp_path:
     """In a report of two passes."""
     file = tmp_path / "bench_toy.py"
     file.write_text(TOY)
-    short = [
-        "--benchmark-max-time=0.001",
-        "--benchmark-min-rounds=1",
-        "-p",
-        "conftest",
-        f"--rootdir={tmp_path}",
-    ]
-    printed = run(BENCH / "compare.py", "--passes=2", f"--out={tmp_path}", file, *short)
-    rows = json.loads((tmp_path / "report.json").read_text())
+    short = ["--benchmark-max-time=0.001", "--benchmark-min-rounds=1", "-p", "conftest", f"--rootdir={tmp_path}"]
+    printed = run(BENCH / "compare.py", "--passes=2", f"--out={tmp_path}", file, *short, status=1)
+    report = (tmp_path / "report.md").read_text()
+    assert printed.endswith(report + "\n")
     timed = ["nn.ReLU", "regfast", "no such gradient"]
-    assert sorted((row["problem"], row["contestant"]) for row in rows) == sorted(
-        [("test_toy[forward]", name) for name in timed]
-        + [("test_toy[forward+backward]", name) for name in timed[:2]]
+    assert sorted((problem, contestant) for problem, contestant, *_ in table(report)[2:]) == sorted(
+        [("test_toy[forward]", name) for name in timed] + [("test_toy[forward+backward]", name) for name in timed[:2]]
     )
-    assert all(row["passes"] == 2 and "of_copy" not in row for row in rows)
-    assert (
-        "absent: test_toy, no such library, not installed: No module named 'no_such_library' (4 times)"
-        in printed
-    )
-    assert (
-        "errors: test_toy, no such gradient, ArithmeticError: no such gradient (2 times)" in printed
-    )
+    assert "no_such_library does not import: No module named 'no_such_library'" in report
+    assert "test_toy[forward+backward-no such gradient] - ArithmeticError: no such gradient (in 2 passes)" in report
 
 
-def recorded(file: Path, seconds: dict[str, float], **more: object) -> str:
-    """A file as pytest-benchmark leaves it, of one problem with these medians."""
-    benchmarks = [
+def test_a_run_that_times_nothing_has_no_report(tmp_path: Path) -> None:
+    file = tmp_path / "bench_toy.py"
+    file.write_text(TOY)
+    (tmp_path / "pass1.json").write_text("of an earlier run")
+    run(BENCH / "compare.py", f"--out={tmp_path}", file, "-k", "no_such_test", status=pytest.ExitCode.NO_TESTS_COLLECTED)
+    assert [path.name for path in tmp_path.glob("*.json")] == []
+
+
+def table(report: str) -> list[list[str]]:
+    """The cells of its lines."""
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in report.splitlines() if line.startswith("|")]
+
+
+def recorded(seconds: dict[str, float], **more: object) -> list[dict]:
+    """What pytest-benchmark's file has of one problem with these medians."""
+    info = {"how": "cpu", "baseline": "plain", "saved_bytes": 2**20, "device": "abacus", "versions": "torch 9"}
+    info |= {"commit": "c0ffee", "check": "none on a CPU"} | more
+    return [
         {
             "group": "test_toy[forward]",
             "params": {"contestant": name},
-            "extra_info": {
-                "how": "cpu",
-                "baseline": "plain",
-                "of_copy": 0.25 / median,
-                "saved_bytes": 2**20,
-            },
+            "extra_info": info | {"of_copy": 0.25 / median},
             "stats": {"median": median},
         }
         for name, median in seconds.items()
     ]
-    about = {
-        "machine_info": {"device": "abacus", "versions": {"torch": "9"}},
-        "datetime": "2026-01-01T00:00:00",
-    }
-    about |= {"commit_info": {"id": "c0ffee", "dirty": True}, "absent": [], "errors": []}
-    file.write_text(json.dumps(about | {"benchmarks": benchmarks} | more))
-    return str(file)
 
 
-def test_a_report_has_medians_of_passes_and_of_their_ratios(
-    tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_a_report_has_medians_of_passes_and_of_their_ratios() -> None:
     """The ratios are 1/1, 6/2 and 4/4, whose median is not the medians' ratio, 4/2."""
     passes = [
-        recorded(tmp_path / "1.json", {"regfast": 1.0, "plain": 1.0, "slow": 9.0}),
-        recorded(tmp_path / "2.json", {"plain": 2.0, "slow": 8.0, "regfast": 6.0}),
-        recorded(tmp_path / "3.json", {"slow": 7.0, "regfast": 4.0, "plain": 4.0}),
+        recorded({"regfast": 1.0, "plain": 1.0, "slow": 9.0}),
+        recorded({"plain": 2.0, "slow": 8.0, "regfast": 6.0}),
+        recorded({"slow": 7.0, "regfast": 4.0, "plain": 4.0}),
     ]
-    assert compare.main(["--from", *passes, "--out", str(tmp_path)]) == 0
-    rows = json.loads((tmp_path / "report.json").read_text())
+    rows = compare.rows_of(passes)
     assert [(row["contestant"], row["seconds"], row["ratio"], row["of_copy"]) for row in rows] == [
         ("plain", 2.0, 1.0, 0.125),
         ("regfast", 4.0, 1.0, 0.0625),
         ("slow", 8.0, 4.0, 0.25 / 8.0),
     ]
-    printed = capsys.readouterr().out
-    assert printed.strip() == (tmp_path / "report.md").read_text().strip()
-    cells = [
-        [cell.strip() for cell in line.split("|")[1:-1]]
-        for line in printed.splitlines()
-        if line.startswith("|")
-    ]
-    assert cells[0] == [
-        "problem",
-        "contestant",
-        "how",
-        "time, us",
-        "ratio",
-        "of copy",
-        "saved, MiB",
-    ]
+    printed = compare.report(rows, passes, Counter())
+    assert printed.startswith("# regfast's benchmark, 3 passes\n")
+    cells = table(printed)
+    assert cells[0] == ["problem", "contestant", "how", "time, us", "ratio", "of copy", "saved, MiB"]
     assert cells[2] == ["test_toy[forward]", "plain", "cpu", "2000000.0", "1.00", "12%", "1.00"]
-    assert cells[3][:3] == ["", "regfast", "cpu"]
-    for note in (
-        "device: abacus",
-        "versions: torch 9",
-        "commit: c0ffee, with uncommitted changes",
-        "passes: 3, 2026",
-    ):
-        assert note in printed
+    for note in ("device: abacus", "versions: torch 9", "commit: c0ffee", "check: none on a CPU"):
+        assert printed.count(f"- {note}\n") == 1
 
 
-def test_a_report_says_that_a_device_is_not_trusted_and_needs_no_baseline(
-    tmp_path: Path, capsys
-) -> None:
-    check = {"check": {"trusted": False, "empty_kernel_us": 40.0}}
-    machine = {"device": "abacus", "versions": {}} | check
-    file = recorded(tmp_path / "1.json", {"regfast": 1.0}, machine_info=machine)
-    assert compare.main(["--from", file, "--out", str(tmp_path)]) == 0
-    assert "NOT TRUSTED: {'trusted': False, 'empty_kernel_us': 40.0}" in capsys.readouterr().out
-    assert "ratio" not in json.loads((tmp_path / "report.json").read_text())[0]
-
-
-@pytest.mark.parametrize(
-    ("contestant", "status"), [("kornia", 0), ("regfast", 1), ("regfast compiled", 1)]
-)
-def test_the_status_is_bad_where_regfast_failed_or_nothing_ran(
-    tmp_path: Path, contestant: str, status: int
-) -> None:
-    errors = [["test_toy[forward]", contestant, "ArithmeticError: no"]]
-    file = recorded(tmp_path / "1.json", {"plain": 1.0}, errors=errors)
-    assert compare.main(["--from", file, "--out", str(tmp_path)]) == status
-    assert compare.main(["--from", str(tmp_path / "none.json"), "--out", str(tmp_path)]) == 1
+def test_a_report_says_of_any_pass_that_it_is_not_trusted_and_needs_no_baseline() -> None:
+    passes = [recorded({"regfast": 1.0}, check="trusted; 1"), recorded({"regfast": 1.0}, check="NOT TRUSTED; 2")]
+    rows = compare.rows_of(passes)
+    printed = compare.report(rows, passes, Counter())
+    assert "- check: trusted; 1\n- check: NOT TRUSTED; 2\n" in printed
+    assert "ratio" not in rows[0]

@@ -46,6 +46,17 @@ def test_all_kernels_are_as_the_table_says():
     check()
 
 
+def test_a_case_that_there_is_not_is_an_error(tmp_path: Path, monkeypatch, capsys):
+    table = tmp_path / "compiled.csv"
+    table.write_bytes(compiled.TABLE.read_bytes())
+    monkeypatch.setattr(compiled, "TABLE", table)
+    monkeypatch.setattr(sys, "argv", ["compiled", "--only", "2d", "3D", "--write"])
+    with pytest.raises(SystemExit, match="2"):
+        compiled.main()
+    assert "--only '3D' chooses no kernel" in capsys.readouterr().err
+    assert table.read_bytes() == (ROOT / "tools" / "compiled.csv").read_bytes()
+
+
 SASS = """
         /*0000*/                   S2R R0, SR_TID.X ;
 .L_x_1:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from typing import NamedTuple
+
+import networkx as nx
 
 # An instruction: its condition, its name, its first operands, and the label that it may branch to.
 # A label has its name alone, in the last group.
@@ -13,17 +16,11 @@ SASS = (
 )
 AMDGCN = r"^\s+()([a-z][a-z0-9_]+)()(?:[ \t]+(\.LBB\w+))?|^(\.L\w+):"
 ENDS = ("EXIT", "s_endpgm")
+ACCESSES = {"load": "LDG|(global|buffer)_load_", "store": "STG|(global|buffer)_store_"}
 
 
-class Instruction(NamedTuple):
-    """An instruction's name, and the places of the instructions that may follow it."""
-
-    name: str
-    following: list[int]
-
-
-def instructions(text: str, pattern: str) -> list[Instruction]:
-    """Every instruction of an assembly, which `pattern` matches: SASS or AMDGCN."""
+def instructions(text: str, pattern: str) -> nx.DiGraph:
+    """The places of an assembly, which `pattern` matches, to those that may follow; with names."""
     found: list[tuple[str, str, bool]] = []
     labels: dict[str, int] = {}
     for match in re.finditer(pattern, text, flags=re.M):
@@ -32,65 +29,18 @@ def instructions(text: str, pattern: str) -> list[Instruction]:
             labels[label] = len(found)
         else:
             found.append((name, target, not condition and not operands.strip()))
-    listed = []
+    graph = nx.DiGraph()
     for i, (name, target, always) in enumerate(found):
+        graph.add_node(i, name=name)
         to = labels.get(target)
         # An AMD GPU skips what no lane does; here some lane does it.
         goes = name == "s_branch" or (always and name == "BRA")
         goes = goes or (name == "s_cbranch_execnz" and to is not None and to > i)
-        following = [to] if to is not None and name != "s_cbranch_execz" else []
+        if to is not None and name != "s_cbranch_execz":
+            graph.add_edge(i, to)
         if not goes and not (always and name in ENDS) and i + 1 < len(found):
-            following.append(i + 1)
-        listed.append(Instruction(name, following))
-    return listed
-
-
-class Loop(NamedTuple):
-    """A loop: the places of its first instruction, of the last ones of a turn, and of all."""
-
-    first: int
-    last: set[int]
-    places: set[int]
-
-
-def loops_of(found: list[Instruction]) -> list[Loop]:
-    """The loops of a program. A jump backwards to what does not reach it again is no loop."""
-    before: list[list[int]] = [[] for _ in found]
-    for i, one in enumerate(found):
-        for following in one.following:
-            before[following].append(i)
-    reached = distances(found, {0})
-    loops: dict[int, Loop] = {}
-    for first, sources in enumerate(before):
-        turned = {i for i in sources if i >= first and i in reached}
-        if not turned:
-            continue
-        places, waiting = {first}, list(turned)
-        while waiting:
-            i = waiting.pop()
-            if i not in places and i >= first:
-                places.add(i)
-                waiting += before[i]
-        # Only what the first instruction reaches.
-        places &= distances(found, {first}, places).keys()
-        last = turned & places
-        # A jump to itself, with which a program ends, is no loop.
-        if last and len(places) > 1:
-            loops[first] = Loop(first, last, places)
-    return list(loops.values())
-
-
-def distances(
-    found: list[Instruction], starts: set[int], within: set[int] | None = None
-) -> dict[int, int]:  # fmt: skip
-    """The fewest steps from `starts` to each place that is reached, perhaps only `within` some."""
-    steps, waiting = dict.fromkeys(starts, 0), list(starts)
-    for i in waiting:
-        for following in found[i].following:
-            if following not in steps and (within is None or following in within):
-                steps[following] = steps[i] + 1
-                waiting.append(following)
-    return steps
+            graph.add_edge(i, i + 1)
+    return graph
 
 
 class Way(NamedTuple):
@@ -106,32 +56,52 @@ class Way(NamedTuple):
     around: int
 
 
-def shortest(found: list[Instruction]) -> Way:
+def loops_of(graph: nx.DiGraph) -> dict[int, set[int]]:
+    """The places of each loop, by its first: what this reaches and is reached from, beyond it."""
+    loops = {}
+    for first in sorted(graph):
+        if any(i > first for i in graph.predecessors(first)):
+            beyond = graph.subgraph(i for i in graph if i >= first)
+            turn = nx.descendants(beyond, first) & nx.ancestors(beyond, first)
+            if turn:
+                loops[first] = turn | {first}
+    return loops
+
+
+def shortest(graph: nx.DiGraph) -> Way:
     """The way through a program. The main loop is the longest one that has no other within it."""
-    loops = loops_of(found)
-    ends = {i for i, one in enumerate(found) if one.name in ENDS}
+    graph = graph.subgraph({0} | nx.descendants(graph, 0))
+    loops = loops_of(graph)
+    start, ends = 0, {i for i in graph if graph.nodes[i]["name"] in ENDS}
     if not loops:
         return Way(0, max(ends) + 1, 0)
-    firsts = {loop.first for loop in loops}
-    innermost = [loop for loop in loops if loop.places & firsts == {loop.first}]
-    main = max(innermost, key=lambda loop: len(loop.places))
-    turn = distances(found, {main.first}, main.places)
-    outer = [loop for loop in loops if loop is not main and main.first in loop.places]
-    start, ends, within = 0, ends, None
+    innermost = [first for first, places in loops.items() if places & loops.keys() == {first}]
+    main = max(innermost, key=lambda first: len(loops[first]))
+    last = loops[main] & set(graph.predecessors(main))
+    turn = nx.single_source_shortest_path_length(graph.subgraph(loops[main]), main)
+    outer = [first for first in loops if first != main and main in loops[first]]
     if outer:
-        start, ends, within = min(outer, key=lambda loop: len(loop.places))
-    to = distances(found, {start}, within)[main.first]
-    after = distances(found, main.last, within)
-    left = min(after[end] for end in ends if end in after)
-    return Way(len(main.places), min(turn[last] for last in main.last) + 1, to + left)
+        start = min(outer, key=lambda first: len(loops[first]))
+        ends = loops[start] & set(graph.predecessors(start))
+        graph = graph.subgraph(loops[start])
+    after = nx.multi_source_dijkstra_path_length(graph, last)
+    around = nx.shortest_path_length(graph, start, main) + min(
+        after[i] for i in ends & after.keys()
+    )
+    return Way(len(loops[main]), min(turn[i] for i in last) + 1, around)
 
 
-def sass_bits(ops: list[str], kind: str) -> list[int]:
-    """The width in bits of every access of a kind; one that names no width has 32."""
-    named = [re.search(r"\.[US]?(8|16|64|128)\b", op) for op in ops if op.startswith(kind)]
-    return [int(width.group(1)) if width else 32 for width in named]
+def accesses(graph: nx.DiGraph, kind: str) -> str:
+    """How many loads or stores there are of each width in bits, the widest first: "2x128 4x16"."""
+    names = [name for _, name in graph.nodes(data="name") if re.match(ACCESSES[kind], name)]
+    counts = Counter(map(bits_of, names))
+    return " ".join(f"{counts[bits]}x{bits}" for bits in sorted(counts, reverse=True))
 
 
-def widths(bits: list[int]) -> str:
-    """How many accesses there are of each width in bits, the widest first: "2x128 4x16"."""
-    return " ".join(f"{bits.count(width)}x{width}" for width in sorted(set(bits), reverse=True))
+def bits_of(name: str) -> int:
+    """The width of an access; in SASS one that names none has 32 bits, in AMDGCN 16."""
+    if name.isupper():
+        named = re.search(r"\.[US]?(8|16|64|128)\b", name)
+        return int(named[1]) if named else 32
+    words = re.search(r"_dword(?:x(\d))?$", name)
+    return 32 * int(words[1] or 1) if words else 16

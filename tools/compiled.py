@@ -2,15 +2,14 @@
 
     python -m tools.compiled [--target sm_90 ...] [--dtype bf16 ...] [--only '2d k=2' ...] [--write]
 
-Each launch of `ENTRIES` is recorded from the operation's own launcher, on tensors that are never
-read: what is compiled is what a GPU would be given, the same blocks, the same specialisation on
-alignment. The figures are the registers, spills and the stack; the occupancy, in percent, that
-registers and shared memory leave; the instructions, those of the main loop, those of a turn of it
-on its shortest way, and how many of these an element takes; and how wide accesses are.
+Each launch is recorded from the operation's own launcher, on tensors that are never read, so that
+the compiler is given what a GPU would be. The figures are the registers, spills and the stack; the
+occupancy, in percent, that registers and shared memory leave; the instructions, those of the main
+loop, those of its shortest turn, and how many of these an element takes; and how wide accesses are.
 
-Without --write the figures are compared with compiled.csv beside this file. A kernel that spills,
-has a stack or differs from its row is named, and the exit status is 1. With --write the figures
-become the table. Under TRITON_INTERPRET=1 nothing can be compiled.
+The figures are compared with compiled.csv beside this file: a kernel that spills, has a stack or
+differs from its row is named, and the exit status is 1. With --write they become the table.
+Under TRITON_INTERPRET=1 nothing can be compiled.
 """
 
 from __future__ import annotations
@@ -26,10 +25,12 @@ import tempfile
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
+import networkx as nx
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
@@ -37,7 +38,7 @@ from triton.compiler import ASTSource
 
 from regfast.kernels.launch import LAUNCHES, Launch, Target
 
-from .assembly import AMDGCN, SASS, Way, instructions, sass_bits, shortest, widths
+from .assembly import AMDGCN, SASS, accesses, instructions, shortest
 from .problems import PROBLEMS, Problem, Work
 
 TABLE = Path(__file__).with_suffix(".csv")
@@ -61,33 +62,24 @@ def target_of(name: str) -> GPUTarget:
     return GPUTarget("hip", name, 64 if name.startswith("gfx9") else 32)
 
 
-def kind_of(name: str) -> Target:
-    """What launchers are told of an architecture."""
-    found = target_of(name)
-    return Target(found.warp_size, found.backend == "cuda" and found.arch >= 90)
-
-
 class Recorded(NamedTuple):
-    """A launch that was recorded and not made: the kernel, its arguments and its options."""
+    """A launch that was recorded and not made; its values are by name, with the constants."""
 
     kernel: Any
-    args: tuple
+    values: dict[str, Any]
     options: dict[str, Any]
-
-    @property
-    def values(self) -> dict[str, Any]:
-        """The kernel's arguments by name, with the constants."""
-        names = self.kernel.arg_names
-        return dict(zip(names, self.args)) | {k: v for k, v in self.options.items() if k in names}
 
 
 def record(call: Callable[[], Any], target: str = "sm_90") -> list[Recorded]:
     """The launches that a call of a launcher would give a GPU of the target."""
     launches: list[Recorded] = []
+    gpu = target_of(target)
+    told = Target(gpu.warp_size, gpu.backend == "cuda" and gpu.arch >= 90)
 
     def note(launch: Launch, *args: Any) -> None:
         if launch.grid[0] > 0:
-            launches.append(Recorded(launch.kernel, (*args, *launch.numbers), launch.options))
+            given = dict(zip(launch.kernel.arg_names, (*args, *launch.numbers)))
+            launches.append(Recorded(launch.kernel, given | launch.options, launch.options))
 
     with contextlib.ExitStack() as patches:
         patches.enter_context(patch.object(Launch, "__call__", note))
@@ -95,74 +87,53 @@ def record(call: Callable[[], Any], target: str = "sm_90") -> list[Recorded]:
         patches.enter_context(patch.dict(LAUNCHES, clear=True))
         for name, module in sys.modules.items():
             if name.startswith("regfast.kernels.") and hasattr(module, "target_of"):
-                replaced = patch.object(module, "target_of", lambda device: kind_of(target))
-                patches.enter_context(replaced)
+                patches.enter_context(patch.object(module, "target_of", lambda device: told))
         call()
     return launches
 
 
-def source_of(launch: Recorded) -> tuple[ASTSource, dict[str, Any]]:
-    """A launch's source and options, specialised as by Triton: on None, 1 and multiples of 16."""
-    kernel, _, options = launch
-    values = launch.values
+def compile_for(target: str, launch: Recorded) -> Any:
+    """What Triton compiles for a launch: specialised on None, on 1 and on multiples of 16."""
+    kernel, values, options = launch
     signature, constants, attributes = {}, {}, {}
     for param in kernel.params:
         value = values[param.name]
-        if param.is_constexpr or value is None:
+        points, real = isinstance(value, torch.Tensor), param.annotation == "fp64"
+        special = not (points or real or param.do_not_specialize)
+        if param.is_constexpr or value is None or (special and value == 1):
             signature[param.name], constants[param.name] = "constexpr", value
-        elif isinstance(value, torch.Tensor):
+            continue
+        if points:
             signature[param.name] = "*" + TYPES[value.dtype]
-            attributes[(param.num,)] = [["tt.divisibility", 16]]
-        elif param.annotation == "fp64":
-            # Triton specialises on integers alone.
-            signature[param.name] = "fp64"
-        elif value == 1 and not param.do_not_specialize:
-            signature[param.name], constants[param.name] = "constexpr", value
         else:
-            signature[param.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0 and not param.do_not_specialize:
-                attributes[(param.num,)] = [["tt.divisibility", 16]]
+            integer = "i32" if -(2**31) <= value < 2**31 else "i64"
+            signature[param.name] = "fp64" if real else integer
+        if points or (special and value % 16 == 0):
+            attributes[(param.num,)] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     rest = {name: value for name, value in options.items() if name not in kernel.arg_names}
-    return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes), rest
+    return triton.compile(source, target=target_of(target), options=rest)
 
 
-def output_of(tool: str, *arguments: str) -> str:
-    """What one of the NVIDIA tools that Triton brings along prints."""
-    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
-    return subprocess.run([path, *arguments], capture_output=True, text=True, check=True).stdout
-
-
-def nvidia_figures(cubin: bytes) -> tuple[dict[str, int | str], Way]:
+def read_nvidia(cubin: bytes) -> tuple[int, int, int, nx.DiGraph]:
+    """The registers, the bytes of stack, the spills and the instructions of a program."""
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    run = partial(subprocess.run, capture_output=True, text=True, check=True)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage = output_of("cuobjdump", "-res-usage", file.name)
-        sass = output_of("nvdisasm", "-c", file.name)
-    figure = dict(re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage))
-    found = instructions(sass, SASS)
-    ops = [one.name for one in found]
-    return dict(
-        registers=int(figure["REG"]), stack=int(figure["STACK"]),
-        spills=sum(op.startswith(("LDL", "STL")) for op in ops), instructions=len(ops),
-        loads=widths(sass_bits(ops, "LDG")), stores=widths(sass_bits(ops, "STG")),
-    ), shortest(found)  # fmt: skip
+        usage = run([tools / "cuobjdump", "-res-usage", file.name]).stdout
+        found = instructions(run([tools / "nvdisasm", "-c", file.name]).stdout, SASS)
+    figure = {name: int(number) for name, number in re.findall(r"(REG|STACK):(\d+)", usage)}
+    spills = sum(name.startswith(("LDL", "STL")) for _, name in found.nodes(data="name"))
+    return figure["REG"], figure["STACK"], spills, found
 
 
-def amd_figures(text: str) -> tuple[dict[str, int | str], Way]:
+def read_amd(text: str) -> tuple[int, int, int, nx.DiGraph]:
     """Spills are vector registers in memory; scalar ones spill into lanes of vector registers."""
-    counts = {name: int(count) for name, count in re.findall(r"\.(\w+):\s+(\d+)$", text, re.M)}
-    found = instructions(text, AMDGCN)
-    ops = [one.name for one in found]
-    bits = {"dword": 32, "dwordx2": 64, "dwordx3": 96, "dwordx4": 128}
-    loads, stores = (
-        [bits.get(match[1], 16) for op in ops if (match := re.match(pattern, op))]
-        for pattern in (r"(?:global|buffer)_load_(\w+)", r"(?:global|buffer)_store_(\w+)")
-    )
-    return dict(
-        registers=counts["vgpr_count"], stack=counts["private_segment_fixed_size"],
-        spills=counts["vgpr_spill_count"], instructions=len(ops),
-        loads=widths(loads), stores=widths(stores),
-    ), shortest(found)  # fmt: skip
+    count = {name: int(number) for name, number in re.findall(r"\.(\w+):\s+(\d+)$", text, re.M)}
+    stack, spills = count["private_segment_fixed_size"], count["vgpr_spill_count"]
+    return count["vgpr_count"], stack, spills, instructions(text, AMDGCN)
 
 
 def occupancy(target: str, registers: int, shared: int, num_warps: int) -> int:
@@ -189,21 +160,22 @@ def foretold(per_element: float, occupancy: float, elements: int, floor: int) ->
     return max(floor / bandwidth, per_element * elements / slots)
 
 
-def figures(launch: Recorded, target: str, work: Work | None = None) -> dict[str, int | str]:
+def figures(launch: Recorded, target: str, work: Work | None = None) -> dict[str, Any]:
     """What the compiler makes of a launch. Without `work` the figures of an element are empty."""
-    source, rest = source_of(launch)
-    compiled = triton.compile(source, target=target_of(target), options=rest)
-    amd = target.startswith("gfx")
-    assembly = compiled.asm["amdgcn" if amd else "cubin"]
-    found, way = amd_figures(assembly) if amd else nvidia_figures(assembly)
-    shared = compiled.metadata.shared
-    found |= dict(
-        shared=shared, loop=way.loop, executed=way.executed,
-        occupancy=occupancy(target, int(found["registers"]), shared, rest["num_warps"]),
+    compiled = compile_for(target, launch)
+    asm, shared = compiled.asm, compiled.metadata.shared
+    read = read_amd(asm["amdgcn"]) if "amdgcn" in asm else read_nvidia(asm["cubin"])
+    registers, stack, spills, program = read
+    way = shortest(program)
+    return dict(
+        registers=registers,
+        occupancy=occupancy(target, registers, shared, launch.options["num_warps"]),
+        shared=shared, stack=stack, spills=spills,
+        instructions=len(program), loop=way.loop, executed=way.executed,
         elements="x".join(f"{size:g}" for size in work.lane) if work else "",
         per_element=f"{work.per_element(way):.2f}" if work else "",
+        loads=accesses(program, "load"), stores=accesses(program, "store"),
     )  # fmt: skip
-    return {name: found[name] for name in FIGURES}
 
 
 class Entry(NamedTuple):
@@ -218,17 +190,6 @@ class Entry(NamedTuple):
     def problem(self) -> Problem:
         return PROBLEMS[self.operation, self.case]
 
-    def record(self, dtype: torch.dtype, target: str) -> Recorded:
-        """The launch that a GPU of the target would be given."""
-        calls, kernel = self.problem.calls(dtype, self.channels_last), f"_{self.direction}_kernel"
-        both = [call for call in (calls.forward, calls.backward) if call is not None]
-        launches = [launch for call in both for launch in record(call, target)]
-        return [each for each in launches if each.kernel.__name__ == kernel][self.problem.launch]
-
-    def is_for(self, dtype: torch.dtype, target: str) -> bool:
-        """Whether the table has this row."""
-        return not self.problem.rare or (dtype != torch.float16 and target == "sm_90")
-
     def key(self, dtype: torch.dtype, target: str) -> tuple[str, ...]:
         """The KEYS of a row."""
         layout = "channels last" if self.channels_last else "contiguous"
@@ -242,49 +203,42 @@ ENTRIES = [
     for channels_last in problem.formats
 ]
 KEYS = ("operation", "direction", "case", "format", "dtype", "target")
-FIGURES = (
-    "registers", "occupancy", "shared", "stack", "spills", "instructions", "loop", "executed",
-    "elements", "per_element", "loads", "stores",
-)  # fmt: skip
 
 
 def row_of(entry: Entry, dtype: torch.dtype, target: str) -> dict[str, str]:
     """A row of the table: what was compiled, and its figures."""
-    launch = entry.record(dtype, target)
-    threads = launch.options["num_warps"] * target_of(target).warp_size
+    calls = entry.problem.calls(dtype, entry.channels_last)
+    both = [call for call in (calls.forward, calls.backward) if call is not None]
+    launches = [launch for call in both for launch in record(call, target)]
+    name, work = f"_{entry.direction}_kernel", None
+    launch = [each for each in launches if each.kernel.__name__ == name][entry.problem.launch]
     # The others, "order" and "finish", take a few numbers.
-    has_elements = entry.direction in ("forward", "backward")
-    work = entry.problem.work(launch.values, threads) if has_elements else None
-    key = dict(zip(KEYS, entry.key(dtype, target)))
-    return {name: str(value) for name, value in (key | figures(launch, target, work)).items()}
+    if entry.direction in ("forward", "backward"):
+        threads = launch.options["num_warps"] * target_of(target).warp_size
+        work = entry.problem.work(launch.values, threads)
+    row = dict(zip(KEYS, entry.key(dtype, target))) | figures(launch, target, work)
+    return {name: str(value) for name, value in row.items()}
 
 
-Job = tuple[Entry, torch.dtype, str]
-Table = dict[tuple[str, ...], dict[str, str]]
+def jobs_for(targets: Iterable[str], dtypes: Iterable[str], only: Iterable[str]) -> list[tuple]:
+    """The rows of cases that a pattern of `only` matches; rare ones have fewer dtypes, a target."""
+    return [
+        (entry, dtype, target)
+        for entry, dtype, target in itertools.product(ENTRIES, TYPES, targets)
+        if TYPES[dtype] in dtypes and any(fnmatchcase(entry.case, each) for each in only)
+        if not entry.problem.rare or (dtype != torch.float16 and target == "sm_90")
+    ]
 
 
-def jobs_for(targets: Iterable[str], dtypes: Iterable[str], only: Iterable[str]) -> list[Job]:
-    """The entries with a case that a pattern of `only` matches, for all targets and dtypes."""
-    chosen = [entry for entry in ENTRIES if any(fnmatchcase(entry.case, each) for each in only)]
-    types = [dtype for dtype, name in TYPES.items() if name in dtypes]
-    return [job for job in itertools.product(chosen, types, targets) if job[0].is_for(*job[1:])]
+def complaint(row: dict[str, str], known: dict[str, str]) -> str:
+    """What spills, has a stack, or with the table's Triton is not as in its row."""
+    known = known | {"spills": "0", "stack": "0"}
+    names = row if triton.__version__ == TRITON else ("spills", "stack")
+    changed = [name for name in names if row[name] != known.get(name)]
+    return ", ".join(f"{n} {known.get(n, 'not in the table')} -> {row[n]}" for n in changed)
 
 
-def complaints(rows: list[dict[str, str]], table: Table) -> list[str]:
-    """The rows with a spill or a stack, or with other figures than the table has of this Triton."""
-    found, comparable = [], triton.__version__ == TRITON
-    for row in rows:
-        key = tuple(row[name] for name in KEYS)
-        bad = [f"{name} {row[name]}" for name in ("spills", "stack") if row[name] != "0"]
-        known = table.get(key, {})
-        changed = [name for name in row if row[name] != known.get(name)] if comparable else []
-        bad += [f"{name} {known.get(name, 'not in the table')} -> {row[name]}" for name in changed]
-        if bad:
-            found.append(f"{' '.join(key)}: {', '.join(bad)}")
-    return found
-
-
-def read_table() -> Table:
+def read_table() -> dict[tuple[str, ...], dict[str, str]]:
     with TABLE.open(newline="") as file:
         return {tuple(row[name] for name in KEYS): row for row in csv.DictReader(file)}
 
@@ -297,23 +251,28 @@ def main() -> int:
     add("--dtype", nargs="+", choices=DTYPES, default=DTYPES)
     add("--only", nargs="+", metavar="CASE", default=["*"], help="cases, or patterns of them")
     add("--write", action="store_true", help="make the figures the table")
-    arguments = parser.parse_args()
-    jobs = jobs_for(arguments.target, arguments.dtype, arguments.only)
+    options = parser.parse_args()
+    for each in options.only:
+        if not jobs_for(options.target, options.dtype, [each]):
+            parser.error(f"--only {each!r} chooses no kernel of these targets and dtypes")
+    jobs = jobs_for(options.target, options.dtype, options.only)
     with ProcessPoolExecutor(2) as processes:
         rows = list(processes.map(row_of, *zip(*jobs)))
-    if arguments.write:
-        table = read_table() if TABLE.exists() else {}
-        table |= {tuple(row[name] for name in KEYS): row for row in rows}
-        # In the order of ENTRIES, without rows of an older table: other cases, or other figures.
+    found, table = {tuple(row[name] for name in KEYS): row for row in rows}, read_table()
+    if options.write:
+        table |= found
+        # In the order of ENTRIES, without the rows of cases that are no more.
         keys = [entry.key(*rest) for entry, *rest in jobs_for(TARGETS, DTYPES, ["*"])]
         with TABLE.open("w", newline="") as file:
-            writer = csv.DictWriter(file, (*KEYS, *FIGURES), lineterminator="\n")
+            writer = csv.DictWriter(file, rows[0], lineterminator="\n")
             writer.writeheader()
-            writer.writerows(r for k in keys if (r := table.get(k, {})).keys() == rows[0].keys())
-    found = complaints(rows, read_table())
-    print(*found, sep="\n", end="\n" * bool(found))
-    print(f"{len(rows)} kernels compiled with triton {triton.__version__}, {len(found)} to look at")
-    return 1 if found else 0
+            writer.writerows(table[key] for key in keys if key in table)
+    said = {key: complaint(row, table.get(key, {})) for key, row in found.items()}
+    bad = [f"{' '.join(key)}: {text}" for key, text in said.items() if text]
+    for line in bad:
+        print(line)
+    print(f"{len(rows)} kernels compiled with triton {triton.__version__}, {len(bad)} to look at")
+    return 1 if bad else 0
 
 
 if __name__ == "__main__":

@@ -1,46 +1,51 @@
 """Everything that only a GPU can say, in one command of seven minutes, without a network.
 
-    python -m tools.gpu [PART ...] [--out DIR] [--minutes 7] [--device cpu|cuda]
+    python -m tools.gpu [PART ...] [--out DIR] [--minutes 7]
 
 tests: `FILES` without `LEFT_OUT`. kernels: times beside what is foretold, and counters where ncu is
 found. host: the host's time of a call. steps: training steps of networks beside their peers, eager
-and compiled. sanitize: memcheck and racecheck over a launch of every kernel. tune, only if it is
-named: the best cuts of the poolings.
+and compiled. sanitize: memcheck and racecheck over a launch of every kernel.
 
 Without a PART those run that DIR has no whole result of, for this commit and device. What fails or
-hangs costs no other part its results. DIR/gpu.json and gpu.md are written anew after each step, of
-all parts that DIR has: several calls give one report, and gpu.json alone need be kept between them.
-The exit status is 1 if a step failed or was cut. With --device cpu everything is a toy, which tests
-this code. Needs pytest, -xdist, -benchmark, hypothesis, tabulate, and timm for the networks.
+hangs costs no other part its results: DIR/gpu.json and gpu.md are written after each part. The exit
+status is 1 if a step failed or was cut. Without CUDA everything is a toy, which tests this code.
+Needs pytest, -xdist, -benchmark, hypothesis, tabulate, and timm.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import os
-import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
-from datetime import datetime, timezone
+import time
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
 from tabulate import tabulate
 
 from regfast.info import devices, versions
 
-from .kernels import COUNTERS, PROCESSES, counted
-from .steps import Step, run_all
+from .kernels import COUNTED, COUNTERS, CUDA, PROCESSES, Row, counted
 
-Row = dict[str, Any]
-PYTHON = [sys.executable, "-m"]
-PYTEST = [*PYTHON, "pytest", "-q", "--tb=short"]
+# A step: its name, which begins with its part's, about its seconds on an H200, and its command. In
+# it "{seconds}" becomes the time after which it should end by itself.
+Step = tuple[str, float, list[Any]]
+# Seconds for an interrupted command to write what it has: pytest-xdist waits ten for its processes.
+GRACE = 15
+table = partial(tabulate, headers="keys", tablefmt="github", floatfmt=".4g")
+NOT_RUN = {"status": "cut", "seconds": 0.0, "ending": [], "rows": []}
+# What every command begins with. PATH has the profiler and the sanitizer of a usual setup.
+ENV = ["env", "PYTHONUNBUFFERED=1", f"PATH={os.getenv('PATH', os.defpath)}:/usr/local/cuda/bin"]
+PYTEST = [sys.executable, "-m", "pytest", "-q", "--tb=short"]
+KERNELS = [sys.executable, "-m", "tools.kernels"]
 FILES = (
     "test_contract.py", "test_blend.py", "test_mixup_cross_entropy.py", "test_rezero.py",
     "test_pooling_kernels.py", "test_network_windows.py", "test_launch.py", "test_seam.py",
@@ -50,242 +55,192 @@ FILES = (
     "test_bad_input.py::test_ops_refuse_a_mix_of_devices",
     "test_train.py::test_graphs_train_as_launches_do",
 )  # fmt: skip
-# Parts of names, and why a CPU tells as much.
-LEFT_OUT = {
-    "the_reference_is_ or torch_func or compiled_graph or compiled_code_is": "plain PyTorch",
-    "test_bad_input[ or test_bad_input_is": "refused before a launch",
-    "finite_differences": "the formulas, in float64",
-    "opcheck": "how operators are registered",
-    "_drawn_": "other windows, and dozens of kernels to compile",
-}
+# Parts of names, of which a CPU tells as much: plain PyTorch, what is refused before a launch, the
+# formulas in float64, how operators are registered; and dozens of other windows to compile.
+LEFT_OUT = (
+    "the_reference_is_", "torch_func", "compiled_graph", "compiled_code_is", "test_bad_input[",
+    "test_bad_input_is", "finite_differences", "opcheck", "_drawn_",
+)  # fmt: skip
+CHOSEN = [*(f"tests/{name}" for name in FILES), "-k", f"not ({' or '.join(LEFT_OUT)})"]
 
 
-def chosen() -> list[str]:
-    """pytest's arguments for the tests that are for a GPU."""
-    left_out = f"not ({' or '.join(LEFT_OUT)})"
-    return [*(f"tests/{name}" for name in FILES), "-k", left_out, "-m", "not slow"]
-
-
-def tests(cpu: bool, raw: Path) -> Iterator[Step]:
+def tests(raw: Path) -> Iterator[Step]:
     # Most of it is compiling: no two processes should compile one kernel.
-    spread = [f"--numprocesses={PROCESSES}", "--dist=loadgroup"]
+    chosen = [*CHOSEN, "-m", "not slow", f"--numprocesses={PROCESSES}", "--dist=loadgroup"]
     small = ["tests/test_contract.py", "-k", "agree_with_the_reference and 1x1x1x1"]
-    command = [*PYTEST, *(small if cpu else chosen() + spread)]
-    yield Step("tests", command, 130, {"OMP_NUM_THREADS": "1"})
+    yield "tests", 150, ["OMP_NUM_THREADS=1", *PYTEST, *(chosen if CUDA else small)]
 
 
-def kernels(cpu: bool, raw: Path) -> Iterator[Step]:
-    command = [*PYTHON, "tools.kernels"]
-    if not cpu:
-        yield Step("kernels-compile", [*command, "compile"], 25)
-    yield Step("kernels-times", [*command, "times", "--out", raw / "kernels-times.jsonl"], 25)
+def kernels(raw: Path) -> Iterator[Step]:
+    yield "kernels-compile", 20, [*KERNELS, "compile"]
+    yield "kernels-times", 20, [*KERNELS, "times"]
+    # By estimate 45 launches take 20 s: 8 to begin, and each 0.2 for about 8 replays, before which
+    # ncu restores what the kernel writes, at most 0.4 GB.
     options = "--profile-from-start off --clock-control none --csv --page raw --print-units base"
-    options += " --kernel-name regex:_(forward|backward)_kernel --log-file"
-    profiler = [None if cpu else found("ncu"), *options.split(), raw / "kernels-counters.csv"]
-    profiler += ["--metrics", ",".join(COUNTERS.values())]
-    counters = ["counters", "--out", raw / "kernels-counters.jsonl", "--seconds", "{seconds}"]
-    unable = "ERR_NVGPUCTRPERM|Failed to initialize the profiler"
-    yield Step("kernels-counters", [*profiler, *command, *counters], 40, unable=unable)
+    metrics = ["--kernel-name", f"regex:{COUNTED}", "--metrics", ",".join(COUNTERS.values())]
+    profiler = ["ncu", *options.split(), *metrics, "--log-file", raw / "kernels.csv"]
+    counters = [*KERNELS, "counters", "--seconds", "{seconds}"]
+    yield "kernels-counters", 20, [*profiler, *counters] if CUDA else counters
 
 
-def host(cpu: bool, raw: Path) -> Iterator[Step]:
-    command = [*PYTHON, "tools.host", "--out", raw / "host.json", "--rounds", "2" if cpu else "20"]
-    yield Step("host", command, 20)
+def host(raw: Path) -> Iterator[Step]:
+    options = ["--out", raw / "host.json", "--rounds", 20 if CUDA else 2]
+    yield "host", 20, [sys.executable, "-m", "tools.host", *options]
 
 
-def steps(cpu: bool, raw: Path) -> Iterator[Step]:
+def steps(raw: Path) -> Iterator[Step]:
+    which = f"NHWC and forward+backward and {'bfloat16' if CUDA else 'resnet18 and plain'}"
     # A compiler takes a minute, and comes last.
-    shares = {"resnet18": 35} if cpu else {"resnet50": 35, "resnet18": 20, "compiled": 35}
-    for name, share in shares.items():
-        which = name if name == "compiled" else f"{name} and not compiled"
-        which += f" and NHWC and forward+backward and {'plain' if cpu else 'bfloat16'}"
-        results = [f"--benchmark-json={raw / f'steps-{name}.json'}", "--benchmark-max-time=0.5"]
-        command = [*PYTEST, "bench/bench_networks.py", "-k", which, *results]
-        yield Step(f"steps-{name}", command, share)
+    for name, share, more in (("eager", 55, "not compiled"), ("compiled", 35, "compiled")):
+        chosen = ["bench/bench_networks.py", "-k", f"{which} and {more}"]
+        options = [f"--benchmark-json={raw}/steps-{name}.json", "--benchmark-max-time=0.5"]
+        if CUDA or name == "eager":
+            yield f"steps-{name}", share, [*PYTEST, *chosen, *options, "--benchmark-quiet"]
 
 
-def sanitize(cpu: bool, raw: Path) -> Iterator[Step]:
-    """Under the sanitizer Triton would compile for minutes: its cache is filled before. PyTorch's
-    own kernels, which draw the data, are not checked.
-    """
-    launch = [*PYTHON, "tools.kernels", "launch", "--toy", "--seconds", "{seconds}"]
-    if cpu:
-        yield Step("sanitize-interpreter", launch, 60)
+def sanitize(raw: Path) -> Iterator[Step]:
+    """PyTorch's own kernels, which draw the data, are not checked."""
+    launch = [*KERNELS, "launch", "--toy", "--seconds", "{seconds}"]
+    if not CUDA:
+        yield "sanitize-interpreter", 60, launch
         return
-    yield Step("sanitize-compile", [*PYTHON, "tools.kernels", "compile", "--toy"], 25)
+    # Under the sanitizer Triton would compile for minutes.
+    yield "sanitize-compile", 20, [*KERNELS, "compile", "--toy"]
     options = ["--error-exitcode", "99", "--target-processes", "application-only"]
     for name in ("forward", "backward", "order", "finish"):
         options += ["--kernel-name", f"kns=_{name}_kernel"]
     # A tensor is an allocation of its own, so that a read just beyond it is seen.
-    environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "CUDA_MODULE_LOADING": "LAZY"}
+    environment = ["PYTORCH_NO_CUDA_MEMORY_CACHING=1", "CUDA_MODULE_LOADING=LAZY"]
     for tool in ("memcheck", "racecheck"):
-        command = [found("compute-sanitizer"), "--tool", tool, *options, *launch]
-        yield Step(f"sanitize-{tool}", command, 30, environment, "Device not supported")
+        command = [*environment, "compute-sanitizer", "--tool", tool, *options, *launch]
+        yield f"sanitize-{tool}", 20, command
 
 
-def tune(cpu: bool, raw: Path) -> Iterator[Step]:
-    device = ["--device", "cpu" if cpu else "cuda", "--out", raw / "sweep"]
-    for operation in ("max_blur_pool", "blur_pool"):
-        yield Step(f"tune-{operation}", [*PYTHON, "tools.tune", operation, *device], 200)
+def run(title: str, command: list[Any], limit: float, out: Path) -> Row:
+    """Runs a step for at most `limit` seconds. Its rows are the JSON that it printed."""
+    start, log = time.monotonic(), out / f"{title}.log"
+    seconds = f"{max(limit - GRACE / 2, 1):.0f}"
+    words = [str(word).replace("{seconds}", seconds) for word in (*ENV, *command)]
+    with log.open("w") as output:
+        process = subprocess.Popen(words, stdout=output, stderr=output, start_new_session=True)
+    try:
+        # env's own exit status where it finds no such program is 127.
+        status = {0: "ok", 127: "absent"}.get(process.wait(limit), "failed")
+    except subprocess.TimeoutExpired:
+        status = "cut"
+        # pytest then writes what it has. Interrupted themselves, its workers would not answer it.
+        process.send_signal(signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE)
+    finally:
+        # And the processes that it left behind.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    # A last line without an end may be cut.
+    lines = log.read_text(errors="replace").splitlines(keepends=True)
+    rows = [json.loads(line) for line in lines if line.startswith('{"') and line.endswith("\n")]
+    ending = "".join(line for line in lines if not line.startswith('{"')).splitlines()[-60:]
+    return {"status": status, "seconds": time.monotonic() - start, "ending": ending, "rows": rows}
 
 
-def found(program: str) -> str | None:
-    return shutil.which(program, path=f"{os.environ.get('PATH', os.defpath)}:/usr/local/cuda/bin")
-
-
-def read(path: Path) -> Any:
-    """What a step left in a file; of rows of JSON, a line each, those that are whole."""
-    text = path.read_text()
-    if path.suffix == ".jsonl":
-        return [json.loads(line) for line in text.rpartition("\n")[0].splitlines()]
-    return json.loads(text or "{}") if path.suffix == ".json" else text
-
-
-def table(rows: Iterable[Row]) -> str:
-    shown = [
-        {name: f"{value:.4g}" if isinstance(value, float) else value for name, value in row.items()}
-        for row in rows
-    ]
-    return tabulate(shown, "keys", "github", disable_numparse=True)
-
-
-def show_host(files: Row) -> Iterator[str]:
-    yield table(files["host.json"])
-
-
-def show_kernels(files: Row) -> Iterator[str]:
-    first, *times = files["kernels-times.jsonl"]
-    copy, cells = first["copy"], {}
+def show_kernels(part: Row) -> Iterator[str]:
+    (first, *times), cells = part["steps"]["kernels-times"]["rows"], {}
     for row in times:
-        cells.setdefault(name_of(row), {"": name_of(row)})[column_of(row)] = cell(row, copy)
-    yield f"A device copy of 1 GiB moves {copy / 1e12:.2f} TB/s (read + written)."
+        name = row["kernel"]
+        cells.setdefault(name, {"": name})[row["tensors"]] = cell(row, first["copy"])
+    yield f"A device copy of 1 GiB moves {first['copy'] / 1e12:.2f} TB/s (read + written)."
     yield "The share of it that the least bytes take (microseconds; foretold; their ratio):"
     yield table(cells.values())
-    rows = counted(files.get("kernels-counters.jsonl", []), files.get("kernels-counters.csv", ""))
-    names = ("DRAM %", "L2 %", "issue %", "occupancy %", "registers", "instructions an element")
-    yield table(
-        {"kernel": f"{name_of(row)} {column_of(row)}", "us": row["us"]}
-        | {"of copy": 1e6 * row["floor"] / row["us"] / copy}
-        | {name: row[name] for name in names}
-        | {"foretold": row["per_element"]}
-        | {"stalls (cycles an issue)": " ".join(f"{name}:{n:.1f}" for n, name in row["stalls"])}
-        for row in rows
-    )
-
-
-def name_of(row: Row) -> str:
-    return f"{row['operation']} {row['case']} {row['direction']}"
-
-
-def column_of(row: Row) -> str:
-    return f"{'NHWC' if row['format'] == 'channels last' else 'NCHW'} {row['dtype']}"
+    rows = part["steps"]["kernels-counters"]["rows"]
+    yield table(counted(rows, part["files"].get("kernels.csv", ""), first["copy"]))
 
 
 def cell(row: Row, copy: float) -> str:
-    if "error" in row or "foretold_us" not in row:
-        return row.get("error") or f"{row['us']:.0f} us"
-    share, ratio = 1e6 * row["floor"] / row["us"] / copy, row["us"] / row["foretold_us"]
-    return f"{share:.2f} ({row['us']:.0f}; {row['foretold_us']:.0f}; {ratio:.2f})"
+    if "error" in row:
+        return row["error"]
+    us, foretold = row["us"], row.get("foretold_us", math.nan)
+    return f"{1e6 * row['floor'] / us / copy:.2f} ({us:.0f}; {foretold:.0f}; {us / foretold:.2f})"
 
 
-def show_steps(files: Row) -> Iterator[str]:
-    rows = [row for file in files.values() for row in file.get("benchmarks", [])]
+def show_steps(part: Row) -> Iterator[str]:
+    figures = ("eager", "eager_us", 1e3), ("host", "host_us", 1e3), ("GiB", "peak_bytes", 2**30)
+    yield "Milliseconds of a step by CUDA graphs (or as timed says), eager, and of its host."
     yield table(
         {name: row["params"][name] for name in ("name", "contestant")}
         | {"ms": 1e3 * row["stats"]["median"], "timed": row["extra_info"]["how"]}
-        | {"eager ms": row["extra_info"].get("eager_us", math.nan) / 1e3}
-        | {"host ms": row["extra_info"].get("host_us", math.nan) / 1e3}
-        | {"peak GiB": row["extra_info"].get("peak_bytes", math.nan) / 2**30}
-        for row in rows
+        | {title: row["extra_info"].get(key, math.nan) / unit for title, key, unit in figures}
+        for file in part["files"].values()
+        for row in (file or {"benchmarks": []})["benchmarks"]
     )
 
 
-PARTS = {part.__name__: part for part in (tests, kernels, host, steps, sanitize, tune)}
-SHOWN = {"kernels": show_kernels, "host": show_host, "steps": show_steps}
-
-
-def setting(device: str) -> Row:
-    git = ["git", "describe", "--always", "--dirty", "--exclude=*"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
-    name = list(devices().values())[1 if device == "cuda" else 0]
-    date = datetime.now(timezone.utc).isoformat(" ", "minutes")
-    return {"commit": commit, "device": f"{device}: {name}", "date": date} | versions()
-
-
-def is_whole(part: Row | None, where: Row) -> bool:
-    """Whether all steps of a part ended by themselves, for this commit and on this device."""
-    if part is None or any(part["setting"][key] != where[key] for key in ("commit", "device")):
-        return False
-    return part["of"] == len([step for step in part["steps"] if step["status"] != "cut"])
+PARTS = {part.__name__: part for part in (tests, kernels, host, steps, sanitize)}
+SHOWN = {"kernels": show_kernels, "steps": show_steps}
 
 
 def report(parts: Row) -> Iterator[str]:
-    """The paragraphs of gpu.md: all steps, what each part found, and where."""
+    """The paragraphs of gpu.md: all steps, what each part found, and the last lines of others."""
     yield "# What a GPU said"
-    yield table(
-        {name: step[name] for name in ("name", "status", "seconds")}
-        | {"last line": "".join(step["ending"][-1:]).strip(" =").replace("|", "/")[:90]}
-        for part in parts.values()
-        for step in part["steps"]
-    )
+    steps = [step for part in parts.values() for step in part["steps"].items()]
+    yield table({"step": t, "status": s["status"], "seconds": s["seconds"]} for t, s in steps)
     for name, part in parts.items():
         yield f"## {name}"
+        yield ", ".join(f"{key} {value}" for key, value in part["setting"].items())
         try:
-            yield from SHOWN[name](part["files"]) if name in SHOWN else ()
+            yield from SHOWN[name](part) if name in SHOWN else ()
         except (LookupError, ValueError) as error:
-            yield f"Its files are not whole: {error!r}"
-        for step in part["steps"]:
-            # The other parts say in their output what they found.
-            if step["ending"] and (step["status"] != "ok" or name not in SHOWN):
-                ending = step["ending"][-5 if step["status"] == "ok" else 0 :]
-                yield "\n".join([f"{step['name']}, {step['status']}:", "", "```", *ending, "```"])
-    yield "## Where"
-    yield table({"part": name} | part["setting"] for name, part in parts.items())
+            yield f"Its results are not whole: {error!r}"
+        for title, step in part["steps"].items():
+            if step["ending"]:
+                yield "\n".join(["```", title, *step["ending"], "```"])
+
+
+def setting() -> Row:
+    git = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
+    return {"commit": commit, "device": list(devices().values())[CUDA]} | versions()
+
+
+def run_parts(names: list[str], out: Path, minutes: float) -> int:
+    """Runs the parts, by default those that are not whole. Returns 1 if a step was in trouble."""
+    out.mkdir(parents=True, exist_ok=True)
+    kept, where, deadline = out / "gpu.json", setting(), time.monotonic() + 60 * minutes - GRACE
+    parts = json.loads(kept.read_text()) if kept.exists() else {}
+    whole = [n for n, part in parts.items() if part["setting"] == where and part["whole"]]
+    names, trouble = names or [name for name in PARTS if name not in whole], False
+    with TemporaryDirectory() as folder:
+        raw = Path(folder)
+        planned = {name: list(PARTS[name](raw)) for name in names}
+        left = sum(share for steps in planned.values() for _, share, _ in steps)
+        for name, steps in planned.items():
+            part = {"setting": where, "whole": True, "steps": {}, "files": {}}
+            for title, share, command in steps:
+                limit, left = (deadline - time.monotonic()) * share / left, left - share
+                step = run(title, command, limit, out) if limit >= 1 else NOT_RUN
+                print(f"{title}: {step['status']}, {step['seconds']:.0f} s", flush=True)
+                part["steps"][title] = step
+                part["whole"] &= step["status"] != "cut"
+                trouble |= step["status"] in ("cut", "failed")
+            for path in raw.glob(f"{name}*"):
+                text = path.read_text()
+                parse = json.loads if text and path.suffix == ".json" else str
+                part["files"][path.name] = parse(text)
+            parts = {n: (parts | {name: part})[n] for n in PARTS if n in parts or n == name}
+            kept.write_text(json.dumps(parts, indent=1))
+            (out / "gpu.md").write_text("\n\n".join(filter(None, report(parts))) + "\n")
+    return int(trouble)
 
 
 def main(arguments: list[str]) -> int:
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS))
     parser.add_argument("--out", type=Path, default=Path("out/gpu"), help="default: %(default)s")
     parser.add_argument("--minutes", type=float, default=7, help="default: %(default)s")
-    kinds = ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",)
-    parser.add_argument("--device", choices=kinds, default=kinds[0])
     options = parser.parse_args(arguments)
     if not set(options.parts) <= set(PARTS):
         parser.error(f"PART is one of {', '.join(PARTS)}, got {' '.join(options.parts)}")
-    # A shell's background jobs ignore interrupts, and would hand that on to the steps.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    return run_parts(options.parts, options.device, options.out, options.minutes)
-
-
-def run_parts(names: list[str], device: str, out: Path, minutes: float) -> int:
-    """Runs the parts, by default those that are not whole. Returns 1 if a step was in trouble."""
-    out.mkdir(parents=True, exist_ok=True)
-    kept, where = out / "gpu.json", setting(device)
-    parts = json.loads(kept.read_text()) if kept.exists() else {}
-    usual = [name for name in PARTS if name != "tune" and not is_whole(parts.get(name), where)]
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    if device == "cpu":
-        environment["CUDA_VISIBLE_DEVICES"] = ""
-    with TemporaryDirectory() as folder:
-        raw, ended = Path(folder), []
-        planned = {name: list(PARTS[name](device == "cpu", raw)) for name in names or usual}
-        to_run = [step for steps_of in planned.values() for step in steps_of]
-        for step in run_all(to_run, minutes, out / "gpu.log", environment):
-            print(f"{step['name']}: {step['status']}, {step['seconds']:.0f} s", flush=True)
-            ended.append(step)
-            name = step["name"].split("-")[0]
-            parts[name] = {
-                "setting": where,
-                "of": len(planned[name]),
-                "steps": [other for other in ended if other["name"].split("-")[0] == name],
-                "files": {path.name: read(path) for path in sorted(raw.glob(f"{name}*"))},
-            }
-            parts = {name: parts[name] for name in PARTS if name in parts}
-            kept.write_text(json.dumps(parts, indent=1))
-            (out / "gpu.md").write_text("\n\n".join(filter(None, report(parts))) + "\n")
-    return int(any(step["status"] in ("failed", "cut") for step in ended))
+    return run_parts(options.parts, options.out, options.minutes)
 
 
 if __name__ == "__main__":

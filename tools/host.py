@@ -1,13 +1,12 @@
 """What a call of each operation costs the host: a small network trains at the host's speed.
 
-    python -m tools.host [--rounds 40] [--cpu] [--out FILE]
+    python -m tools.host [--rounds 40] [--out FILE]
 
 A row is the median of rounds that go around all calls, as a multiple of another row, beside its
 limit; the worst by its limit comes last. On a GPU an operation may take as long as the expression
 that it replaces, and a pooling twice as long as nn.MaxPool2d. Without one the launches are stubbed
 out, and everything else is what runs on a GPU: the kernels' path, on CPU tensors with values that
-are not read. The limits are then what is left with the launches taken off, by nn.MaxPool2d. With
---cpu the reference's path is timed, on batches so small that calls are most of it, and has none.
+are not read. The limits are then what is left with the launches taken off, by nn.MaxPool2d.
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ import contextlib
 import json
 import os
 import sys
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
@@ -43,7 +41,7 @@ CUDA = torch.cuda.is_available()
 CALLS = 40 if CUDA else 200
 STATES = ("no grad", "grad", "forward + backward")
 BASE, BLEND = "nn.MaxPool2d", "lam*x + (1-lam)*x[index]"
-# Without a GPU, what each state may take: multiples of nn.MaxPool2d's time.
+# Without a GPU, how many times as long as nn.MaxPool2d each state may take.
 LIMITS = {
     "MaxPool2dAA": (2.2, 3.0, 2.2),
     "BlurPool2d": (2.2, 3.0, 2.2),
@@ -52,46 +50,40 @@ LIMITS = {
     "mixup_cross_entropy": (5.0, 5.0, 3.5),
     "rezero": (2.5, 3.0, 2.4),
 }
-REPLACED = {
-    "mixup, lam a tensor": BLEND,
-    "mixup, lam a number": BLEND,
-    "mixup_cross_entropy": "two cross entropies",
-    "rezero": "x + alpha*relu(f)",
-}
-# By name, the inputs and the call. A backward has the gradients of all inputs.
-Calls = dict[str, tuple[tuple[Tensor, ...], Callable[..., Tensor]]]
 
 
-def calls(device: str, shape: tuple[int, ...], size: int) -> Calls:
-    """The operations, and what they replace, on images of a shape and (8, 3, size, size)."""
-    with torch.device(device):
+def calls() -> dict[str, tuple]:
+    """The operations, and on a GPU what they replace: what each is a multiple of, inputs, call."""
+    shape, size = ((2, 8, 16, 16), 32) if CUDA else ((1, 1, 4, 4), 8)
+    with torch.device("cuda" if CUDA else "cpu"):
         image, batch = torch.randn(shape), torch.randn(8, 3, size, size)
         residual = batch, torch.randn_like(batch), torch.full((1,), 0.5)
         logits, (a, b) = torch.randn(8, 10), torch.randint(10, (2, 8))
         index, lam, loss = torch.randperm(8), torch.tensor(0.3), F.cross_entropy
         blur = nn.Conv2d(shape[1], shape[1], 3, 2, 1, groups=shape[1]).requires_grad_(False)
 
-    return {
-        BASE: ((image,), nn.MaxPool2d(2)),
-        "MaxPool2dAA": ((image,), regfast.MaxPool2dAA(2)),
-        "BlurPool2d": ((image,), regfast.BlurPool2d()),
-        "mixup, lam a tensor": ((batch,), lambda x: mixup(x, index, lam)),
-        "mixup, lam a number": ((batch,), lambda x: mixup(x, index, 0.3)),
-        "mixup_cross_entropy": ((logits,), lambda z: mixup_cross_entropy(z, (a, b, lam))),
-        "rezero": (residual, rezero),
-        "max pool + grouped convolution": ((image,), nn.Sequential(nn.MaxPool2d(2, 1), blur)),
-        BLEND: ((batch,), lambda x: lam * x + (1 - lam) * x[index]),
-        "two cross entropies": ((logits,), lambda z: lam * loss(z, a) + (1 - lam) * loss(z, b)),
-        "x + alpha*relu(f)": (residual, lambda x, f, alpha: x + alpha * F.relu(f)),
+    ce, relu = "two cross entropies", "x + alpha*relu(f)"
+    known = {
+        BASE: (BASE, (image,), nn.MaxPool2d(2)),
+        "MaxPool2dAA": (BASE, (image,), regfast.MaxPool2dAA(2)),
+        "BlurPool2d": (BASE, (image,), regfast.BlurPool2d()),
+        "mixup, lam a tensor": (BLEND, (batch,), lambda x: mixup(x, index, lam)),
+        "mixup, lam a number": (BLEND, (batch,), lambda x: mixup(x, index, 0.3)),
+        "mixup_cross_entropy": (ce, (logits,), lambda z: mixup_cross_entropy(z, (a, b, lam))),
+        "rezero": (relu, residual, rezero),
+        "max pool + grouped convolution": (BASE, (image,), nn.Sequential(nn.MaxPool2d(2, 1), blur)),
+        BLEND: (BASE, (batch,), lambda x: lam * x + (1 - lam) * x[index]),
+        ce: (BASE, (logits,), lambda z: lam * loss(z, a) + (1 - lam) * loss(z, b)),
+        relu: (BASE, residual, lambda x, f, alpha: x + alpha * F.relu(f)),
     }
+    return known if CUDA else {name: known[name] for name in (BASE, *LIMITS)}
 
 
 @contextlib.contextmanager
 def as_on_cuda() -> Iterator[None]:
     """The kernels' path; on a CPU without launches, and without looks at values."""
-    with contextlib.ExitStack() as stack:
+    with regfast.backend("triton"), contextlib.ExitStack() as stack:
         enter = stack.enter_context
-        enter(regfast.backend("triton"))
         if not CUDA:
             handle = launch.CompiledKernel.__new__(launch.CompiledKernel)
             enter(patch.object(type(handle), "__getitem__", lambda *_: lambda *args: None))
@@ -105,7 +97,7 @@ def as_on_cuda() -> Iterator[None]:
 
 
 def once(state: str, inputs: tuple[Tensor, ...], call: Callable[..., Tensor]) -> Callable[[], Any]:
-    """One call in a state."""
+    """One call in a state. A backward has the gradients of all inputs."""
     if state != "no grad":
         inputs = tuple(x.detach().requires_grad_() for x in inputs)
     if state != "forward + backward":
@@ -114,49 +106,38 @@ def once(state: str, inputs: tuple[Tensor, ...], call: Callable[..., Tensor]) ->
     return lambda: torch.autograd.grad(call(*inputs), inputs, grad)
 
 
-def measure(calls: Calls, rounds: int) -> dict[str, list[float]]:
-    """The median microseconds of each call in each state."""
-    times: dict[tuple[str, str], list[float]] = defaultdict(list)
-    for state in STATES:
-        timed = {name: once(state, *each) for name, each in calls.items()}
-        with torch.set_grad_enabled(state != "no grad"):
-            for name, call in list(timed.items()) * (rounds + 2):
-                if CUDA:
-                    torch.cuda.synchronize()
-                times[name, state].append(1e6 * timeit(call, number=CALLS) / CALLS)
+def measure(calls: dict[str, tuple], state: str, rounds: int) -> dict[str, float]:
+    """The median microseconds of each call in a state."""
+    timed = {name: once(state, *each) for name, (_, *each) in calls.items()}
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    setup = torch.cuda.synchronize if CUDA else "pass"
+    with torch.set_grad_enabled(state != "no grad"):
+        for name, call in list(timed.items()) * (rounds + 2):
+            times[name].append(1e6 * timeit(call, setup, number=CALLS) / CALLS)
     # The first two rounds warm up.
-    return {name: [median(times[name, state][2:]) for state in STATES] for name in calls}
+    return {name: median(each[2:]) for name, each in times.items()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=40, help="default: %(default)s")
-    parser.add_argument("--cpu", action="store_true", help="the reference's path, of small batches")
     parser.add_argument("--out", type=Path, metavar="FILE", help="the rows in JSON")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    path, limits = as_on_cuda(), LIMITS
-    if options.cpu:
-        known, path, limits = calls("cpu", (2, 8, 16, 16), 32), contextlib.nullcontext(), {}
-        names = (BASE, "MaxPool2dAA", BLEND, "mixup, lam a tensor")
-    elif CUDA:
-        names = known = calls("cuda", (2, 8, 16, 16), 32)
-        limits = {name: (1.0 if name in REPLACED else 2.0,) * 3 for name in LIMITS}
-    else:
-        known, names = calls("cpu", (1, 1, 4, 4), 8), (BASE, *LIMITS)
-    with path:
-        found = measure({name: known[name] for name in names}, options.rounds)
-    rows = []
-    for name, times in found.items():
-        of = REPLACED.get(name) if REPLACED.get(name) in found else BASE
-        for state, us, base, limit in zip(STATES, times, found[of], limits.get(name, (None,) * 3)):
-            row = {"operation": name, "state": state, "us": us, "of": of}
-            rows.append(row | {"ratio": us / base, "limit": limit})
+    timed, rows = calls(), []
+    with as_on_cuda():
+        found = {state: measure(timed, state, options.rounds) for state in STATES}
+    for name, (replaced, *_) in timed.items():
+        of = replaced if CUDA else BASE
+        for (state, us), limit in zip(found.items(), LIMITS.get(name, (None,) * len(STATES))):
+            if CUDA and limit:
+                limit = 2.0 if of == BASE else 1.0
+            row = {"operation": name, "state": state, "us": us[name], "of": of}
+            rows.append(row | {"ratio": us[name] / us[of], "limit": limit})
     print(tabulate(rows, headers="keys", tablefmt="github", floatfmt=".2f"))
-    shares = {i: row["ratio"] / row["limit"] for i, row in enumerate(rows) if row["limit"]}
-    if shares:
-        row = rows[max(shares, key=shares.__getitem__)]
-        print(f"worst: {row['operation']}, {row['state']}: {max(shares.values()):.2f} of its limit")
+    limited = [(row["ratio"] / row["limit"], row) for row in rows if row["limit"]]
+    share, row = max(limited, key=lambda each: each[0])
+    print(f"worst: {row['operation']}, {row['state']}: {share:.2f} of its limit")
     if options.out:
         options.out.write_text(json.dumps(rows, indent=1) + "\n")
 

@@ -1,13 +1,13 @@
 """Every operation on tensors of a size: the one table that the tools go through.
 
-`compiled` compiles the kernels of each problem, `traffic` counts their memory accesses, `gpu` times
-them on a GPU and runs each under compute-sanitizer. A new operation adds its rows to `PROBLEMS`.
+A new operation adds its rows to `PROBLEMS`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -54,11 +54,10 @@ class Problem(NamedTuple):
     """An operation on tensors of a size.
 
     `directions` are the kernels that are compiled: a forward or a backward may launch a second one,
-    "order" or "finish". `formats` says whether channels are innermost. `make` takes a shape, a
-    dtype, a format and a device, and draws the tensors (without data on "meta"). `work` takes a
-    launch's arguments by name, and the threads of a program. `toy` is a shape of some ten programs.
-    Where a direction launches one kernel several times, `launch` is the number of the one that is
-    compiled. A `rare` problem is compiled for fewer targets and dtypes.
+    "order" or "finish", or one several times, of which `launch` is compiled. `formats` says whether
+    channels are innermost. `make` draws the tensors, without data on "meta". `work` takes the
+    arguments of a launch by name, and the threads of a program. `toy` is a shape of some ten
+    programs. A `rare` problem is compiled for fewer targets and dtypes.
     """
 
     directions: tuple[str, ...]
@@ -82,8 +81,6 @@ def draw(
 ) -> Tensor:
     """A random tensor: normal numbers, or integers below `high`. It has no data on "meta"."""
     memory_format = CHANNELS_LAST[len(shape) - 2] if channels_last else torch.contiguous_format
-    if device == "meta":
-        return torch.empty(shape, dtype=dtype, device=device, memory_format=memory_format)
     if dtype.is_floating_point:
         x = torch.randn(shape, dtype=dtype, device=device)
     else:
@@ -91,27 +88,14 @@ def draw(
     return x.contiguous(memory_format=memory_format)
 
 
-def pool(
-    rank: int, kernel_size: int, stride: int, padding: int, padding_mode: str = "partial",
-    ceil_mode: bool = False, ratio: float = 1.7, blur_size: int | None = None,
-) -> Window:  # fmt: skip
-    border = ratio, blur_size, "binomial", padding_mode
-    return max_blur_window(rank, kernel_size, stride, padding, 1, False, ceil_mode, *border)
+def pool(rank: int, kernel_size: int, padding: int = 0, **more: Any) -> Window:
+    """A max blur pooling's window of stride 2; `more` are arguments of `max_blur_window`."""
+    usual = {"ratio": 1.7, "blur_size": None, "padding_mode": "partial", "ceil_mode": False} | more
+    return max_blur_window(rank, kernel_size, 2, padding, 1, False, filter="binomial", **usual)
 
 
-def blur(rank: int) -> Window:
-    return blur_window(rank, 3, 2, "same", "binomial", "reflect")
-
-
-# By operation and direction, the launcher of an input, a gradient and a window.
-POOLINGS: dict[tuple[str, str], Callable[[Tensor, Tensor, Window], Tensor]] = {
-    ("max_blur_pool", "forward"): lambda x, g, w: max_blur_pool.max_blur_pool(x, w),
-    ("max_blur_pool", "backward"): lambda x, g, w: max_blur_pool.max_blur_pool_backward(g, x, w),
-    ("blur_pool", "forward"): lambda x, g, w: blur_pool.blur_pool(x, w),
-    ("blur_pool", "backward"): lambda x, g, w: blur_pool.blur_pool_backward(
-        g, x.shape, x.stride(), w
-    ),
-}
+def blur(rank: int, activation: str | None = None) -> Window:
+    return blur_window(rank, 3, 2, "same", "binomial", "reflect", activation)
 
 
 def pooled(values: dict[str, Any], threads: int) -> Work:
@@ -119,30 +103,27 @@ def pooled(values: dict[str, Any], threads: int) -> Work:
     return Work((values["H"].group, values["W"].group, values["ACCESS"].vector))
 
 
-def pooling(
-    operation: str, window: Window, shape: Shape, launch: int = 0, rare: bool = False
-) -> Problem:  # fmt: skip
+def pooling(window: Window, shape: Shape, launch: int = 0, rare: bool = False) -> Problem:
+    """A blur that rectifies takes a max pooling's kernels."""
+    reads_x = window.takes_max or window.activation is not None
+
     def make(shape: Shape, dtype: torch.dtype, channels_last: bool, device: str) -> Calls:
         x = draw(shape, dtype, device, channels_last)
         y = empty_output(x, window)
-        g = y if device == "meta" else torch.randn_like(y)
-        read = x.nbytes if window.takes_max or window.activation else 0
-        return Calls(
-            lambda: POOLINGS[operation, "forward"](x, g, window),
-            lambda: POOLINGS[operation, "backward"](x, g, window),
-            (x.nbytes + y.nbytes, read + y.nbytes + x.nbytes),
-            x.numel(),
-        )
+        g = torch.randn_like(y)
+        if reads_x:
+            forward = partial(max_blur_pool.max_blur_pool, x, window)
+            backward = partial(max_blur_pool.max_blur_pool_backward, g, x, window)
+        else:
+            forward = partial(blur_pool.blur_pool, x, window)
+            backward = partial(blur_pool.blur_pool_backward, g, x.shape, x.stride(), window)
+        floor = x.nbytes + y.nbytes
+        return Calls(forward, backward, (floor, floor + x.nbytes * reads_x), x.numel())
 
     formats = (False, True) if window.rank > 1 else (False,)
     # Most axes have several blocks, and no whole number of lines is filled.
     toy = {1: (3, 32, 600), 2: (3, 32, 32, 56), 3: (2, 8, 8, 16, 28)}[window.rank]
-    return Problem(("forward", "backward"), formats, make, pooled, shape, toy, launch, rare)
-
-
-def activated(window: Window) -> Problem:
-    """Images rectified in the pooling's pass. A blur that rectifies takes the same kernels."""
-    return pooling("max_blur_pool", window._replace(activation="relu"), IMAGE, rare=True)
+    return Problem(BOTH, formats, make, pooled, shape, toy, launch, rare)
 
 
 def blended(values: dict[str, Any], threads: int) -> Work | None:
@@ -158,32 +139,34 @@ def blended(values: dict[str, Any], threads: int) -> Work | None:
     return Work((values["BLOCK"] * real / threads,), turns)
 
 
-def blend(
-    read: torch.dtype | None = None, from_contiguous: bool = False, boxes: bool = False,
-    in_place: bool = False, directions: tuple[str, ...] = ("forward",),
-) -> Problem:  # fmt: skip
-    """MixUp of images, in place with a number for lam, or with `boxes` CutMix with a lam a sample.
+def blend(kind: str, *directions: str) -> Problem:
+    """MixUp of images, in place with a number for lam, or of boxes: CutMix with a lam a sample.
 
-    Images of another dtype, `read`, are normalised.
+    Bytes, "uint8", are normalised.
     """
+    uint8, in_place = kind.startswith("uint8"), kind.endswith("in place")
+    from_contiguous = kind.endswith("from contiguous")
 
     def make(shape: Shape, dtype: torch.dtype, channels_last: bool, device: str) -> Calls:
         n, c, *_ = shape
         memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        x = draw(shape, read or dtype, device, channels_last and not from_contiguous)
-        host = "cpu" if device == "meta" else device
+        x = draw(
+            shape, torch.uint8 if uint8 else dtype, device, channels_last and not from_contiguous
+        )
         # In place the index must be an involution.
-        flip = torch.arange(n, device=host).flip(0)
-        index = flip if in_place else torch.randperm(n, device=host)
-        lam = 0.5 if in_place else torch.rand(n if boxes else (), device=host)
-        box = torch.tensor([[1, 9, 2, 30]], device=host).repeat(n, 1) if boxes else None
-        scale, shift = (torch.rand(c, device=host) if read else None for _ in range(2))
+        flip = torch.arange(n, device=device).flip(0)
+        index = flip if in_place else torch.randperm(n, device=device)
+        lam = 0.5 if in_place else torch.rand(n if kind == "boxes" else (), device=device)
+        box = torch.tensor([[1, 9, 2, 30]], device=device).repeat(n, 1) if kind == "boxes" else None
+        scale, shift = (torch.rand(c, device=device) if uint8 else None for _ in range(2))
         g = draw(shape, dtype, device, channels_last)
         out = x if in_place else None
         args = index, lam, box, scale
         return Calls(
             lambda: mixup.mixup(x, *args, shift, dtype, memory_format, out),
-            None if read or in_place else lambda: mixup.mixup_backward(g, *args, x.stride(), dtype),
+            None
+            if uint8 or in_place
+            else lambda: mixup.mixup_backward(g, *args, x.stride(), dtype),
             (x.nbytes + g.nbytes, x.nbytes + g.nbytes),
             x.numel(),
         )
@@ -195,120 +178,95 @@ def blend(
 def of_rows(values: dict[str, Any], threads: int) -> Work:
     """A turn is a tile of rows with all their classes or a block of them."""
     blocks = -(-values["classes"] // values["BLOCK_C"])
-    if blocks > 1 or "turns" not in values:
-        # A backward's program has one tile.
-        turns = blocks
-    else:
-        # A forward's rows end side by side after so many tiles, or a tile is one turn.
+    turns = blocks
+    # A backward's program has one tile. A forward's rows, where all their classes are in a tile,
+    # end side by side after so many, or a tile is one turn.
+    if blocks == 1 and "turns" in values:
         turns = values["turns"] if values["TURNS"] > 1 else math.inf
     return Work((values["ROWS"] * values["classes"] / blocks / threads,), turns)
 
 
-def loss(
-    shape: Shape, toy: Shape, smoothed: bool = False,
-    directions: tuple[str, ...] = ("forward", "backward"),
-) -> Problem:  # fmt: skip
+def loss(*directions: str, shape: Shape, toy: Shape, smoothed: bool = False) -> Problem:
     """The mean loss of logits, in float32; smoothed, and with weights of the classes."""
 
     def make(shape: Shape, dtype: torch.dtype, channels_last: bool, device: str) -> Calls:
         n, c, *positions = shape
-        host = "cpu" if device == "meta" else device
         z = draw(shape, dtype, device, channels_last)
         a, b = (draw((n, *positions), torch.int64, device, high=c) for _ in range(2))
-        weight, smoothing = (torch.rand(c, device=host), 0.1) if smoothed else (None, 0.0)
-        lam, g = (torch.rand((), device=host) for _ in range(2))
+        weight, smoothing = (torch.rand(c, device=device), 0.1) if smoothed else (None, 0.0)
+        lam, g = (torch.rand((), device=device) for _ in range(2))
         inputs, options = (z, a, b, lam, weight), (-100, "mean", smoothing)
-
-        def forward() -> tuple[Tensor, Tensor]:
-            return mixup_cross_entropy.mixup_cross_entropy(*inputs, *options, torch.float32)
-
+        forward = partial(mixup_cross_entropy.mixup_cross_entropy, *inputs, *options, torch.float32)
         meta = device == "meta"
-        statistics = torch.empty(2 * a.numel() + 2) if meta else forward()[1]
+        given = g, *inputs, torch.empty(2 * a.numel() + 2) if meta else forward()[1], *options
+        backward = partial(mixup_cross_entropy.mixup_cross_entropy_backward, *given)
         labels = a.nbytes + b.nbytes + 4 * a.numel()
-        return Calls(
-            forward,
-            lambda: mixup_cross_entropy.mixup_cross_entropy_backward(
-                g, *inputs, statistics, *options
-            ),
-            (z.nbytes + labels, 2 * z.nbytes + labels),
-            z.numel(),
-        )
+        return Calls(forward, backward, (z.nbytes + labels, 2 * z.nbytes + labels), z.numel())
 
-    return Problem(
-        directions, (False, True) if len(shape) > 2 else (False,), make, of_rows, shape, toy
-    )
+    formats = (False, True) if len(shape) > 2 else (False,)
+    return Problem(directions, formats, make, of_rows, shape, toy)
 
 
-def of_block(values: dict[str, Any], threads: int) -> Work:
-    """A turn is a block."""
-    return Work((values["BLOCK"] / threads,))
-
-
-def residual(
-    activation: str, form: str = "gate", branch: torch.dtype | None = None,
-    directions: tuple[str, ...] = ("forward", "backward"),
-) -> Problem:  # fmt: skip
+def residual(activation: str, *directions: str, form: str = "gate", bf16: bool = False) -> Problem:
     """A stream and a branch, perhaps of another dtype. The kernels are the same in both formats."""
 
     def make(shape: Shape, dtype: torch.dtype, channels_last: bool, device: str) -> Calls:
-        x, f = draw(shape, dtype, device), draw(shape, branch or dtype, device)
+        x, f = draw(shape, dtype, device), draw(shape, torch.bfloat16 if bf16 else dtype, device)
         g = draw(shape, torch.promote_types(x.dtype, f.dtype), device)
-        alpha, post = torch.rand(1, device="cpu" if device == "meta" else device), form == "post"
-        stream = x if post else None
+        alpha, post = torch.rand(1, device=device), form == "post"
+        given = f, alpha, activation, form
         return Calls(
-            lambda: rezero.rezero(x, f, alpha, activation, form),
-            lambda: rezero.rezero_backward(g, stream, f, alpha, activation, form, post, True, True),
+            partial(rezero.rezero, x, *given),
+            partial(rezero.rezero_backward, g, x if post else None, *given, post, True, True),
             (x.nbytes + f.nbytes + g.nbytes, g.nbytes + 2 * f.nbytes + 2 * x.nbytes * post),
             x.numel(),
         )
 
-    return Problem(directions, (False,), make, of_block, IMAGE, (3, 32, 32, 56))
+    def work(values: dict[str, Any], threads: int) -> Work:
+        return Work((values["BLOCK"] / threads,))
+
+    return Problem(directions, (False,), make, work, IMAGE, (3, 32, 32, 56))
 
 
+BOTH = ("forward", "backward")
 SIGNAL, IMAGE, VOLUME = (64, 64, 4096), (256, 64, 112, 112), (16, 64, 32, 32, 32)
-NARROW, ODD = (256, 256, 28, 28), (256, 256, 27, 27)
-ROWS, MAPS = ((65536, 1000), (48, 1000)), ((16, 21, 512, 512), (2, 21, 32, 64))
-# Other borders, and another blur.
-RARE = {
-    "2d (3, 2, 0) ceil": pool(2, 3, 2, 0, ceil_mode=True),
-    "2d k=2 reflect": pool(2, 2, 2, 0, "reflect"),
-    "2d k=2 reflect 4": pool(2, 2, 2, 0, "reflect", blur_size=4),
-    "2d k=2 zeros": pool(2, 2, 2, 0, "zeros"),
-    "2d k=2 ratio 2.5": pool(2, 2, 2, 0, ratio=2.5),
+NARROW = (256, 256, 28, 28)
+ROWS = {"shape": (65536, 1000), "toy": (48, 1000)}
+MAPS = {"shape": (16, 21, 512, 512), "toy": (2, 21, 32, 64)}
+USUAL = ("1d k=2", "2d k=2", "2d (3, 2, 1)", "1d", "2d")
+# The window and the shape of each pooling, and the number of its launch.
+POOLINGS: dict[tuple[str, str], Any] = {
+    ("max_blur_pool", "1d k=2"): (pool(1, 2), SIGNAL),
+    ("max_blur_pool", "2d k=2"): (pool(2, 2), IMAGE),
+    ("max_blur_pool", "2d (3, 2, 1)"): (pool(2, 3, 1), IMAGE),
+    ("max_blur_pool", "2d (3, 2, 1) relu"): (pool(2, 3, 1, activation="relu"), IMAGE),
+    ("max_blur_pool", "2d narrow k=2"): (pool(2, 2), NARROW),
+    ("max_blur_pool", "2d narrow (3, 2, 1)"): (pool(2, 3, 1), NARROW),
+    ("max_blur_pool", "2d odd k=2"): (pool(2, 2), (256, 256, 27, 27)),
+    ("max_blur_pool", "2d (3, 2, 0) ceil"): (pool(2, 3, ceil_mode=True), IMAGE),
+    ("max_blur_pool", "2d k=2 reflect"): (pool(2, 2, padding_mode="reflect"), IMAGE),
+    ("max_blur_pool", "2d k=2 reflect 4"): (pool(2, 2, padding_mode="reflect", blur_size=4), IMAGE),
+    ("max_blur_pool", "2d k=2 zeros"): (pool(2, 2, padding_mode="zeros"), IMAGE),
+    ("max_blur_pool", "2d k=2 ratio 2.5"): (pool(2, 2, ratio=2.5), IMAGE),
+    ("blur_pool", "1d"): (blur(1), SIGNAL),
+    ("blur_pool", "2d"): (blur(2), IMAGE),
+    ("blur_pool", "2d narrow"): (blur(2), NARROW),
+    ("blur_pool", "3d first"): (blur(3), VOLUME),
+    ("blur_pool", "3d second"): (blur(3), VOLUME, 1),
+    ("blur_pool", "2d relu"): (blur(2, "relu"), IMAGE),
 }
-PROBLEMS = {
-    ("max_blur_pool", "1d k=2"): pooling("max_blur_pool", pool(1, 2, 2, 0), SIGNAL),
-    ("max_blur_pool", "2d k=2"): pooling("max_blur_pool", pool(2, 2, 2, 0), IMAGE),
-    ("max_blur_pool", "2d (3, 2, 1)"): pooling("max_blur_pool", pool(2, 3, 2, 1), IMAGE),
-    ("max_blur_pool", "2d (3, 2, 1) relu"): activated(pool(2, 3, 2, 1)),
-    ("max_blur_pool", "2d narrow k=2"): pooling(
-        "max_blur_pool", pool(2, 2, 2, 0), NARROW, rare=True
-    ),
-    ("max_blur_pool", "2d narrow (3, 2, 1)"): pooling(
-        "max_blur_pool", pool(2, 3, 2, 1), NARROW, rare=True
-    ),
-    ("max_blur_pool", "2d odd k=2"): pooling("max_blur_pool", pool(2, 2, 2, 0), ODD, rare=True),
-    **{
-        ("max_blur_pool", case): pooling("max_blur_pool", window, IMAGE, rare=True)
-        for case, window in RARE.items()
-    },
-    ("blur_pool", "1d"): pooling("blur_pool", blur(1), SIGNAL),
-    ("blur_pool", "2d"): pooling("blur_pool", blur(2), IMAGE),
-    ("blur_pool", "2d narrow"): pooling("blur_pool", blur(2), NARROW, rare=True),
-    ("blur_pool", "3d first"): pooling("blur_pool", blur(3), VOLUME, rare=True),
-    ("blur_pool", "3d second"): pooling("blur_pool", blur(3), VOLUME, launch=1, rare=True),
-    ("blur_pool", "2d relu"): activated(blur(2)),
-    ("mixup", "images"): blend(directions=("forward", "order", "backward")),
-    ("mixup", "images in place"): blend(in_place=True),
-    ("mixup", "boxes"): blend(boxes=True, directions=("forward", "backward")),
-    ("mixup", "uint8"): blend(torch.uint8),
-    ("mixup", "uint8 from contiguous"): blend(torch.uint8, from_contiguous=True),
-    ("mixup_cross_entropy", "rows"): loss(*ROWS, directions=("forward", "finish", "backward")),
-    ("mixup_cross_entropy", "rows smoothed"): loss(*ROWS, smoothed=True),
-    ("mixup_cross_entropy", "maps"): loss(*MAPS),
-    ("mixup_cross_entropy", "maps smoothed"): loss(*MAPS, smoothed=True),
-    ("rezero", "gate relu"): residual("relu", directions=("forward", "backward", "finish")),
-    ("rezero", "gate gelu"): residual("gelu"),
-    ("rezero", "gate relu of bf16"): residual("relu", branch=torch.bfloat16),
-    ("rezero", "post relu"): residual("relu", "post"),
+PROBLEMS = {key: pooling(*each, rare=key[1] not in USUAL) for key, each in POOLINGS.items()} | {
+    ("mixup", "images"): blend("images", "forward", "order", "backward"),
+    ("mixup", "images in place"): blend("images in place", "forward"),
+    ("mixup", "boxes"): blend("boxes", *BOTH),
+    ("mixup", "uint8"): blend("uint8", "forward"),
+    ("mixup", "uint8 from contiguous"): blend("uint8 from contiguous", "forward"),
+    ("mixup_cross_entropy", "rows"): loss("forward", "finish", "backward", **ROWS),
+    ("mixup_cross_entropy", "rows smoothed"): loss(*BOTH, **ROWS, smoothed=True),
+    ("mixup_cross_entropy", "maps"): loss(*BOTH, **MAPS),
+    ("mixup_cross_entropy", "maps smoothed"): loss(*BOTH, **MAPS, smoothed=True),
+    ("rezero", "gate relu"): residual("relu", *BOTH, "finish"),
+    ("rezero", "gate gelu"): residual("gelu", *BOTH),
+    ("rezero", "gate relu of bf16"): residual("relu", *BOTH, bf16=True),
+    ("rezero", "post relu"): residual("relu", *BOTH, form="post"),
 }

@@ -2,11 +2,11 @@
 
     python -m tools.traffic OP [OP ...] [--only CASE ...]
 
-The launchers of a case run in Triton's interpreter on its toy of tools/problems.py. What loads and
-stores touch where their mask is true is counted: elements, and distinct lines of 128 bytes. Atomics
-are not, nor is it that a GPU moves sectors of 32 bytes. (Lanes of a pooling that are beyond the
-image read too: where they are many, elements and L1 say little.) The columns are elements per
-element of the input, and then bytes as multiples of what the operation must move:
+Triton's interpreter runs the launchers of a case in bfloat16, on its toy of tools/problems.py or on
+--shape. Counted is what loads and stores touch where their mask is true, but no atomics, and whole
+lines of 128 bytes, where a GPU moves sectors of 32. (Lanes of a pooling beyond the image read too:
+where they are many, elements and L1 say little.) The columns are elements per element of the input,
+and then bytes as multiples of what the operation must move:
 
     loads    the elements asked for; and stores
     L1       what loads and stores ask for
@@ -16,8 +16,8 @@ element of the input, and then bytes as multiples of what the operation must mov
     grid     the distinct lines of the whole launch: fewer are not possible
 
 The L2 is empty at first, drops what was used least recently, and holds what --l2 samples must move:
-by default one, which is more than lies between neighbouring blocks and less than the batch, as on a
-GPU. (A sample of rows of logits is one row, and labels share lines: give those eight.)
+by default one, more than lies between neighbouring blocks and less than the batch, as on a GPU. (A
+sample of rows of logits is one row, and labels share lines: give those eight.)
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ os.environ["TRITON_INTERPRET"] = "1"
 import argparse
 import contextlib
 import json
-import sys
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterable, Iterator
 from fnmatch import fnmatchcase
@@ -43,16 +42,15 @@ import torch
 from tabulate import tabulate
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
 
-from regfast.info import versions
 from regfast.ops import OPERATIONS
+from tests.interpreter import mended
 
-from .interpreter import mended
-from .problems import PROBLEMS, Problem
+from .problems import PROBLEMS, Calls
 
 Row = dict[str, Any]
 
 LINE = 128
-FORMATS, DIRECTIONS = ("contiguous", "channels_last"), ("forward", "backward")
+FORMATS = ("contiguous", "channels_last")
 KINDS, FIGURES = ("loads", "stores"), ("L1", "lines", "L2", "device", "grid")
 COLUMNS = ("operation", "case", "format", "direction", "programs", *KINDS, *FIGURES)
 # The key of a line: its number in a tensor, with the bit WRITE if it is stored to, and above that
@@ -100,13 +98,12 @@ class Launch:
         return np.bincount(keys // WRITE, minlength=2 * len(self.names)).reshape(-1, 2)
 
     def figures(self, l2: int) -> dict[str, np.ndarray]:
-        """The elements, and the bytes of FIGURES with an L2 of so many bytes."""
+        """The bytes of FIGURES with an L2 of so many bytes."""
         programs = [np.unique(np.concatenate(lines)) for _, lines in sorted(self.programs.items())]
         lines = np.concatenate(programs)
         missed = np.fromiter(misses(lines.tolist(), l2 // LINE), int)
         counts = [self.touched, *map(self.count, (lines, missed, np.unique(lines)))]
-        figures = [self.asked, *(LINE * count for count in counts)]
-        return {"elements": self.elements} | dict(zip(FIGURES, figures))
+        return dict(zip(FIGURES, (self.asked, *(LINE * count for count in counts))))
 
 
 def misses(keys: Iterable[int], capacity: int) -> Iterator[int]:
@@ -114,13 +111,13 @@ def misses(keys: Iterable[int], capacity: int) -> Iterator[int]:
 
     All stores to a line while it is in the cache are written back once; none reads it first.
     """
-    cache: OrderedDict[int, bool] = OrderedDict()
+    cache: OrderedDict[int, int] = OrderedDict()
     for key in keys:
-        line, write = key & ~WRITE, bool(key & WRITE)
-        written = cache.pop(line, None)
-        if written is None or write > written:
+        line, write = key & ~WRITE, key & WRITE
+        written = cache.pop(line, -1)
+        if write > written:
             yield key
-        cache[line] = bool(written) or write
+        cache[line] = max(write, written)
         if len(cache) > capacity:
             cache.popitem(last=False)
 
@@ -149,84 +146,63 @@ def recording() -> Iterator[list[Launch]]:
     with (
         mended(),
         patch.object(GridExecutor, "_init_args_hst", begin),
-        patch.object(InterpreterBuilder, "create_masked_load", noted_load),
-        patch.object(InterpreterBuilder, "create_masked_store", noted_store),
+        patch.multiple(
+            InterpreterBuilder, create_masked_load=noted_load, create_masked_store=noted_store
+        ),
     ):
         yield launches
 
 
-def rows_of(problem: Problem, key: Row, options: argparse.Namespace) -> Iterator[Row]:
-    """A row for each direction."""
-    torch.manual_seed(0)
-    with mended():
-        dtype, channels_last = getattr(torch, key["dtype"]), key["format"] == "channels_last"
-        calls = problem.make(key["shape"], dtype, channels_last, "cpu")
-    for direction, floor in zip(DIRECTIONS, calls.floor):
-        call = getattr(calls, direction)
-        if call is None or direction not in options.direction:
-            continue
-        with recording() as launches:
-            call()
-        l2 = int(options.l2 * floor / key["shape"][0])
-        row = dict(direction=direction, inputs=calls.elements, floor=floor, l2=l2)
-        yield key | row | figures_of(launches, l2)
-
-
-def figures_of(launches: list[Launch], l2: int) -> Row:
-    """Sums over launches, each with an empty cache at first, and each launch's own by tensor."""
+def row_of(calls: Calls, direction: str, floor: int, l2: int) -> Row:
+    """Sums over the launches of a call, each with an empty cache at first."""
+    with recording() as launches:
+        getattr(calls, direction)()
     figures = [launch.figures(l2) for launch in launches]
-    elements = sum(each["elements"].sum(0) for each in figures).tolist()
     totals = {name: int(sum(each[name].sum() for each in figures)) for name in FIGURES}
-    totals["programs"] = sum(len(launch.programs) for launch in launches)
-    details = [
-        {"kernel": launch.kernel, "programs": len(launch.programs)}
-        | {name: dict(zip(launch.names, values.tolist())) for name, values in each.items()}
-        for launch, each in zip(launches, figures)
-    ]
-    return totals | dict(zip(KINDS, elements)) | {"launches": details}
+    elements = sum(launch.elements.sum(0) for launch in launches).tolist()
+    row = {"direction": direction, "inputs": calls.elements, "floor": floor, "l2": l2}
+    row["programs"] = sum(len(launch.programs) for launch in launches)
+    return row | dict(zip(KINDS, elements)) | totals
 
 
-def cells(row: Row) -> list[Any]:
-    """A row of the table."""
-    counts = [row[kind] / row["inputs"] for kind in KINDS]
-    ratios = [row[figure] / row["floor"] for figure in FIGURES]
-    return [*(row[name] for name in COLUMNS[: -len(counts + ratios)]), *counts, *ratios]
-
-
-def cases(options: argparse.Namespace) -> Iterator[tuple[Problem, Row]]:
-    """The problems chosen, and what the rows of each have in common."""
+def rows_of(options: argparse.Namespace) -> Iterator[Row]:
+    """A row for each case that is chosen, in each format and direction."""
     for (operation, case), problem in PROBLEMS.items():
         named = any(fnmatchcase(case, pattern) for pattern in options.only)
-        shape = tuple(options.shape or problem.toy)
-        chosen = operation in options.operations and (named if options.only else not problem.rare)
-        if chosen and len(shape) == len(problem.toy):
-            key = dict(operation=operation, case=case, shape=shape, dtype=options.dtype)
-            formats = [FORMATS[channels_last] for channels_last in problem.formats]
-            yield from ((problem, key | {"format": f}) for f in formats if f in options.format)
+        shape = options.shape or problem.toy
+        chosen = operation in options.operations and len(shape) == len(problem.toy)
+        if chosen and (named if options.only else not problem.rare):
+            for channels_last in problem.formats:
+                torch.manual_seed(0)
+                with mended():
+                    calls = problem.make(shape, torch.bfloat16, channels_last, "cpu")
+                key = {"operation": operation, "case": case, "format": FORMATS[channels_last]}
+                for direction, floor in zip(("forward", "backward"), calls.floor):
+                    if getattr(calls, direction) is not None:
+                        l2 = int(options.l2 * floor / shape[0])
+                        yield key | row_of(calls, direction, floor, l2)
 
 
-def main() -> int:
-    """0, or 2 where an option asks for what there is not."""
+def main() -> None:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     add = parser.add_argument
     add("operations", nargs="+", choices=OPERATIONS, metavar="OP", help=", ".join(OPERATIONS))
     add("--only", nargs="+", default=[], metavar="CASE", help="cases or patterns, rare ones too")
     add("--shape", nargs="+", type=int, metavar="SIZE", help="for the cases of so many axes")
-    add("--dtype", choices=("bfloat16", "float16", "float32", "float64"), default="bfloat16")
-    add("--format", choices=FORMATS, nargs="+", default=FORMATS)
-    add("--direction", choices=DIRECTIONS, nargs="+", default=DIRECTIONS)
     add("--l2", type=float, default=1, metavar="SAMPLES", help="for how many it is (default: 1)")
-    add("--out", type=Path, metavar="FILE", help="the figures in JSON, also by launch and tensor")
+    add("--out", type=Path, metavar="FILE", help="the rows in JSON")
     options = parser.parse_args()
-    rows = [row for problem, key in cases(options) for row in rows_of(problem, key, options)]
+    rows, table = list(rows_of(options)), []
     if not rows:
         parser.error("the options choose no case")
-    print(tabulate(map(cells, rows), COLUMNS, tablefmt="pipe", floatfmt=".2f"))
+    for row in rows:
+        units = dict.fromkeys(KINDS, row["inputs"]) | dict.fromkeys(FIGURES, row["floor"])
+        table.append([row[name] / units[name] if name in units else row[name] for name in COLUMNS])
+    print(tabulate(table, COLUMNS, tablefmt="pipe", floatfmt=".2f"))
     if options.out:
-        options.out.write_text(json.dumps(versions() | {"rows": rows}, indent=1) + "\n")
-    return 0
+        options.out.write_text(json.dumps(rows, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

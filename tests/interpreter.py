@@ -13,17 +13,6 @@ import triton.language as tl
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-
-def _minimum(builder: Any, a: TensorHandle, b: TensorHandle) -> TensorHandle:
-    """The minimum of NaN and a number: the number, as tl.minimum says. Before 3.8 it is NaN."""
-    return builder.binary_op(a, b, np.fmin)
-
-
-def _maximum(builder: Any, a: TensorHandle, b: TensorHandle) -> TensorHandle:
-    """The maximum that propagates no NaN; the one that does is another function."""
-    return builder.binary_op(a, b, np.fmax)
-
-
 _splat = InterpreterBuilder.create_splat
 
 
@@ -59,10 +48,14 @@ def mended() -> Iterator[None]:
         scope.restore = lambda: (done.clear(), restore())
         return scope
 
+    # The minimum of NaN and a number is the number, as tl.minimum says; before 3.8 it was NaN.
+    corrected = {
+        "create_minnumf": lambda builder, a, b: builder.binary_op(a, b, np.fmin),
+        "create_maxnumf": lambda builder, a, b: builder.binary_op(a, b, np.fmax),
+        "create_splat": _splatted,
+    }
     with (
-        patch.object(InterpreterBuilder, "create_minnumf", _minimum),
-        patch.object(InterpreterBuilder, "create_maxnumf", _maximum),
-        patch.object(InterpreterBuilder, "create_splat", _splatted),
+        patch.multiple(InterpreterBuilder, **corrected),
         patch.object(interpreter, "_patch_lang", once),
     ):
         yield
