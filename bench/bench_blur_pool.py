@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from peers import load
+from timing import AXES, IMAGES, compiled, images
 from torch import nn
 
 import regfast
-from peers import load
-from timing import AXES, IMAGES, compiled, images
 
 
 def composite(channels, taps, stride):

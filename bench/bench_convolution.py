@@ -3,11 +3,11 @@
 from functools import partial
 
 import pytest
+from peers import load
+from timing import AXES, CUDA, compiled, images
 from torch import nn
 
 import regfast
-from peers import load
-from timing import AXES, CUDA, compiled, images
 
 SHAPES = [(128, 128, 56, 56)] if CUDA else [(4, 64, 56, 56)]
 

@@ -3,11 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from peers import load
+from timing import CUDA, DEVICE, DTYPES, FORMATS, compiled, images
 from torch import nn
 
-from peers import load
 from regfast import ManifoldMixup, MixupCrossEntropyLoss
-from timing import CUDA, DEVICE, DTYPES, FORMATS, compiled, images
 
 SHAPES = [(256, 3, 224, 224)] if CUDA else [(16, 3, 64, 64)]
 LAM, CLASSES = 0.3, 10

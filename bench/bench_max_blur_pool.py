@@ -1,11 +1,11 @@
 """MaxPool2dAA against its peers, which take a maximum of stride 1 and blur it."""
 
+import bench_blur_pool
 import pytest
+from timing import AXES, IMAGES, compiled, images
 from torch import nn
 
-import bench_blur_pool
 import regfast
-from timing import AXES, IMAGES, compiled, images
 
 
 def after_max(name):

@@ -7,10 +7,10 @@ from functools import partial
 
 import pytest
 import torch
-
 from peers import load
-from regfast.functional import mixup
 from timing import AXES, CUDA, DEVICE, DTYPES, FORMATS, compiled, images
+
+from regfast.functional import mixup
 
 LAM, CLASSES = 0.3, 10
 BATCHES = [(512, 3, 224, 224), (256, 256, 56, 56)] if CUDA else [(32, 3, 224, 224)]

@@ -5,10 +5,10 @@ from itertools import product
 import pytest
 import torch
 import torch.nn.functional as F
-
 from peers import load
-from regfast.functional import mixup_cross_entropy
 from timing import CUDA, DIRECTIONS, DTYPES, FORMATS, compiled, images
+
+from regfast.functional import mixup_cross_entropy
 
 ROWS = [(65536, 1000), (4096, 32000)] if CUDA else [(1024, 1000)]
 MAPS = [(32, 21, 512, 512)] if CUDA else []

@@ -2,10 +2,10 @@
 optimizer ("forward+backward"). The baseline aliases; timm's blurs do not reach its shortcuts."""
 
 import pytest
-
-import regfast
 from peers import load
 from timing import AXES, CUDA, FORMATS, compiled, images
+
+import regfast
 
 SHAPES = [(128, 3, 224, 224)] if CUDA else [(4, 3, 96, 96)]
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from timing import AXES, DEVICE, IMAGES, compiled, images
 
 from regfast.functional import rezero
-from timing import AXES, DEVICE, IMAGES, compiled, images
 
 
 def composite(activation):

@@ -9,9 +9,9 @@ from timeit import repeat
 from typing import Any
 
 import pytest
+import timing
 import torch
 
-import timing
 from regfast.info import devices, versions
 
 

@@ -1,4 +1,4 @@
-"""Where there is no GPU the kernels run in Triton's interpreter, which must be chosen before Triton defines them."""
+"""Without a GPU kernels run in Triton's interpreter, chosen before Triton defines them."""
 
 import importlib.util
 import os
@@ -18,9 +18,10 @@ from regfast.ops import OPERATIONS
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """With `--dist loadgroup` a process has all tests of a sample, so that no two compile the same kernel.
+    """Give one process all tests of a sample with `--dist loadgroup`: no kernel compiles twice.
 
-    (pytest-xdist's own groups are lost from pytest 9.2 on.) Tests of gigabytes have one process, too, or memory would not do.
+    (pytest-xdist's own groups are lost from pytest 9.2 on.) Tests of gigabytes share a process,
+    because memory does not suffice for two.
     """
     if config.getoption("dist") != "loadgroup":
         return None

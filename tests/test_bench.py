@@ -1,4 +1,4 @@
-"""The benchmark: contestants compute the same, and a run's files and reports hold what they promise."""
+"""The benchmark: contestants compute the same, and a run leaves the files that it promises."""
 
 from __future__ import annotations
 
@@ -33,10 +33,12 @@ import regfast
 BENCH = Path(compare.__file__).parent
 
 
-def outputs_of(contestants: dict, arguments: tuple, inputs: tuple, module: Callable | None = None) -> dict:
-    """What each contestant that needs no compiler gives for the same inputs, and then its gradients.
+def outputs_of(
+    contestants: dict, arguments: tuple, inputs: tuple, module: Callable | None = None
+) -> dict:
+    """Return each contestant's outputs and gradients for the same inputs, without compiled ones.
 
-    The arguments are the makers'; `module` makes a contestant's own network, which is an argument too.
+    The arguments are the makers'; `module` makes a contestant's own network, the first argument.
     """
     found = {}
     for name, make in contestants.items():
@@ -50,9 +52,14 @@ def outputs_of(contestants: dict, arguments: tuple, inputs: tuple, module: Calla
             continue
         torch.manual_seed(1)
         y = step(*own)
-        leaves = [t for t in own if t.requires_grad] + [p for network in networks for p in network.parameters()]
+        leaves = [t for t in own if t.requires_grad] + [
+            p for network in networks for p in network.parameters()
+        ]
         torch.manual_seed(1)
-        found[name] = [y.detach(), *(torch.autograd.grad(y, leaves, torch.randn_like(y)) if y.requires_grad else ())]
+        found[name] = [
+            y.detach(),
+            *(torch.autograd.grad(y, leaves, torch.randn_like(y)) if y.requires_grad else ()),
+        ]
     assert {"regfast"} < found.keys()
     return found
 
@@ -62,27 +69,35 @@ def outputs_of(contestants: dict, arguments: tuple, inputs: tuple, module: Calla
     [(bench_blur_pool, (3, 2)), (bench_max_blur_pool, (2, 2, 0)), (bench_max_blur_pool, (3, 2, 1))],
 )
 def test_poolings_compute_the_same(bench, window) -> None:
-    """But for the baseline, which does not blur, and for the border, where each has its own mode."""
+    """Except for the baseline, which does not blur, and the border, where modes differ."""
     baseline, *names = bench.CONTESTANTS
     contestants = {name: bench.CONTESTANTS[name] for name in names}
-    found = outputs_of(contestants, (3, *window), (timing.images((2, 3, 17, 16), "NCHW", "float32").cpu(),))
+    found = outputs_of(
+        contestants, (3, *window), (timing.images((2, 3, 17, 16), "NCHW", "float32").cpu(),)
+    )
     assert baseline.startswith("nn.")
     for name, (y, _) in found.items():
         assert y.shape == found["regfast"][0].shape, name
-        assert torch.allclose(y[..., 1:-1, 1:-1], found["regfast"][0][..., 1:-1, 1:-1], atol=1e-6), name
+        assert torch.allclose(
+            y[..., 1:-1, 1:-1], found["regfast"][0][..., 1:-1, 1:-1], atol=1e-6
+        ), name
 
 
 @pytest.fixture
 def swapped(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Random partners in a batch of two are swapped, as a flip and a roll swap them; every lam drawn is `LAM`."""
+    """Swap random partners in a batch of two, as a flip does, and draw `LAM` for every lam."""
     monkeypatch.setattr(torch, "randperm", lambda n, **_: torch.arange(n).flip(0))
-    monkeypatch.setattr(regfast.manifold, "beta", lambda alpha, size, generator: torch.full(size, bench_mixup.LAM))
+    monkeypatch.setattr(
+        regfast.manifold, "beta", lambda alpha, size, generator: torch.full(size, bench_mixup.LAM)
+    )
     monkeypatch.setattr("numpy.random.beta", lambda a, b: bench_mixup.LAM)
     try:
         transforms = load("torchvision.transforms.v2")
     except AbsentError:
         return
-    monkeypatch.setattr(transforms.MixUp, "make_params", lambda self, inputs: dict(lam=bench_mixup.LAM))
+    monkeypatch.setattr(
+        transforms.MixUp, "make_params", lambda self, inputs: dict(lam=bench_mixup.LAM)
+    )
 
 
 @pytest.mark.parametrize("format", ["NCHW", "NHWC"])
@@ -91,7 +106,9 @@ def test_blends_compute_the_same(bytes_in: bool, format: str, swapped: None) -> 
     """To rounding, which comes in another order where the images are normalised."""
     shape = (2, 3, 13, 12)
     if bytes_in:
-        found = outputs_of(bench_mixup.BYTES_CONTESTANTS, (torch.float32,), bench_mixup.draw_bytes(shape, format))
+        found = outputs_of(
+            bench_mixup.BYTES_CONTESTANTS, (torch.float32,), bench_mixup.draw_bytes(shape, format)
+        )
     else:
         inputs = bench_mixup.draw(timing.images(shape, format, "float32"))
         found = outputs_of(bench_mixup.CONTESTANTS, (), inputs)
@@ -101,7 +118,9 @@ def test_blends_compute_the_same(bytes_in: bool, format: str, swapped: None) -> 
             assert torch.allclose(y, expected, atol=2e-6), name
 
 
-@pytest.mark.parametrize(("shape", "format"), [((6, 10), "NC"), ((2, 5, 4, 3), "NCHW"), ((2, 5, 4, 3), "NHWC")])
+@pytest.mark.parametrize(
+    ("shape", "format"), [((6, 10), "NC"), ((2, 5, 4, 3), "NCHW"), ((2, 5, 4, 3), "NHWC")]
+)
 def test_losses_compute_the_same(shape: tuple[int, ...], format: str) -> None:
     contestants = dict(bench_mixup_cross_entropy.CONTESTANTS)
     if len(shape) > 2:
@@ -135,7 +154,7 @@ def test_convolutions_compute_the_same(window: tuple) -> None:
 
 
 def test_networks_are_those_they_are_named_after() -> None:
-    """timm's blurs and ours in their place compute the same; what is converted, and the plain one, have the same weights."""
+    """timm's blurs and ours compute the same, and converted networks keep the weights."""
     x, found, weights = torch.randn(2, 3, 32, 32, dtype=torch.float64), {}, {}
     for name in ("plain", "regfast", "regfast before", "timm", "timm with regfast's blur"):
         torch.manual_seed(0)
@@ -145,13 +164,15 @@ def test_networks_are_those_they_are_named_after() -> None:
     assert torch.allclose(found["timm"], found["timm with regfast's blur"])
     assert not torch.allclose(found["plain"], found["regfast"])
     for name in ("regfast", "regfast before", "timm"):
-        assert all(torch.equal(weights[name][key], value) for key, value in weights["plain"].items())
+        assert all(
+            torch.equal(weights[name][key], value) for key, value in weights["plain"].items()
+        )
 
 
 def test_training_steps_compute_the_same(swapped: None) -> None:
-    """In float64, because batch normalisation of the few pixels that are left at the end magnifies what rounding does.
+    """In float64, because batch normalisation of the last few pixels magnifies rounding errors.
 
-    lam and the labels are rounded to float32 by some.
+    Some contestants round lam and the labels to float32.
     """
 
     def network() -> torch.nn.Module:
@@ -163,11 +184,15 @@ def test_training_steps_compute_the_same(swapped: None) -> None:
     for name, (loss, *gradients) in found.items():
         assert torch.allclose(loss, found["regfast"][0], rtol=1e-5), name
         for gradient, expected in zip(gradients, found["regfast"][1:], strict=True):
-            assert torch.allclose(gradient, expected, rtol=1e-3, atol=1e-5 * expected.abs().max()), name
+            assert torch.allclose(
+                gradient, expected, rtol=1e-3, atol=1e-5 * expected.abs().max()
+            ), name
 
 
 def test_every_operation_has_its_file() -> None:
-    assert {f"bench_{name}.py" for name in regfast.ops.OPERATIONS} <= {file.name for file in BENCH.glob("bench_*.py")}
+    assert {f"bench_{name}.py" for name in regfast.ops.OPERATIONS} <= {
+        file.name for file in BENCH.glob("bench_*.py")
+    }
 
 
 def test_bytes_are_those_that_must_move() -> None:
@@ -176,7 +201,11 @@ def test_bytes_are_those_that_must_move() -> None:
     def draw() -> tuple:
         return (timing.images((2, 4, 13, 12), "NCHW", "float32"),)
 
-    for rereads, forward, backward in ((None, 0, 0), (False, x + y, y + x), (True, x + y, x + y + x)):
+    for rereads, forward, backward in (
+        (None, 0, 0),
+        (False, x + y, y + x),
+        (True, x + y, x + y + x),
+    ):
         assert timing.Call(layer, draw, "forward", rereads).bytes == forward
         assert timing.Call(layer, draw, "forward+backward", rereads).bytes == forward + backward
 
@@ -195,7 +224,9 @@ def test_what_autograd_keeps_is_counted() -> None:
 
 
 @pytest.mark.parametrize(("l2_bytes", "sets"), [(0, 1), (3 * 15 * 4, 7), (2**20, timing.CALLS)])
-def test_calls_go_through_inputs_of_twice_the_l2(l2_bytes: int, sets: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_calls_go_through_inputs_of_twice_the_l2(
+    l2_bytes: int, sets: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(timing, "L2_BYTES", l2_bytes)
     seen = []
     call = timing.Call(lambda x: seen.append(x) or x, lambda: (torch.ones(3, 5),), "forward")
@@ -215,9 +246,11 @@ def test_what_cannot_be_captured_is_timed_with_its_host(monkeypatch: pytest.Monk
 
 
 def run(*command: str | Path, status: int = 0) -> str:
-    """What a command prints, run as a user runs it: a pytest-xdist worker's variables switch pytest-benchmark off."""
+    """Run a command as a user does: an xdist worker's variables switch pytest-benchmark off."""
     env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    path = os.pathsep.join(filter(None, (str(BENCH), str(BENCH.parent / "examples"), env.get("PYTHONPATH"))))
+    path = os.pathsep.join(
+        filter(None, (str(BENCH), str(BENCH.parent / "examples"), env.get("PYTHONPATH")))
+    )
     done = subprocess.run(
         [sys.executable, *map(str, command)],
         env=env | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
@@ -228,24 +261,59 @@ def run(*command: str | Path, status: int = 0) -> str:
 
 
 def test_a_file_runs_with_the_options_of_pytest_benchmark(tmp_path: Path) -> None:
-    file, few = "bench/bench_mixup_cross_entropy.py", ["-k", "(two-term or regfast) and not compiled"]
-    short = ["--benchmark-max-time=0.01", "--benchmark-min-rounds=2", f"--benchmark-storage={tmp_path}"]
-    run("-m", "pytest", file, *few, *short, "--benchmark-autosave", f"--benchmark-json={tmp_path / 'now.json'}")
+    file, few = (
+        "bench/bench_mixup_cross_entropy.py",
+        ["-k", "(two-term or regfast) and not compiled"],
+    )
+    short = [
+        "--benchmark-max-time=0.01",
+        "--benchmark-min-rounds=2",
+        f"--benchmark-storage={tmp_path}",
+    ]
+    run(
+        "-m",
+        "pytest",
+        file,
+        *few,
+        *short,
+        "--benchmark-autosave",
+        f"--benchmark-json={tmp_path / 'now.json'}",
+    )
     recorded = json.loads((tmp_path / "now.json").read_text())
     # In an order of its own within a group.
-    groups = [f"test_mixup_cross_entropy[(1024, 1000)-NC-float32-{direction}]" for direction in timing.DIRECTIONS]
-    assert [b["group"] for b in recorded["benchmarks"]] == [groups[0], groups[0], groups[1], groups[1]]
+    groups = [
+        f"test_mixup_cross_entropy[(1024, 1000)-NC-float32-{direction}]"
+        for direction in timing.DIRECTIONS
+    ]
+    assert [b["group"] for b in recorded["benchmarks"]] == [
+        groups[0],
+        groups[0],
+        groups[1],
+        groups[1],
+    ]
     for benchmark in recorded["benchmarks"]:
         info, seconds = benchmark["extra_info"], benchmark["stats"]["median"]
         assert all(f"{name} " in info["versions"] for name in ("torch", "triton", "regfast"))
         assert {"device", "commit", "check", "of_copy"} <= info.keys()
         assert (info["how"], info["baseline"]) == ("cpu", "two-term loss")
         forward = 4 * 1024 * 1000 + 2 * 8 * 1024 + 4 + 4
-        moved = forward if benchmark["params"]["direction"] == "forward" else 2 * forward + 4 * 1024 * 1000
+        moved = (
+            forward
+            if benchmark["params"]["direction"] == "forward"
+            else 2 * forward + 4 * 1024 * 1000
+        )
         assert info["gb_per_s"] == pytest.approx(1e-9 * moved / seconds)
         assert ("saved_bytes" in info) == (benchmark["params"]["direction"] != "forward")
         assert len(benchmark["stats"]["data"]) >= 2
-    printed = run("-m", "pytest", file, *few, *short, "--benchmark-compare", "--benchmark-group-by=param:direction")
+    printed = run(
+        "-m",
+        "pytest",
+        file,
+        *few,
+        *short,
+        "--benchmark-compare",
+        "--benchmark-group-by=param:direction",
+    )
     assert "benchmark 'direction=forward': 4 tests" in printed
     assert "(0001_" in printed and "(NOW)" in printed
 
@@ -275,7 +343,8 @@ CONTESTANTS = {
 @pytest.mark.parametrize("contestant", CONTESTANTS)
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_toy(benchmark, ready, direction, contestant):
-    benchmark(ready(CONTESTANTS[contestant](), lambda: (images((3, 5), "NC", "float32"),), direction))
+    step = CONTESTANTS[contestant]()
+    benchmark(ready(step, lambda: (images((3, 5), "NC", "float32"),), direction))
 """
 
 
@@ -283,34 +352,61 @@ def test_absent_and_failing_contestants_are_named_and_the_others_go_on(tmp_path:
     """In a report of two passes."""
     file = tmp_path / "bench_toy.py"
     file.write_text(TOY)
-    short = ["--benchmark-max-time=0.001", "--benchmark-min-rounds=1", "-p", "conftest", f"--rootdir={tmp_path}"]
+    short = [
+        "--benchmark-max-time=0.001",
+        "--benchmark-min-rounds=1",
+        "-p",
+        "conftest",
+        f"--rootdir={tmp_path}",
+    ]
     printed = run(BENCH / "compare.py", "--passes=2", f"--out={tmp_path}", file, *short, status=1)
     report = (tmp_path / "report.md").read_text()
     assert printed.endswith(report + "\n")
     timed = ["nn.ReLU", "regfast", "no such gradient"]
     assert sorted((problem, contestant) for problem, contestant, *_ in table(report)[2:]) == sorted(
-        [("test_toy[forward]", name) for name in timed] + [("test_toy[forward+backward]", name) for name in timed[:2]]
+        [("test_toy[forward]", name) for name in timed]
+        + [("test_toy[forward+backward]", name) for name in timed[:2]]
     )
     assert "no_such_library does not import: No module named 'no_such_library'" in report
-    assert "test_toy[forward+backward-no such gradient] - ArithmeticError: no such gradient (in 2 passes)" in report
+    assert (
+        "test_toy[forward+backward-no such gradient] - "
+        "ArithmeticError: no such gradient (in 2 passes)" in report
+    )
 
 
 def test_a_run_that_times_nothing_has_no_report(tmp_path: Path) -> None:
     file = tmp_path / "bench_toy.py"
     file.write_text(TOY)
     (tmp_path / "pass1.json").write_text("of an earlier run")
-    run(BENCH / "compare.py", f"--out={tmp_path}", file, "-k", "no_such_test", status=pytest.ExitCode.NO_TESTS_COLLECTED)
+    run(
+        BENCH / "compare.py",
+        f"--out={tmp_path}",
+        file,
+        "-k",
+        "no_such_test",
+        status=pytest.ExitCode.NO_TESTS_COLLECTED,
+    )
     assert [path.name for path in tmp_path.glob("*.json")] == []
 
 
 def table(report: str) -> list[list[str]]:
     """The cells of its lines."""
-    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in report.splitlines() if line.startswith("|")]
+    return [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in report.splitlines()
+        if line.startswith("|")
+    ]
 
 
 def recorded(seconds: dict[str, float], **more: object) -> list[dict]:
     """What pytest-benchmark's file has of one problem with these medians."""
-    info = {"how": "cpu", "baseline": "plain", "saved_bytes": 2**20, "device": "abacus", "versions": "torch 9"}
+    info = {
+        "how": "cpu",
+        "baseline": "plain",
+        "saved_bytes": 2**20,
+        "device": "abacus",
+        "versions": "torch 9",
+    }
     info |= {"commit": "c0ffee", "check": "none on a CPU"} | more
     return [
         {
@@ -339,14 +435,25 @@ def test_a_report_has_medians_of_passes_and_of_their_ratios() -> None:
     printed = compare.report(rows, passes, Counter())
     assert printed.startswith("# regfast's benchmark, 3 passes\n")
     cells = table(printed)
-    assert cells[0] == ["problem", "contestant", "how", "time, us", "ratio", "of copy", "saved, MiB"]
+    assert cells[0] == [
+        "problem",
+        "contestant",
+        "how",
+        "time, us",
+        "ratio",
+        "of copy",
+        "saved, MiB",
+    ]
     assert cells[2] == ["test_toy[forward]", "plain", "cpu", "2000000.0", "1.00", "12%", "1.00"]
     for note in ("device: abacus", "versions: torch 9", "commit: c0ffee", "check: none on a CPU"):
         assert printed.count(f"- {note}\n") == 1
 
 
 def test_a_report_says_of_any_pass_that_it_is_not_trusted_and_needs_no_baseline() -> None:
-    passes = [recorded({"regfast": 1.0}, check="trusted; 1"), recorded({"regfast": 1.0}, check="NOT TRUSTED; 2")]
+    passes = [
+        recorded({"regfast": 1.0}, check="trusted; 1"),
+        recorded({"regfast": 1.0}, check="NOT TRUSTED; 2"),
+    ]
     rows = compare.rows_of(passes)
     printed = compare.report(rows, passes, Counter())
     assert "- check: trusted; 1\n- check: NOT TRUSTED; 2\n" in printed

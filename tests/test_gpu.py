@@ -1,4 +1,4 @@
-"""tools/gpu.py on a CPU: parts run, one in trouble costs no other its results, and the report says what was found."""
+"""tools/gpu.py on a CPU: parts run, one in trouble spares the others, and the report is whole."""
 
 from __future__ import annotations
 
@@ -40,7 +40,9 @@ def results(out: Path) -> tuple[dict, str]:
 
 
 def statuses(parts: dict) -> dict[str, str]:
-    return {title: step["status"] for part in parts.values() for title, step in part["steps"].items()}
+    return {
+        title: step["status"] for part in parts.values() for title, step in part["steps"].items()
+    }
 
 
 def check_kernels_and_host(out: Path) -> None:
@@ -48,10 +50,14 @@ def check_kernels_and_host(out: Path) -> None:
     assert set(statuses(parts).values()) == {"ok"}, report
     assert "A device copy" in report and "rezero gate gelu backward" in report
     for name in ("kernels-compile", "kernels-times", "kernels-counters"):
-        kernels = [row["kernel"] for row in parts["kernels"]["steps"][name]["rows"] if "kernel" in row]
+        kernels = [
+            row["kernel"] for row in parts["kernels"]["steps"][name]["rows"] if "kernel" in row
+        ]
         dtypes = 1 if name == "kernels-counters" else 2
         assert kernels == ["rezero gate gelu forward", "rezero gate gelu backward"] * dtypes
-    assert {"operation", "state", "us", "ratio", "limit"} <= parts["host"]["files"]["host.json"][0].keys()
+    assert {"operation", "state", "us", "ratio", "limit"} <= parts["host"]["files"]["host.json"][
+        0
+    ].keys()
     assert f"torch {torch.__version__}" in report and "| MaxPool2dAA" in report
 
 
@@ -67,7 +73,10 @@ def test_without_a_name_all_parts_run(tmp_path):
     check_kernels_and_host(tmp_path)
     parts, report = results(tmp_path)
     assert list(parts) == ["tests", "kernels", "host", "steps", "sanitize"]
-    assert "1 passed" in report and len(parts["sanitize"]["steps"]["sanitize-interpreter"]["rows"]) == 4
+    assert (
+        "1 passed" in report
+        and len(parts["sanitize"]["steps"]["sanitize-interpreter"]["rows"]) == 4
+    )
     assert "| resnet18 | plain " in re.sub(" +", " ", report)
 
 
@@ -78,7 +87,11 @@ fcntl.flock(file, fcntl.LOCK_EX)
 print("locked", flush=True)
 time.sleep(600)
 """
-PARENT = "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', *sys.argv[1:]]); time.sleep(600)"
+PARENT = """
+import subprocess, sys, time
+subprocess.Popen([sys.executable, "-c", *sys.argv[1:]])
+time.sleep(600)
+"""
 WRITER = """
 print('{"copy": 4e12}')
 print('{"kernel": "rezero gate relu forward", "tens', end="")
@@ -161,12 +174,23 @@ def test_what_is_whole_does_not_run_again_unless_it_is_named(tmp_path, monkeypat
 def test_what_is_no_part_is_refused(capsys):
     with pytest.raises(SystemExit):
         gpu.main(["bench"])
-    assert "PART is one of tests, kernels, host, steps, sanitize, got bench" in capsys.readouterr().err
+    assert (
+        "PART is one of tests, kernels, host, steps, sanitize, got bench" in capsys.readouterr().err
+    )
 
 
 def test_the_tests_for_a_gpu_are_there():
     """Those that only a GPU can run are kept; what is left out has a name that a test has."""
-    command = [sys.executable, "-m", "pytest", "--collect-only", "-qq", "-m", "not slow", *gpu.CHOSEN]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "--collect-only",
+        "-qq",
+        "-m",
+        "not slow",
+        *gpu.CHOSEN,
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     sources = [(ROOT / "tests" / name.split("::")[0]).read_text() for name in gpu.FILES]
@@ -186,11 +210,20 @@ def test_the_tests_for_a_gpu_are_there():
 @pytest.mark.slow
 def test_the_tests_of_a_sample_have_one_process():
     pytest.importorskip("xdist")
-    chosen = ["tests/test_contract.py", "-k", "(scipy or two_backward) and rezero", "-v", "--numprocesses=2", "--dist=loadgroup"]
+    chosen = [
+        "tests/test_contract.py",
+        "-k",
+        "(scipy or two_backward) and rezero",
+        "-v",
+        "--numprocesses=2",
+        "--dist=loadgroup",
+    ]
     done = subprocess.run([sys.executable, "-m", "pytest", *chosen], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     passed = re.findall(r"^\[(gw\d)\] .* PASSED .*\[(rezero-.*)\] *$", done.stdout, flags=re.M)
-    processes = {sample: {process for process, other in passed if other == sample} for _, sample in passed}
+    processes = {
+        sample: {process for process, other in passed if other == sample} for _, sample in passed
+    }
     assert len(processes) < len(passed) and {len(found) for found in processes.values()} == {1}
     assert len({process for process, _ in passed}) == 2
 
@@ -200,16 +233,31 @@ def test_every_job_has_a_call_of_one_counted_kernel(toy, monkeypatch):
     """On tensors without data; and what is timed has a row in the table of compiled kernels."""
     monkeypatch.setattr(kernels, "CUDA", True)
     monkeypatch.setattr(kernels, "DEVICE", "meta")
-    made = [kernels.row_of(job, lambda call: {"launches": record(call)}, toy) for job in kernels.jobs(toy)]
+    made = [
+        kernels.row_of(job, lambda call: {"launches": record(call)}, toy)
+        for job in kernels.jobs(toy)
+    ]
     assert [row for row in made if "error" in row] == []
-    assert {row["tensors"] for row in made} == {f"{a} {b}" for a in ("NCHW", "NHWC") for b in ("bf16", "fp32")}
-    assert {row["kernel"].split()[0] for row in made} == {"max_blur_pool", "blur_pool", "mixup", "mixup_cross_entropy", "rezero"}
+    assert {row["tensors"] for row in made} == {
+        f"{a} {b}" for a in ("NCHW", "NHWC") for b in ("bf16", "fp32")
+    }
+    assert {row["kernel"].split()[0] for row in made} == {
+        "max_blur_pool",
+        "blur_pool",
+        "mixup",
+        "mixup_cross_entropy",
+        "rezero",
+    }
     if not toy:
         assert all(10 < row["foretold_us"] < 1000 and row["per_element"] > 1 for row in made)
-        names = {row["kernel"]: [launch.kernel.__name__ for launch in row["launches"]] for row in made}
+        names = {
+            row["kernel"]: [launch.kernel.__name__ for launch in row["launches"]] for row in made
+        }
         # ncu's rows are joined with these by their order.
         assert all(
-            [f"_{kernel.split()[-1]}_kernel"] == [n for n in names[kernel] if re.search(kernels.COUNTED, n)] for kernel in names
+            [f"_{kernel.split()[-1]}_kernel"]
+            == [n for n in names[kernel] if re.search(kernels.COUNTED, n)]
+            for kernel in names
         )
         assert names["mixup images backward"] == ["_order_kernel", "_backward_kernel"]
         assert names["mixup_cross_entropy rows forward"] == ["_forward_kernel", "_finish_kernel"]
@@ -236,19 +284,107 @@ def row(direction: str, tensors: str = "NHWC bf16", **more) -> dict:
     return {"kernel": f"max_blur_pool 2d k=2 {direction}", "tensors": tensors} | known | more
 
 
-# ncu's raw page: its own messages, a line of names, one of units, and a line a launch. A call may launch a second kernel.
+# ncu's raw page: its own messages, a line of names, one of units, and a line per launch. A call may
+# launch a second kernel.
 NAMES = ["ID", "Process ID", "Kernel Name", "Context", "Block Size", *kernels.COUNTERS.values()]
-UNITS = ["", "", "", "", "", "ns", "%", "%", "%", "%", "register/thread", "inst", *["inst"] * len(kernels.REASONS)]
+UNITS = [
+    "",
+    "",
+    "",
+    "",
+    "",
+    "ns",
+    "%",
+    "%",
+    "%",
+    "%",
+    "register/thread",
+    "inst",
+    *["inst"] * len(kernels.REASONS),
+]
 STALLS = ["15.4", "0.8", "0.5", "n/a"]
 LAUNCHES = [
-    ["0", "77", "_forward_kernel", "1", "(128, 1, 1)", "139,264", "79.12", "88.5", "66", "29.4", "64", "51,380,224", *STALLS],
-    ["1", "77", "_finish_kernel", "1", "(256, 1, 1)", "2,048", "1", "2", "3", "4", "32", "64", *STALLS],
-    ["2", "77", "_order_kernel", "1", "(128, 1, 1)", "3,072", "1", "2", "3", "4", "32", "64", *STALLS],
-    ["3", "77", "_backward_kernel", "1", "(128, 1, 1)", "256,000", "47.1", "59", "56", "24", "108", "128,450,560", *STALLS],
-    ["4", "77", "_finish_kernel", "1", "(128, 1, 1)", "2,048", "1", "2", "3", "4", "32", "64", *STALLS],
+    [
+        "0",
+        "77",
+        "_forward_kernel",
+        "1",
+        "(128, 1, 1)",
+        "139,264",
+        "79.12",
+        "88.5",
+        "66",
+        "29.4",
+        "64",
+        "51,380,224",
+        *STALLS,
+    ],
+    [
+        "1",
+        "77",
+        "_finish_kernel",
+        "1",
+        "(256, 1, 1)",
+        "2,048",
+        "1",
+        "2",
+        "3",
+        "4",
+        "32",
+        "64",
+        *STALLS,
+    ],
+    [
+        "2",
+        "77",
+        "_order_kernel",
+        "1",
+        "(128, 1, 1)",
+        "3,072",
+        "1",
+        "2",
+        "3",
+        "4",
+        "32",
+        "64",
+        *STALLS,
+    ],
+    [
+        "3",
+        "77",
+        "_backward_kernel",
+        "1",
+        "(128, 1, 1)",
+        "256,000",
+        "47.1",
+        "59",
+        "56",
+        "24",
+        "108",
+        "128,450,560",
+        *STALLS,
+    ],
+    [
+        "4",
+        "77",
+        "_finish_kernel",
+        "1",
+        "(128, 1, 1)",
+        "2,048",
+        "1",
+        "2",
+        "3",
+        "4",
+        "32",
+        "64",
+        *STALLS,
+    ],
 ]
 RAW = "\n".join(
-    ["==PROF== Connected to process 77", *(",".join(f'"{word}"' for word in line) for line in [NAMES, UNITS, *LAUNCHES])]
+    [
+        "==PROF== Connected to process 77",
+        *(",".join(f'"{word}"' for word in line) for line in [NAMES, UNITS, *LAUNCHES]),
+    ]
 )
 
 
@@ -259,29 +395,51 @@ def test_the_kernels_tables_are_of_times_and_counters():
         row("backward", error="out of shared memory"),
     ]
     counters = [row("forward", error="not launched"), row("forward"), row("backward")]
-    steps = {"kernels-times": {"rows": [{"copy": 4e12}, *times]}, "kernels-counters": {"rows": counters}}
-    text = re.sub(" +", " ", "\n".join(gpu.show_kernels({"steps": steps, "files": {"kernels.csv": RAW}})))
+    steps = {
+        "kernels-times": {"rows": [{"copy": 4e12}, *times]},
+        "kernels-counters": {"rows": counters},
+    }
+    text = re.sub(
+        " +", " ", "\n".join(gpu.show_kernels({"steps": steps, "files": {"kernels.csv": RAW}}))
+    )
     # 512 MB in 160 us are 3.2 TB/s, of 4.
-    assert "| max_blur_pool 2d k=2 forward | 0.80 (160; 126; 1.27) | 0.51 (250; 126; 1.98) |" in text
+    assert (
+        "| max_blur_pool 2d k=2 forward | 0.80 (160; 126; 1.27) | 0.51 (250; 126; 1.98) |" in text
+    )
     assert "| max_blur_pool 2d k=2 backward | out of shared memory |" in text
     assert (
-        "| max_blur_pool 2d k=2 forward NHWC bf16 | 139.3 | 0.9191 | 79.12 | 88.5 | 66 | 29.4 | 64 | 8 | 7.4 "
+        "| max_blur_pool 2d k=2 forward NHWC bf16 | 139.3 | 0.9191 | 79.12 | 88.5 | 66 | 29.4 "
+        "| 64 | 8 | 7.4 "
         "| long_scoreboard:15.4 wait:0.8 |" in text
     )
-    assert "| max_blur_pool 2d k=2 backward NHWC bf16 | 256 | 0.5 | 47.1 | 59 | 56 | 24 | 108 | 20 |" in text
+    assert (
+        "| max_blur_pool 2d k=2 backward NHWC bf16 | 256 | 0.5 | 47.1 | 59 | 56 | 24 | 108 | 20 |"
+        in text
+    )
 
 
 def test_a_launch_of_another_kernel_is_not_taken_for_the_row_s():
     with pytest.raises(ValueError, match="_forward_kernel was counted where"):
         kernels.counted([row("backward"), row("forward")], RAW, 4e12)
     # A run that was cut has fewer launches, or none.
-    assert len(kernels.counted([row("forward"), row("backward")], "\n".join(RAW.splitlines()[:-2]), 4e12)) == 1
+    assert (
+        len(
+            kernels.counted(
+                [row("forward"), row("backward")], "\n".join(RAW.splitlines()[:-2]), 4e12
+            )
+        )
+        == 1
+    )
     assert kernels.counted([row("forward")], "==ERROR== no", 4e12) == []
 
 
 def test_the_table_of_networks_is_of_pytest_benchmark_s_json():
     figures = {"how": "graph", "eager_us": 31000.0, "host_us": 29000.0, "peak_bytes": 2.0**32}
-    benchmark = {"params": {"name": "resnet50", "contestant": "regfast"}, "stats": {"median": 0.0296}, "extra_info": figures}
+    benchmark = {
+        "params": {"name": "resnet50", "contestant": "regfast"},
+        "stats": {"median": 0.0296},
+        "extra_info": figures,
+    }
     files = {"steps-eager.json": {"benchmarks": [benchmark]}, "steps-compiled.json": ""}
     text = re.sub(" +", " ", "\n".join(gpu.show_steps({"files": files})))
     assert "| resnet50 | regfast | 29.6 | graph | 31 | 29 | 4 |" in text

@@ -1,4 +1,4 @@
-"""Peers agree where they define the same function: a filter, and how the blur reads beyond the stride-1 maxima."""
+"""Peers agree where they define the same function: the filter and the border of a blur."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ def test_kornia_pads_the_maxima_with_zeros(shape, size):
     kornia = pytest.importorskip("kornia")
     x = torch.randn(shape)
     theirs = kornia.filters.MaxBlurPool2D(size, stride=2, max_pool_size=2)(x)
-    # kornia pads the 1-smaller map of an even window by (size - 1)//2, and so gives as many outputs as BlurPool of that map.
+    # kornia pads the 1-smaller map of an even window by (size - 1)//2, and so has as many outputs
+    # as BlurPool of that map.
     maxima = torch.nn.functional.max_pool2d(x, 2, 1)
     torch.testing.assert_close(
         regfast.BlurPool2d(size, 2, (size - 1) // 2, padding_mode="zeros")(maxima),
@@ -52,7 +53,7 @@ def test_antialiased_cnns_reflects(side, size):
 
 
 def test_timm_takes_the_class_as_its_aa_layer():
-    """And finds it, where timm silently falls back to an average for a class that it cannot call."""
+    """timm silently falls back to an average for a class that it cannot call."""
     timm = load_peer("timm")
     model = timm.create_model("resnet18", aa_layer=regfast.BlurPool2d, num_classes=3)
     blurs = [module for module in model.modules() if isinstance(module, regfast.BlurPool2d)]

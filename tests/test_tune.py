@@ -50,7 +50,9 @@ def test_the_best_is_of_what_ran_and_the_pinned_cut_is_beside_it(row: dict) -> N
 
 def test_a_sweep_without_a_candidate_that_fits_has_the_pinned_cut(tmp_path: Path) -> None:
     out = tmp_path / "tune.json"
-    done = run("*forward 2d channels last bf16", "--columns", "8", "--vector", "8", "--out", str(out))
+    done = run(
+        "*forward 2d channels last bf16", "--columns", "8", "--vector", "8", "--out", str(out)
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     (row,) = json.loads(out.read_text())
     assert [each["cut"] for each in row["candidates"]] == ["pinned"]
