@@ -125,6 +125,7 @@ class MixupCrossEntropyLoss(Traceable, nn.CrossEntropyLoss):
         label_smoothing: float = 0.0,
     ) -> None:
         ignore_index, label_smoothing = as_python(ignore_index), as_python(label_smoothing)
+        _check_weight(weight, "; label_smoothing goes by keyword")
         check_reduction(reduction)
         check_smoothing(label_smoothing)
         super().__init__(
@@ -164,6 +165,7 @@ class MixupBCEWithLogitsLoss(Traceable, nn.BCEWithLogitsLoss):
         reduction: str = "mean",
         pos_weight: Tensor | None = None,
     ) -> None:
+        _check_weight(weight)
         check_reduction(reduction)
         super().__init__(weight, reduction=reduction, pos_weight=pos_weight)
 
@@ -191,6 +193,11 @@ class MixupBCEWithLogitsLoss(Traceable, nn.BCEWithLogitsLoss):
         wide = torch.promote_types(input.dtype, torch.float32)
         a, b = a.to(wide), b.to(wide)
         return super().forward(input, (lam * a + (1 - lam) * b).to(input.dtype))
+
+
+def _check_weight(weight: Any, hint: str = "") -> None:
+    if weight is not None and not isinstance(weight, Tensor):
+        raise TypeError(f"weight must be a Tensor or None, got {weight!r}{hint}")
 
 
 def _as_mixed(target: Any) -> tuple[Any, Any, Any] | None:

@@ -334,3 +334,10 @@ def test_one_hot_labels_of_integers_are_refused_with_what_to_do():
     y = torch.nn.functional.one_hot(torch.arange(4), 6)
     with pytest.raises(ValueError, match=r"got \(4, 6\) .*one-hot labels must be floating-point"):
         MixupCrossEntropyLoss()(torch.randn(4, 6), (y, y, 0.5))
+
+
+def test_a_weight_that_is_no_tensor_is_refused():
+    with pytest.raises(TypeError, match=r"weight .* got 0\.1; label_smoothing goes by keyword"):
+        MixupCrossEntropyLoss(0.1)
+    with pytest.raises(TypeError, match="weight must be a Tensor or None"):
+        MixupBCEWithLogitsLoss(0.1)
