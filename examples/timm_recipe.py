@@ -17,20 +17,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from libraries import load
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 import regfast
 
 try:
-    import timm
-    import timm.data
-    import timm.optim
-    import timm.scheduler
+    timm = load("timm")
+    for name in ("data", "layers", "optim", "scheduler"):
+        load(f"timm.{name}")
 except ImportError as error:
-    raise SystemExit(
-        f"this example needs timm and torchvision: pip install timm ({error})"
-    ) from error
+    raise SystemExit(f"this example needs timm and torchvision: {error}") from error
 
 
 class Toy(Dataset[tuple[Any, int]]):

@@ -10,6 +10,7 @@ from torch import nn
 from ._core.checks import check_bool, per_axis
 from ._core.geometry import RATIO, BlurPaddingMode, decimating_window
 from ._core.surgery import Report, ReportRow, become, check_model, mark_of, replace, undo
+from ._core.taps import without_tensors
 from .convolution import FOLLOWER, blur_layers
 from .fusion import FUSED
 from .plan import OPTIONS, Options, Step, matches, plan, twin_of
@@ -146,7 +147,7 @@ def _check_skip(model: nn.Module, skip: Any) -> tuple[str | type[nn.Module], ...
 def _check_blur(blur_size: Any, filter: Any, padding_mode: Any) -> tuple[int | None, Any]:
     """Return the size and the filter of all blurs, checked on a blur of stride 2."""
     size = None if blur_size is None else per_axis("blur_size", blur_size, 1, 1)[0]
-    filter = filter.tolist() if hasattr(filter, "tolist") else filter
+    filter = without_tensors(filter)
     filter = tuple(filter) if isinstance(filter, list) else filter
     mode = "reflect" if padding_mode is None else padding_mode
     decimating_window(1, 2, RATIO, size, filter, mode)

@@ -62,7 +62,7 @@ def taps_of(
     blur; otherwise it must be the given size.
     """
     rank = len(sizes)
-    filter = filter.tolist() if hasattr(filter, "tolist") else filter
+    filter = without_tensors(filter)
     if _is_name(filter):
         return tuple(named(filter, size) for size in sizes)
     if not isinstance(filter, Sequence) or not filter:
@@ -70,10 +70,15 @@ def taps_of(
     if all(isinstance(tap, Real) for tap in filter):
         entries = [filter if marked else "binomial" for marked in where]
     elif len(filter) == rank:
-        entries = [entry.tolist() if hasattr(entry, "tolist") else entry for entry in filter]
+        entries = [without_tensors(entry) for entry in filter]
     else:
         raise ValueError(f"filter must be a name, 1-d taps, or {rank} of either, got {filter!r}")
     return tuple(_entry_taps(entry, size, resize) for entry, size in zip(entries, sizes))
+
+
+def without_tensors(filter: Any) -> Any:
+    """Return the taps of a tensor or an array as a list, and anything else unchanged."""
+    return filter.tolist() if hasattr(filter, "tolist") else filter
 
 
 def _is_name(filter: Any) -> bool:
