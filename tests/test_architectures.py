@@ -9,7 +9,7 @@ import copy
 
 import pytest
 import torch
-from peers import AbsentError, load
+from peers import load
 from torch import nn
 
 import regfast
@@ -37,13 +37,10 @@ everyone = pytest.mark.parametrize("library,name", NAMES, ids=["-".join(pair) fo
 
 
 def make(library: str, name: str) -> nn.Module:
-    try:
-        torch.manual_seed(0)
-        if library == "timm":
-            return load("timm").create_model(name, num_classes=7)
-        return getattr(load("torchvision.models"), name)(num_classes=7)
-    except AbsentError as absent:
-        pytest.skip(f"{library}: {absent}")
+    torch.manual_seed(0)
+    if library == "timm":
+        return load("timm").create_model(name, num_classes=7)
+    return getattr(load("torchvision.models"), name)(num_classes=7)
 
 
 def check_same(found: torch.Tensor, expected: torch.Tensor) -> None:
@@ -125,10 +122,7 @@ def test_segmentation_libraries_dilate_a_converted_encoder(name):
 
 def test_ssd_finds_the_poolings_of_a_converted_vgg():
     """SSD300 finds nn.MaxPool2d, sets the third's ceil_mode, and cuts the network at the fourth."""
-    try:
-        vgg, ssd = load("torchvision.models.vgg"), load("torchvision.models.detection.ssd")
-    except AbsentError as absent:
-        pytest.skip(f"torchvision: {absent}")
+    vgg, ssd = load("torchvision.models.vgg"), load("torchvision.models.detection.ssd")
     with torch.device("meta"):
         features = regfast.antialias(vgg.make_layers(vgg.cfgs["D"]))
         extractor = ssd.SSDFeatureExtractorVGG(features, highres=False)
@@ -145,10 +139,7 @@ def test_ssd_finds_the_poolings_of_a_converted_vgg():
     [("torchvision", "vit_b_16"), ("torchvision", "swin_t"), ("timm", "vit_tiny_patch16_224")],
 )
 def test_patches_are_left_and_reported(library, name):
-    try:
-        module = load("timm" if library == "timm" else "torchvision.models")
-    except AbsentError as absent:
-        pytest.skip(f"{library}: {absent}")
+    module = load("timm" if library == "timm" else "torchvision.models")
     with torch.device("meta"):
         model = module.create_model(name) if library == "timm" else getattr(module, name)()
     reasons = {
@@ -239,10 +230,7 @@ def test_the_layers_of_this_library_run_in_onnxruntime(tmp_path):
 @pytest.mark.parametrize("name", ["resnet50", pytest.param("resnet18", marks=pytest.mark.slow)])
 def test_timm_s_own_blur_is_the_same_function(name):
     """`aa_layer=regfast.BlurPool2d` gives timm's outputs and gradients with timm's weights."""
-    try:
-        timm = load("timm")
-    except AbsentError as absent:
-        pytest.skip(f"timm: {absent}")
+    timm = load("timm")
     torch.manual_seed(0)
     theirs = timm.create_model(name, aa_layer=timm.layers.BlurPool2d, num_classes=7).eval()
     ours = timm.create_model(name, aa_layer=regfast.BlurPool2d, num_classes=7).eval()

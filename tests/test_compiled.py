@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import csv
 import itertools
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from commands import ROOT, python
 
 from regfast.ops import OPERATIONS
 
@@ -22,13 +21,9 @@ pytest.importorskip("triton")
 
 from tools import assembly, compiled
 
-ROOT = Path(__file__).parent.parent
-
 
 def check(*arguments: str) -> None:
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "tools.compiled", *arguments]
-    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
+    done = python("-m", "tools.compiled", *arguments)
     assert done.returncode == 0, done.stdout + done.stderr
 
 

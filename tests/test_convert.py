@@ -8,7 +8,7 @@ import warnings
 
 import pytest
 import torch
-from peers import AbsentError, load
+from peers import load
 from torch import nn
 from torch.nn import functional as F
 
@@ -335,17 +335,11 @@ def test_a_block_with_norm_in_its_name_is_no_normalisation():
 
 
 def timm_layer(name: str) -> type[nn.Module]:
-    try:
-        return getattr(load("timm.layers"), name)
-    except AbsentError as absent:
-        pytest.skip(f"timm: {absent}")
+    return getattr(load("timm.layers"), name)
 
 
 def torchvision_layer(name: str) -> type[nn.Module]:
-    try:
-        return getattr(load("torchvision.ops.misc"), name)
-    except AbsentError as absent:
-        pytest.skip(f"torchvision: {absent}")
+    return getattr(load("torchvision.ops.misc"), name)
 
 
 @pytest.mark.parametrize(

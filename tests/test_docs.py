@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from peers import AbsentError, load
+from peers import load
 
 import regfast
 
@@ -39,10 +39,7 @@ def names_of(page: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("page", [p for p in PAGES if snippets(p)], ids=lambda p: p.name)
 def test_snippets_run(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    try:
-        load("torchvision")
-    except AbsentError as absent:
-        pytest.skip(str(absent))
+    load("torchvision")
     names = {"torch": torch, "regfast": regfast, **names_of(page)}
     with regfast.backend("auto"):
         for number, snippet in enumerate(snippets(page)):

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from peers import AbsentError, load
+from peers import load
 from torch import nn
 from torch.nn import functional as F
 
@@ -24,10 +24,7 @@ CHANNELS = 4
 def peer(library: str, name: str):
     """A class of another library; skips the test where it is absent."""
     module = {"timm": "timm.layers", "kornia": "kornia.filters"}.get(library, library)
-    try:
-        return getattr(load(module), name)
-    except AbsentError as absent:
-        pytest.skip(f"{library}: {absent}")
+    return getattr(load(module), name)
 
 
 def named_as(module: str):
@@ -535,10 +532,7 @@ CASES = [
 
 @pytest.mark.parametrize("library,name", CASES)
 def test_networks_are_the_same_function_and_take_their_checkpoints(library, name):
-    try:
-        module = load(library)
-    except AbsentError as absent:
-        pytest.skip(f"{library}: {absent}")
+    module = load(library)
     torch.manual_seed(0)
     if library == "timm":
         # Not zero, where a residual branch computes nothing.

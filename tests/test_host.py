@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from commands import python
 
 pytest.importorskip("triton")
 
 from tools.host import BASE, LIMITS, STATES
 
-ROOT = Path(__file__).parent.parent
-
 
 def run(out: Path) -> tuple[list[dict], list[str]]:
     """The rows of a run, and the lines that it prints."""
-    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "tools.host", "--rounds", "1", "--out", str(out)]
-    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
+    done = python("-m", "tools.host", "--rounds", "1", "--out", out)
     assert done.returncode == 0, done.stderr
     return json.loads(out.read_text()), done.stdout.splitlines()
 

@@ -15,7 +15,7 @@ from functools import partial
 import models
 import pytest
 import torch
-from peers import AbsentError, load
+from peers import load
 from scipy import stats
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -30,20 +30,12 @@ ROUNDING = dict(rtol=1e-4, atol=1e-5)
 
 @pytest.fixture(scope="module")
 def torchvision():
-    return peer("torchvision")
+    return load("torchvision")
 
 
 @pytest.fixture(scope="module")
 def timm():
-    return peer("timm")
-
-
-def peer(name):
-    try:
-        load("timm")
-        return load(name)
-    except AbsentError as absent:
-        pytest.skip(f"{name}: {absent}")
+    return load("timm")
 
 
 def generator(seed=0):
@@ -250,7 +242,7 @@ QUICK = {
 def network(name):
     library, name = name.split()
     return partial(
-        peer(library).create_model if library == "timm" else peer("torchvision.models").get_model,
+        load(library).create_model if library == "timm" else load("torchvision.models").get_model,
         name,
     )
 

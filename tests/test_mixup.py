@@ -9,7 +9,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from peers import AbsentError, load
+from peers import load
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torch.utils.data._utils.pin_memory import pin_memory
@@ -21,14 +21,6 @@ from regfast.mixing import MixedTarget, MixUp, MixupCollator, mixup_data
 # float32 sums of two products of order one, in another order.
 ROUNDING = dict(rtol=1e-6, atol=1e-6)
 ALWAYS_CUT = dict(alpha=0, cutmix_alpha=1.0)
-
-
-def load_peer(name):
-    try:
-        load("timm")  # which lends torchvision the hand that it needs
-        return load(name)
-    except AbsentError as absent:
-        pytest.skip(f"{name}: {absent}")
 
 
 @pytest.fixture
@@ -350,7 +342,7 @@ def test_repr_shows_the_arguments():
 
 
 def test_timm_s_mixup(generator, monkeypatch, batch):
-    mixup = load_peer("timm.data.mixup")
+    mixup = load("timm.data.mixup")
     x, y = batch
     lam = beta(1.0, (), generator).item()
     theirs = mixup.Mixup(num_classes=10, label_smoothing=0.1)
@@ -364,7 +356,7 @@ def test_timm_s_mixup(generator, monkeypatch, batch):
 @pytest.mark.parametrize("lam", [0.0, 0.123, 0.5, 0.81, 1 - 2**-20])
 def test_timm_s_cutmix(lam, generator, monkeypatch, batch):
     """timm's own box, for the same lam and centre."""
-    mixup = load_peer("timm.data.mixup")
+    mixup = load("timm.data.mixup")
     x, y = batch
     twin = copy.deepcopy(generator)
     box, left = boxes(torch.tensor(lam), 6, 7, generator)
@@ -379,14 +371,14 @@ def test_timm_s_cutmix(lam, generator, monkeypatch, batch):
 
 
 def test_timm_s_multi_label_mixup(monkeypatch, batch):
-    mixup = load_peer("timm.data.mixup")
+    mixup = load("timm.data.mixup")
     labels = torch.rand(8, 10) > 0.7
     soft = mixup.mixup_target(labels, 10, 0.3, multi_label=True)
     torch.testing.assert_close(MixedTarget(labels, labels.flip(0), 0.3).soft(10), soft, **ROUNDING)
 
 
 def test_torchvision_s_mixup_and_cutmix(generator, batch):
-    v2 = load_peer("torchvision.transforms.v2")
+    v2 = load("torchvision.transforms.v2")
     x, y = batch
     lam = beta(1.0, (), generator).item()
     index = pairing("roll", 8, generator)

@@ -4,20 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from peers import AbsentError, load
+from peers import load
 
 import regfast
 
 # float32 sums of nine products of order one, in another order.
 ROUNDING = dict(rtol=1e-6, atol=1e-6)
-
-
-def load_peer(name: str):
-    """A peer that needs a hand to be imported beside a CPU build of torch."""
-    try:
-        return load(name)
-    except AbsentError as absent:
-        pytest.skip(f"{name}: {absent}")
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 16, 16), (1, 4, 15, 18)], ids=str)
@@ -54,7 +46,7 @@ def test_antialiased_cnns_reflects(side, size):
 
 def test_timm_takes_the_class_as_its_aa_layer():
     """timm silently falls back to an average for a class that it cannot call."""
-    timm = load_peer("timm")
+    timm = load("timm")
     model = timm.create_model("resnet18", aa_layer=regfast.BlurPool2d, num_classes=3)
     blurs = [module for module in model.modules() if isinstance(module, regfast.BlurPool2d)]
     assert len(blurs) >= 3

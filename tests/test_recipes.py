@@ -10,7 +10,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from peers import AbsentError, load
+from peers import load
 
 import regfast
 
@@ -33,10 +33,7 @@ def test_what_is_missing_is_named(example: str, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.fixture
 def timm_recipe() -> ModuleType:
-    try:
-        load("timm")
-    except AbsentError as absent:
-        pytest.skip(f"timm: {absent}")
+    load("timm")
     return importlib.import_module("timm_recipe")
 
 

@@ -7,14 +7,11 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from commands import python
 
-ROOT = Path(__file__).parent.parent
 TRAFFIC = ["-m", "tools.traffic"]
 POOL = ["max_blur_pool", "--only=2d k=2"]
 
@@ -119,13 +116,6 @@ from regfast.kernels.cuts import CUTS
 CUTS.update({kind: tuple(cut._replace(programs=1) for cut in cuts) for kind, cuts in CUTS.items()})
 traffic.main()
 """
-
-
-def python(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *arguments]
-    return subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
 
 
 def rows_of(out: Path, *arguments: str, command: list[str | Path] = TRAFFIC) -> list[dict]:

@@ -3,21 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from commands import python
 
-ROOT = Path(__file__).parent.parent
-
-
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    env |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "tools.tune", *arguments]
-    return subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
+TUNE = ("-m", "tools.tune")
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +16,7 @@ def row(tmp_path_factory: pytest.TempPathFactory) -> dict:
     """The row of a sweep over two cuts of the largest backward. One of them spills for sm_90."""
     out = tmp_path_factory.mktemp("tune") / "tune.json"
     fields = ["--columns", "2", "8", "--vector", "4", "--rows", "16"]
-    done = run("*backward 2d (3, 2, 1) channels last bf16", *fields, "--out", str(out))
+    done = python(*TUNE, "*backward 2d (3, 2, 1) channels last bf16", *fields, "--out", str(out))
     assert done.returncode == 0, done.stdout + done.stderr
     (row,) = json.loads(out.read_text())
     assert f"{row['sweep']}: {row['best']}" in done.stdout
@@ -50,8 +41,15 @@ def test_the_best_is_of_what_ran_and_the_pinned_cut_is_beside_it(row: dict) -> N
 
 def test_a_sweep_without_a_candidate_that_fits_has_the_pinned_cut(tmp_path: Path) -> None:
     out = tmp_path / "tune.json"
-    done = run(
-        "*forward 2d channels last bf16", "--columns", "8", "--vector", "8", "--out", str(out)
+    done = python(
+        *TUNE,
+        "*forward 2d channels last bf16",
+        "--columns",
+        "8",
+        "--vector",
+        "8",
+        "--out",
+        str(out),
     )
     assert done.returncode == 0, done.stdout + done.stderr
     (row,) = json.loads(out.read_text())
@@ -67,6 +65,6 @@ def test_a_sweep_without_a_candidate_that_fits_has_the_pinned_cut(tmp_path: Path
     ],
 )
 def test_what_is_not_there_is_named(arguments: list[str], complaint: str) -> None:
-    done = run(*arguments)
+    done = python(*TUNE, *arguments)
     assert done.returncode == 2
     assert complaint in done.stderr
